@@ -1,0 +1,374 @@
+"""Train the embedded model: a tiny but genuine Stable Diffusion on synthetic scenes, from the stock component classes.
+
+    python -m eval.train_tiny vae   --steps 2500            # AutoencoderKL, 64 px -> 16x16x4
+    python -m eval.train_tiny unet  --steps 4000            # UNet2DConditionModel and CLIPTextModel together
+    python -m eval.train_tiny export                        # fp16 folder that StableDiffusionPipeline.from_pretrained loads
+
+Each stage resumes from its last checkpoint in --run when it is started again; what a step draws depends on the seed and
+the step's number alone, so a resumed run and an unbroken one see the same data.
+"""
+
+import argparse
+import csv
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from eval.scenes import CAPTION_WORDS, CLASSES, scene
+
+SIZE, LATENT, MAX_TOKENS = 64, 16, 32
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+CAPTION_DROPOUT = 0.1  # fraction of samples that train the unconditional branch
+EMBEDDING_STD = 0.5  # token embeddings start loud enough for attention to hear them (the default 0.02 does not localise)
+
+
+# ---- components ------------------------------------------------------------------------------------------------------
+def clip_tokenizer(words, max_length: int = MAX_TOKENS) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges make each of `words` one token; any other text falls back to letters."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    alphabet = list(bytes_to_unicode().values())
+    vocab = {token: i for i, token in enumerate(alphabet + [c + "</w>" for c in alphabet])}
+    merges: dict[tuple[str, str], None] = {}
+    for word in sorted(set(words)):
+        left, *rest = [*word[:-1], word[-1] + "</w>"]
+        for right in rest:
+            merges.setdefault((left, right))
+            left += right
+            vocab.setdefault(left, len(vocab))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=max_length)
+
+
+def caption_words() -> list[str]:
+    """The words of every caption: class names split at spaces, and the glue between them."""
+    return sorted({word for name in CLASSES for word in name.split()} | set(CAPTION_WORDS))
+
+
+def build_vae() -> AutoencoderKL:
+    """Convolutional autoencoder, factor 4, four latent channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """One CLIP text layer of width 64."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    encoder = CLIPTextModel(config)
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=EMBEDDING_STD)
+    return encoder
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Cross- and self-attention at 16x16, 8x8 and 4x4, four heads."""
+    return UNet2DConditionModel(
+        sample_size=LATENT,
+        layers_per_block=1,
+        block_out_channels=(64, 128, 128),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+class TextToNoise(torch.nn.Module):
+    """The two networks that learn together: token ids and a noisy latent to the noise in it."""
+
+    def __init__(self, unet, text_encoder):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, latents, timesteps, ids):
+        return self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
+
+
+class Autoencoding(torch.nn.Module):
+    """An autoencoder as one forward: pixels and posterior noise to the reconstruction and the KL of the posterior."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels, noise):
+        posterior = self.vae.encode(pixels).latent_dist
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+def scenes_file(run: Path, split: str, count: int) -> Path:
+    """Draw `count` scenes once: images uint8 and captions, one .npz."""
+    path = run / f"scenes-{split}-{count}.npz"
+    if not path.exists():
+        drawn = [scene(split, i, SIZE) for i in tqdm(range(count), desc=f"drawing {split} scenes")]
+        with replacing(path) as part:
+            np.savez(part, images=np.stack([s.image for s in drawn]), captions=np.array([s.caption for s in drawn]))
+    return path
+
+
+def images_of(path: Path) -> torch.Tensor:
+    """Images of a scenes file, [N 3 H W] uint8."""
+    return torch.from_numpy(np.load(path)["images"]).permute(0, 3, 1, 2).contiguous()
+
+
+class replacing:  # noqa: N801 - reads as a verb: `with replacing(path) as part`
+    """Write to a temporary name and rename when whole, so that no half-written file is ever taken for a whole one."""
+
+    def __init__(self, path: Path):
+        self.path, self.part = path, path.with_name(f".part-{path.name}")
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.part
+
+    def __exit__(self, failed, *_):
+        if failed is None:
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
+            self.part.replace(self.path)
+
+
+# ---- a resumable loop ------------------------------------------------------------------------------------------------
+class Stage:
+    """One training stage: model, optimiser, EMA, schedule, log and checkpoint; `loss_of(model, step)` is all it asks."""
+
+    def __init__(self, name, model, args, learning_rate):
+        self.name, self.args, self.run, self.step = name, args, args.run / name, 0
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
+        optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        self.ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.ema.to(self.accelerator.device)
+        self._resume()
+
+    def _rate(self, step):
+        """Warm up, hold, then fall linearly to zero over the last `decay` of the run."""
+        left = (self.args.steps - step) / max(1, self.args.decay * self.args.steps)
+        return min(1.0, (step + 1) / 200, max(left, 0.01))
+
+    def _resume(self):
+        path = self.run / "checkpoint"
+        if path.exists():
+            self.accelerator.load_state(path)
+            self.ema.load_state_dict(torch.load(path / "ema.pt", map_location=self.accelerator.device))
+            self.step = self.schedule.last_epoch
+
+    def save(self):
+        if not self.accelerator.is_main_process:
+            return
+        with replacing(self.run / "checkpoint") as part:
+            self.accelerator.save_state(part)
+            torch.save(self.ema.state_dict(), part / "ema.pt")
+
+    def generator(self, step) -> torch.Generator:
+        """The only source of randomness of a step, so that a resumed run repeats an unbroken one."""
+        return torch.Generator().manual_seed(hash((self.args.seed, self.accelerator.process_index, step)) % 2**63)
+
+    def train(self, loss_of, validate):
+        bar = tqdm(total=self.args.steps, initial=self.step, desc=self.name, disable=not self.accelerator.is_main_process)
+        running, started, first = None, time.perf_counter(), self.step
+        while self.step < self.args.steps:
+            with self.accelerator.autocast():
+                loss = loss_of(self.model, self.generator(self.step))
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            self.ema.step(self.model.parameters())
+            self.step += 1
+            running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+            bar.update()
+            bar.set_postfix(loss=f"{running:.4f}")
+            if self.step % self.args.every == 0 or self.step == self.args.steps:
+                rate = (self.step - first) * self.args.batch / (time.perf_counter() - started)
+                self._log(running, self.averaged(validate), rate)
+                self.save()
+
+    def averaged(self, function):
+        """Call `function(model)` with the averaged weights in place, without gradients."""
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                return function(self.accelerator.unwrap_model(self.model).eval())
+        finally:
+            self.ema.restore(self.model.parameters())
+            self.model.train()
+
+    def _log(self, loss, validation, rate):
+        row = {
+            "step": self.step,
+            "samples": self.step * self.args.batch * self.accelerator.num_processes,
+            "loss": f"{loss:.5f}",
+            "validation": f"{float(validation):.5f}",
+            "learning_rate": f"{self.schedule.get_last_lr()[0]:.2e}",
+            "samples_per_second": f"{rate:.1f}",
+        }
+        path = self.run / "log.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+def train_vae(args):
+    """L1 on pixels and on their differences (edges), and the usual small KL."""
+    set_seed(args.seed)
+    images = images_of(scenes_file(args.run, "train", args.scenes))
+    held_out = _pixels(images_of(scenes_file(args.run, "validation", 256)))
+    stage = Stage("vae", Autoencoding(build_vae()).to(memory_format=torch.channels_last), args, learning_rate=1e-3)
+    device = stage.accelerator.device
+
+    def loss_of(model, generator):
+        x = _pixels(images[torch.randint(len(images), (args.batch,), generator=generator)])
+        noise = torch.randn(args.batch, 4, LATENT, LATENT, generator=generator)
+        output, kl = model(x.to(device), noise.to(device))
+        return reconstruction(output, x.to(device)) + 1e-6 * kl.mean()
+
+    def validate(model):
+        return F.l1_loss(model(held_out.to(device), torch.zeros(1, device=device))[0].float(), held_out.to(device))
+
+    stage.train(loss_of, validate)
+    stage.averaged(lambda model: _save_vae(model.vae, images, args.run / "vae" / "weights", device))
+
+
+def reconstruction(output, target):
+    """Mean absolute error of pixels, and of horizontal and vertical differences."""
+    error = output.float() - target
+    return error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def _pixels(images):
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def _save_vae(vae, images, path, device):
+    latents = torch.cat([vae.encode(_pixels(chunk).to(device)).latent_dist.mode().float() for chunk in images[:2048].split(64)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    with replacing(path) as part:
+        vae.save_pretrained(part)
+
+
+def latents_file(run: Path, split: str, count: int, device) -> torch.Tensor:
+    """Scaled latents of every scene, [N 4 16 16], encoded once."""
+    path = run / f"latents-{split}-{count}.pt"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(run / "vae" / "weights").to(device, memory_format=torch.channels_last).eval()
+        chunks = images_of(scenes_file(run, split, count)).split(128)
+        with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
+            encoded = [vae.encode(_pixels(c).to(device)).latent_dist.mode() for c in tqdm(chunks, desc=f"encoding {split}")]
+        with replacing(path) as part:
+            torch.save((torch.cat(encoded).float() * vae.config.scaling_factor).half().cpu(), part)
+    return torch.load(path).float()
+
+
+def train_unet(args):
+    """Epsilon prediction at uniform timesteps, a tenth of the captions dropped."""
+    set_seed(args.seed)
+    tokenizer = clip_tokenizer(caption_words())
+    stage = Stage("unet", TextToNoise(build_unet(), build_text_encoder(tokenizer)), args, learning_rate=1e-3)
+    device, noiser = stage.accelerator.device, DDPMScheduler(**SCHEDULE)
+
+    def load(split, count):
+        captions = np.load(scenes_file(args.run, split, count))["captions"].tolist()
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return latents_file(args.run, split, count, device), ids
+
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
+
+    def loss_of(model, generator, data, dropout=CAPTION_DROPOUT, batch=args.batch):
+        latents, captions = data
+        index = torch.randint(len(latents), (batch,), generator=generator)
+        x, ids = latents[index], captions[index]
+        ids = torch.where(torch.rand(batch, 1, generator=generator) < dropout, empty, ids)
+        noise = torch.randn(x.shape, generator=generator)
+        timesteps = torch.randint(1000, (batch,), generator=generator)
+        noisy = noiser.add_noise(x, noise, timesteps)
+        return F.mse_loss(model(noisy.to(device), timesteps.to(device), ids.to(device)).float(), noise.to(device))
+
+    train, held_out = load("train", args.scenes), load("validation", 512)
+    stage.train(
+        lambda model, generator: loss_of(model, generator, train),
+        lambda model: loss_of(model, stage.generator(-1), held_out, dropout=0.0, batch=512),
+    )
+
+
+def export(args):
+    """Write the averaged weights as an fp16 folder of stock components, whole or not at all."""
+    tokenizer = clip_tokenizer(caption_words())
+    model = TextToNoise(build_unet(), build_text_encoder(tokenizer))
+    ema = EMAModel(model.parameters())
+    ema.load_state_dict(torch.load(args.run / "unet" / "checkpoint" / "ema.pt", map_location="cpu"))
+    ema.copy_to(model.parameters())
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(args.run / "vae" / "weights"),
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    card = args.out / "README.md"
+    kept = card.read_text() if card.exists() else None
+    with replacing(args.out) as part:
+        pipe.to(torch.float16).save_pretrained(part, safe_serialization=True)
+        if kept is not None:
+            (part / "README.md").write_text(kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("vae", "unet", "export"))
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny-sd"), help="folder of scenes, checkpoints and logs")
+    parser.add_argument("--out", type=Path, default=Path("goca_guidance/models/tiny-sd"), help="where `export` writes")
+    parser.add_argument("--scenes", type=int, default=50_000, help="training scenes")
+    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all, those of earlier runs included")
+    parser.add_argument("--batch", type=int, default=64, help="samples a step and process")
+    parser.add_argument("--decay", type=float, default=0.5, help="last fraction of the run in which the rate falls")
+    parser.add_argument("--every", type=int, default=250, help="steps between a log row with a checkpoint and the next")
+    parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    {"vae": train_vae, "unet": train_unet, "export": export}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
