@@ -349,7 +349,9 @@ def export(args):
     card = args.out / "README.md"
     kept = card.read_text() if card.exists() else None
     with replacing(args.out) as part:
-        pipe.to(torch.float16).save_pretrained(part, safe_serialization=True)
+        # The text encoder stays float32: transformers would load it in its stored dtype beside a float32 U-Net.
+        pipe.unet.half(), pipe.vae.half()
+        pipe.save_pretrained(part, safe_serialization=True)
         if kept is not None:
             (part / "README.md").write_text(kept)
 

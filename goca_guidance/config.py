@@ -1,0 +1,164 @@
+"""The choices, as frozen dataclasses: the only configuration schema of the project."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+# English function words that a prompt's regions may leave out (GoCA, per-pixel rescaling: content tokens).
+STOP_WORDS = frozenset(
+    "a an the this that these those some any and or but nor of on in at by to from with without for as is are was were be "
+    "being been it its his her their my your our very over under into onto near next , . ; : ! ? - ' \" ( )".split()
+)
+
+
+@dataclass(frozen=True)
+class GoCAConfig:
+    """How attention becomes regions (GoCA, arXiv 2603.06178). The defaults are the paper's, but for
+    `drop_stop_words`, which follows the released generation code.
+
+    Args:
+        heads: "contribution" weights each head by its share of the layer's output; "uniform" is the plain mean.
+        clamp_heads: clamp negative head shares at zero (neither the paper nor the released code does).
+        layers: "agreement" weights each layer by its likeness to the pseudo self-attention; "uniform" is the plain mean.
+        row_normalise: let every resized self-attention row sum to one before the layers are compared. Off in the
+            released code, where a coarse layer of r x r weighs (R / r)^2 more.
+        reference_channels: keep the first few channels of the dense features; 1 is what the released benchmark code does.
+        rescale: divide by the pixel's sum over content tokens; off leaves min-max only.
+        drop_stop_words: in generation, articles, prepositions and punctuation form no region (the paper's rule); off
+            keeps every token that is not special (the released rule).
+        refine_order: applications of the self-attention to the maps; None takes the family's preset.
+        blur_size, blur_sigma: the Gaussian before min-max, in pixels of the working size.
+    """
+
+    heads: Literal["contribution", "uniform"] = "contribution"
+    clamp_heads: bool = False
+    layers: Literal["agreement", "uniform"] = "agreement"
+    row_normalise: bool = False
+    reference_channels: int | None = None
+    rescale: bool = True
+    drop_stop_words: bool = False
+    refine_order: int | None = None
+    blur_size: int = 5
+    blur_sigma: float = 1.1
+
+    def __post_init__(self):
+        _among("heads", self.heads, ("contribution", "uniform"))
+        _among("layers", self.layers, ("agreement", "uniform"))
+        if self.blur_size % 2 == 0 or self.blur_size < 1 or self.blur_sigma <= 0:
+            raise ValueError(
+                "Expected an odd, positive `blur_size` and a positive `blur_sigma`, but got "
+                f"{self.blur_size} and {self.blur_sigma}."
+            )
+        if self.refine_order is not None and self.refine_order < 0:
+            raise ValueError(f"Expected `refine_order` to be None or at least 0, but got {self.refine_order}.")
+        if self.reference_channels is not None and self.reference_channels < 1:
+            raise ValueError(f"Expected `reference_channels` to be None or at least 1, but got {self.reference_channels}.")
+
+    @classmethod
+    def vanilla(cls, **changes) -> "GoCAConfig":
+        """The uniform baseline: plain means over heads and layers, min-max only."""
+        return replace(cls(heads="uniform", layers="uniform", rescale=False), **changes)
+
+    @classmethod
+    def released(cls, **changes) -> "GoCAConfig":
+        """The choices of the released benchmark code, its single-channel dense features included."""
+        return replace(cls(reference_channels=1), **changes)
+
+
+@dataclass(frozen=True)
+class SCFGConfig:
+    """How regions become a guidance map (S-CFG, arXiv 2404.05384).
+
+    Args:
+        rate_min, rate_max: limits of the rate of a region. (1, 1) is plain classifier-free guidance, bit for bit.
+        ceiling: no pixel's guidance (scale times rate) exceeds it.
+        smooth_size, smooth_sigma: Gaussian over the rate map, in latent pixels.
+        segmentor: "goca", or "s-cfg" for the segmentor of the S-CFG paper itself.
+    """
+
+    rate_min: float = 0.8
+    rate_max: float = 3.0
+    ceiling: float = 15.0
+    smooth_size: int = 3
+    smooth_sigma: float = 0.5**0.5
+    segmentor: Literal["goca", "s-cfg"] = "goca"
+
+    def __post_init__(self):
+        _among("segmentor", self.segmentor, ("goca", "s-cfg"))
+        if not 0 < self.rate_min <= self.rate_max or self.ceiling <= 0:
+            raise ValueError(
+                "Expected 0 < `rate_min` <= `rate_max` and a positive `ceiling`, but got "
+                f"{self.rate_min}, {self.rate_max} and {self.ceiling}."
+            )
+
+
+@dataclass(frozen=True)
+class Background:
+    """The score that the classes of a segmentation must beat (method of the GoCA benchmarks).
+
+    Without `entities` it is the constant `threshold`. With them it is `offset` + their highest score, or, where a
+    `threshold` is given too, the higher of the threshold and their highest score.
+    """
+
+    entities: tuple[str, ...] = ()
+    threshold: float | None = None
+    offset: float = 0.2
+
+    def __post_init__(self):
+        if not self.entities and self.threshold is None:
+            raise ValueError("Expected a `threshold`, `entities`, or both for the background, but got neither.")
+
+    @classmethod
+    def of(cls, value: "float | Sequence[str] | Background") -> "Background":
+        """A number is a constant threshold; names are background entities."""
+        if isinstance(value, Background):
+            return value
+        if isinstance(value, (int, float)):
+            return cls(threshold=float(value))
+        if isinstance(value, str):
+            raise TypeError(f"Expected a number, a list of names or a Background, but got the string {value!r}: use [{value!r}].")
+        return cls(entities=tuple(value))
+
+
+@dataclass(frozen=True)
+class LayerPreset:
+    """Which layers of a denoiser GoCA reads (method, presets), by full module name.
+
+    `cross`: cross-attention layers, in network order. `reference`: the layer whose queries, heads side by side, are the
+    dense features. `fine`: self-attention layers of the finest grid, which refine `order` times. `timestep`: of 1000, for
+    the segmentation of real images.
+    """
+
+    cross: tuple[str, ...]
+    reference: str
+    fine: tuple[str, ...]
+    order: int
+    timestep: int
+
+    @property
+    def self_layers(self) -> tuple[str, ...]:
+        """The self-attention sibling of each cross layer, in the same order."""
+        return tuple(map(sibling, self.cross))
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Every layer that may be read."""
+        return frozenset((*self.cross, *self.self_layers, *self.fine, self.reference))
+
+
+def sibling(cross: str) -> str:
+    """The self-attention layer beside a cross-attention layer: `...attn2` to `...attn1`."""
+    return cross.removesuffix("attn2") + "attn1"
+
+
+def _among(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+
+
+def from_mapping(cls, values: dict):
+    """A configuration from a table of a TOML file; an unknown key is an error that lists the known ones."""
+    known = {field.name for field in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"Expected keys of {cls.__name__} among {sorted(known)}, but got {unknown}.")
+    return cls(**values)

@@ -1,0 +1,231 @@
+"""GoCA (arXiv 2603.06178): attention records to regions. Heads -> layers -> rescaling -> refinement.
+
+Statistics are float32 whatever the model's dtype. No p x p attention map is ever stored: every use of one is a sum that
+is taken in blocks of query rows, or scaled-dot-product attention with the wanted maps as values.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from goca_guidance.config import GoCAConfig, LayerPreset
+from goca_guidance.maps import as_maps, blur, min_max, nearest, pull_affinity, resize, resize_adjoint
+from goca_guidance.records import AttentionRecord, Regions, TokenLayout
+
+BLOCK = 2**24  # probabilities held at one time, over batch, heads, query rows and keys (64 MB)
+
+
+# ---- heads (paper: auto aggregation, heads) --------------------------------------------------------------------------
+def head_weights(
+    output: Float[Tensor, "b h p d"], projection: Float[Tensor, "hd c"], clamp: bool = False
+) -> Float[Tensor, "b h p"]:
+    """Share of each head in what the layer writes at each pixel: <o_h, o> / <o, o> with o = sum_h o_h (GoCA, heads).
+
+    `projection` is the layer's output projection without bias. The shares sum to one over heads; one may be negative or
+    above one, unless `clamp`. Uniform where the layer writes nothing. No per-head output is built:
+    <o_h, o> = sum over the channels of head h of z * (o W^T).
+    """
+    heads = output.shape[1]
+    z = output.float().transpose(1, 2).flatten(2)
+    weight = projection.float()
+    share = (z * (z @ weight @ weight.mT)).unflatten(-1, (heads, -1)).sum(-1).mT
+    share = share.clamp(min=0) if clamp else share
+    total = share.sum(1, keepdim=True)
+    return torch.where(total > 0, share / torch.where(total > 0, total, 1), 1 / heads)
+
+
+def token_maps(
+    record: AttentionRecord, columns: Int[Tensor, "b m"], weights: Float[Tensor, "b h p"] | None
+) -> Float[Tensor, "b p m"]:
+    """A[p, n] = sum_h w[h, p] softmax(q_h k_h^T)[p, n] for the observed text tokens only; uniform heads without weights."""
+    b, heads, pixels, _ = record.query.shape
+    merged = torch.empty(b, pixels, columns.shape[1], device=record.query.device)
+    index = columns[:, None, None, :].expand(b, heads, 1, -1)
+    for rows in blocks(pixels, b * heads * record.key.shape[2]):
+        probs = attention(record, rows)
+        wanted = probs.gather(-1, index.expand(-1, -1, probs.shape[2], -1))
+        if weights is None:
+            merged[:, rows] = wanted.mean(1)
+        else:
+            merged[:, rows] = torch.einsum("bhpm,bhp->bpm", wanted, weights[:, :, rows])
+    return merged
+
+
+# ---- layers (paper: auto aggregation, layers) ------------------------------------------------------------------------
+def pseudo_attention(features: Float[Tensor, "b p c"], channels: int | None = None) -> Float[Tensor, "b p p"]:
+    """A_p = softmax(F F^T / sqrt(c)) of dense features F (GoCA, layers). `channels` keeps the first few only."""
+    features = features.float()[..., :channels]
+    return (features @ features.mT * features.shape[-1] ** -0.5).softmax(-1)
+
+
+def agreement(
+    record: AttentionRecord,
+    rows: Int[Tensor, " rows"],
+    reference: Float[Tensor, "b rows q"],
+    row_mass: Float[Tensor, " q"] | None = None,
+) -> Float[Tensor, " b"]:
+    """<A_p, resize(mean_h A_self)> = <reference, mean_h A_self[rows]>, with A_p pulled to the layer's grid (GoCA, layers).
+
+    `row_mass` divides each resized row by its sum, which the released code does not.
+    """
+    total = reference.new_zeros(len(reference))
+    for block in blocks(len(rows), record.query.shape[0] * record.query.shape[1] * record.key.shape[2]):
+        probs = attention(record, rows[block]).mean(1)
+        match = (probs * reference[:, block]).sum(-1)
+        total += (match if row_mass is None else match / (probs @ row_mass)).sum(-1)
+    return total
+
+
+def layer_weights(agreements: Float[Tensor, "b l"]) -> Float[Tensor, "b l"]:
+    """Agreements clamped at zero, divided by their sum over layers; uniform where none agrees."""
+    positive = agreements.clamp(min=0)
+    total = positive.sum(-1, keepdim=True)
+    return torch.where(total > 0, positive / torch.where(total > 0, total, 1), 1 / agreements.shape[-1])
+
+
+# ---- rescaling (paper: per-pixel rescaling) --------------------------------------------------------------------------
+def rescale(
+    tokens: Float[Tensor, "b m H W"], groups: Float[Tensor, "b m k"], content: Bool[Tensor, "b m"]
+) -> Float[Tensor, "b k H W"]:
+    """Average the tokens of a region and divide by the pixel's sum over content tokens (GoCA, per-pixel rescaling).
+
+    Any per-pixel normaliser cancels here, so the special tokens' share never needs computing. With fewer than two content
+    tokens there is nothing to compare at a pixel and the quotient would be constant: such a map is left as it is.
+    """
+    regions = torch.einsum("bmhw,bmk->bkhw", tokens, groups)
+    total = torch.einsum("bmhw,bm->bhw", tokens, content.to(tokens.dtype))[:, None]
+    usable = (total > 0) & (content.sum(-1) > 1)[:, None, None, None]
+    return torch.where(usable, regions / torch.where(usable, total, 1), regions)
+
+
+def normalise(maps: Float[Tensor, "b k H W"], size: int, sigma: float) -> Float[Tensor, "b k H W"]:
+    """Gaussian blur, then min-max per map (GoCA, per-token renormalisation)."""
+    return min_max(blur(maps, size, sigma))
+
+
+# ---- refinement ------------------------------------------------------------------------------------------------------
+def refine(
+    maps: Float[Tensor, "b k H W"], records: list[AttentionRecord], order: int
+) -> Float[Tensor, "b k H W"]:
+    """x <- A_self x, `order` times, then min-max: A_self is the mean over heads and layers (GoCA, self-attention refinement).
+
+    Every record shares the maps' grid. mean_h softmax(q_h k_h^T) x is attention with value x, averaged over heads.
+    """
+    x = maps.flatten(2).mT
+    for _ in range(order):
+        x = torch.stack([affinity_product(record, x) for record in records]).mean(0)
+    return min_max(as_maps(x, records[0].grid)) if records and order else maps
+
+
+def affinity_product(record: AttentionRecord, x: Float[Tensor, "b p k"]) -> Float[Tensor, "b p k"]:
+    """mean_h softmax(q_h k_h^T) x, in blocks of query rows."""
+    product = torch.empty_like(x)
+    for rows in blocks(x.shape[1], record.query.shape[0] * record.query.shape[1] * x.shape[1]):
+        product[:, rows] = (attention(record, rows) @ x[:, None]).mean(1)
+    return product
+
+
+# ---- attention in blocks ---------------------------------------------------------------------------------------------
+def attention(record: AttentionRecord, rows: slice | Int[Tensor, " rows"]) -> Float[Tensor, "b h rows n"]:
+    """Recomputed probabilities of some query rows, float32."""
+    logits = record.query[:, :, rows].float() @ record.key.float().mT * record.scale
+    if record.mask is not None:
+        mask = record.mask.float()
+        logits = logits + (mask if mask.shape[-2] == 1 else mask[:, :, rows])
+    return logits.softmax(-1)
+
+
+def blocks(rows: int, row_size: int) -> Iterator[slice]:
+    """Slices of query rows, each at most BLOCK probabilities of `row_size` a row."""
+    step = max(1, BLOCK // max(1, row_size))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def one_hot(scores: Float[Tensor, "b k H W"], present: Bool[Tensor, "b k"]) -> Bool[Tensor, "b k H W"]:
+    """The argmax as masks: one region a pixel, the first one of equals; padding never wins."""
+    winner = scores.masked_fill(~present[..., None, None], -torch.inf).argmax(1)
+    return F.one_hot(winner, scores.shape[1]).movedim(-1, 1).bool()
+
+
+# ---- the method on one denoiser call ---------------------------------------------------------------------------------
+class GoCASegmentor:
+    """One denoiser call's attention to region scores: `keep` each record as it comes, then ask.
+
+    Kept between the two: the observed tokens' map of each cross layer, and the queries and keys of the self layers. With
+    `guided`, the batch is [unconditional, conditional]: the conditional half makes the regions, and of the unconditional
+    half only the `sink` token's map is taken, which makes the foreground. The layer weights of the conditional half serve
+    both.
+    """
+
+    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, guided: bool, sink: int = 0):
+        self.config, self.preset, self.layout, self.guided, self.sink = config, preset, layout, guided, sink
+        self.order = preset.order if config.refine_order is None else config.refine_order
+        self._kept = set(preset.fine) if self.order else set()
+        if config.layers == "agreement":
+            self._kept |= {*preset.self_layers, preset.reference}
+        self._records: dict[str, AttentionRecord] = {}
+        self._maps: dict[str, Tensor] = {}
+        self._sinks: dict[str, Tensor] = {}
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Names of the layers that must be observed."""
+        return frozenset(self._kept | set(self.preset.cross))
+
+    def keep(self, record: AttentionRecord) -> None:
+        """Reduce one record to what the sums need."""
+        conditional = record.branch(1) if self.guided else record
+        if record.name in self._kept:
+            self._records[record.name] = conditional
+        if record.name in self.preset.cross:
+            self._maps[record.name] = self._cross_map(conditional, self.layout.columns)
+            if self.guided:
+                sink = torch.full_like(self.layout.columns[:, :1], self.sink)
+                self._sinks[record.name] = self._cross_map(record.branch(0), sink)
+
+    def _cross_map(self, record, columns):
+        weights = None
+        if self.config.heads == "contribution":
+            weights = head_weights(record.output, record.projection, self.config.clamp_heads)
+        return as_maps(token_maps(record, columns, weights), record.grid)
+
+    def weights(self) -> Float[Tensor, "b l"]:
+        """Weight of each cross layer, in the preset's order."""
+        if self.config.layers == "uniform":
+            return self.layout.groups.new_ones(len(self.layout.labels), len(self._maps)) / len(self._maps)
+        reference = self._records[self.preset.reference]
+        features = reference.query.transpose(1, 2).flatten(2)
+        affinity = pseudo_attention(features, self.config.reference_channels)
+        pulled, ones, found = {}, features.new_ones(1, 1, *reference.grid, dtype=torch.float32), []
+        for record in (self._records[name] for name in self.preset.self_layers):
+            if record.grid not in pulled:
+                mass = resize_adjoint(ones, record.grid).flatten() if self.config.row_normalise else None
+                pulled[record.grid] = (*pull_affinity(affinity, reference.grid, record.grid), mass)
+            found.append(agreement(record, *pulled[record.grid]))
+        return layer_weights(torch.stack(found, -1))
+
+    def scores(self) -> Float[Tensor, "b k H W"]:
+        """One map in [0, 1] for each region of the layout, at the finest cross-attention grid."""
+        return self._scores(self.weights())
+
+    def _scores(self, weights):
+        tokens, layout, config = self._merge(self._maps, weights), self.layout, self.config
+        content = layout.content if config.rescale else torch.zeros_like(layout.content)
+        maps = normalise(rescale(tokens, layout.groups, content), config.blur_size, config.blur_sigma)
+        return refine(maps, [self._records[name] for name in self.preset.fine] if self.order else [], self.order)
+
+    def _merge(self, maps, weights):
+        """A = sum_l w[l] bilinear(A[l]) at the finest grid, clamped at zero."""
+        size = max((maps[name].shape[-2:] for name in self.preset.cross), key=lambda grid: grid[0] * grid[1])
+        merged = sum(weights[:, l, None, None, None] * resize(maps[name], size) for l, name in enumerate(self.preset.cross))
+        return merged.clamp(min=0)
+
+    def regions(self, size: tuple[int, int]) -> Regions:
+        """The argmax over regions, and the foreground: where the unconditional sink token's map is below one half."""
+        weights = self.weights()
+        masks = one_hot(self._scores(weights), self.layout.present)
+        sink = normalise(self._merge(self._sinks, weights), self.config.blur_size, self.config.blur_sigma)
+        return Regions(nearest(masks, size), nearest(sink < 0.5, size), self.layout.labels)

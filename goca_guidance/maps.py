@@ -1,0 +1,82 @@
+"""Operations on maps: one blur, one min-max, one resize convention, and the adjoints of the resizes."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def min_max(maps: Float[Tensor, "b k H W"]) -> Float[Tensor, "b k H W"]:
+    """Each map to [0, 1] over its pixels (GoCA, per-token min-max). A constant map becomes zeros, never NaN."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / torch.where(high > low, high - low, 1)
+
+
+def blur(maps: Float[Tensor, "b k H W"], size: int, sigma: float) -> Float[Tensor, "b k H W"]:
+    """Gaussian blur with reflected borders; `size` odd, `sigma` in pixels, the true standard deviation.
+
+    The window shrinks to the largest odd one that reflection allows when a map is smaller than the kernel.
+    """
+    rows, columns = (_gaussian(min(size, 2 * n - 1), sigma, maps) for n in maps.shape[-2:])
+    flat = maps.flatten(0, 1).unsqueeze(1)
+    flat = F.pad(flat, (len(columns) // 2,) * 2 + (len(rows) // 2,) * 2, mode="reflect")
+    return F.conv2d(F.conv2d(flat, columns[None, None, None, :]), rows[None, None, :, None]).view(maps.shape)
+
+
+def _gaussian(size: int, sigma: float, like: Tensor) -> Float[Tensor, " taps"]:
+    offsets = torch.arange(size, dtype=like.dtype, device=like.device) - size // 2
+    taps = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    return taps / taps.sum()
+
+
+def resize(maps: Float[Tensor, "b k H W"], size: tuple[int, int]) -> Float[Tensor, "b k Y X"]:
+    """Bilinear, pixel centres (align_corners=False), no antialiasing."""
+    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def nearest(masks: Bool[Tensor, "b k H W"], size: tuple[int, int]) -> Bool[Tensor, "b k Y X"]:
+    """Nearest resizing of masks: a partition stays a partition."""
+    if masks.shape[-2:] == size:
+        return masks
+    return masks.flatten(-2)[..., nearest_index(masks.shape[-2:], size, masks.device)].unflatten(-1, size)
+
+
+def as_maps(tokens: Float[Tensor, "b p k"], grid: tuple[int, int]) -> Float[Tensor, "b k H W"]:
+    """Pixel tokens in row-major order to maps."""
+    return tokens.mT.unflatten(-1, grid)
+
+
+def resize_adjoint(maps: Float[Tensor, "b k Y X"], size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
+    """Transpose of `resize` from `size` to the size of `maps`: <resize(a), m> = <a, resize_adjoint(m)>."""
+    if maps.shape[-2:] == size:
+        return maps
+    rows, columns = (_bilinear_matrix(a, b, maps) for a, b in zip(size, maps.shape[-2:], strict=True))
+    return rows.mT @ maps @ columns
+
+
+def _bilinear_matrix(source: int, target: int, like: Tensor) -> Float[Tensor, "target source"]:
+    """Rows are target pixels: `matrix @ x` is the one-dimensional `resize` of x."""
+    eye = torch.eye(source, dtype=like.dtype, device=like.device)[None]
+    return F.interpolate(eye, target, mode="linear", align_corners=False)[0].mT
+
+
+def nearest_index(source: tuple[int, int], target: tuple[int, int], device=None) -> Int[Tensor, " p"]:
+    """For each target pixel (row-major) the source pixel that nearest resizing reads."""
+    rows, columns = (torch.arange(b, device=device) * a // b for a, b in zip(source, target, strict=True))
+    return (rows[:, None] * source[1] + columns).flatten()
+
+
+def pull_affinity(
+    affinity: Float[Tensor, "b P Q"], reference: tuple[int, int], grid: tuple[int, int]
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, "b rows q"]]:
+    """Adjoint of GoCA's affinity resize (keys bilinear, queries nearest) from `grid` to the `reference` grid.
+
+    Returns the query rows of `grid` that the resize reads at all, and the pulled affinity in those rows, so that
+    <affinity, resize(a)> = <pulled, a[rows]> for any affinity `a` of the grid. A fine layer needs few of its rows.
+    """
+    queries = nearest_index(grid, reference, affinity.device)
+    rows, position = queries.unique(return_inverse=True)
+    keys = resize_adjoint(affinity.unflatten(-1, reference), grid).flatten(-2)
+    if len(rows) == len(queries):
+        return rows, keys
+    return rows, keys.new_zeros(len(keys), len(rows), keys.shape[-1]).index_add_(1, position, keys)
