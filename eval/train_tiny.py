@@ -10,7 +10,6 @@ the step's number alone, so a resumed run and an unbroken one see the same data.
 
 import argparse
 import csv
-import shutil
 import time
 from pathlib import Path
 
@@ -23,7 +22,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from eval.report import replacing
 from eval.scenes import CAPTION_WORDS, CLASSES, scene
 
 SIZE, LATENT, MAX_TOKENS = 64, 16, 32
@@ -35,20 +36,25 @@ EMBEDDING_STD = 0.5  # token embeddings start loud enough for attention to hear 
 # ---- components ------------------------------------------------------------------------------------------------------
 def clip_tokenizer(words, max_length: int = MAX_TOKENS) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges make each of `words` one token; any other text falls back to letters."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     alphabet = list(bytes_to_unicode().values())
-    vocab = {token: i for i, token in enumerate(alphabet + [c + "</w>" for c in alphabet])}
-    merges: dict[tuple[str, str], None] = {}
-    for word in sorted(set(words)):
-        left, *rest = [*word[:-1], word[-1] + "</w>"]
-        for right in rest:
-            merges.setdefault((left, right))
-            left += right
-            vocab.setdefault(left, len(vocab))
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocab[special] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=max_length)
+    chains = {word: _merge_chain(word) for word in sorted(set(words))}
+    tokens = alphabet + [c + "</w>" for c in alphabet] + [a + b for chain in chains.values() for a, b in chain]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    for _ in range(len(chains) + 1):
+        merges = list(dict.fromkeys(pair for chain in chains.values() for pair in chain))
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+        broken = {word: chain for word, chain in chains.items() if len(tokenizer.tokenize(word)) > 1}
+        if not broken:
+            return tokenizer
+        chains = broken | {word: chain for word, chain in chains.items() if word not in broken}  # they merge first now
+    raise ValueError(f"Expected words whose merges can be ordered, but these always break others: {sorted(broken)}.")
+
+
+def _merge_chain(word):
+    """Merges that build a word from left to right: c0 c1 -> c0c1, c0c1 c2 -> c0c1c2, ..."""
+    letters = [*word[:-1], word[-1] + "</w>"]
+    return [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
 
 
 def caption_words() -> list[str]:
@@ -138,23 +144,6 @@ def scenes_file(run: Path, split: str, count: int) -> Path:
 def images_of(path: Path) -> torch.Tensor:
     """Images of a scenes file, [N 3 H W] uint8."""
     return torch.from_numpy(np.load(path)["images"]).permute(0, 3, 1, 2).contiguous()
-
-
-class replacing:  # noqa: N801 - reads as a verb: `with replacing(path) as part`
-    """Write to a temporary name and rename when whole, so that no half-written file is ever taken for a whole one."""
-
-    def __init__(self, path: Path):
-        self.path, self.part = path, path.with_name(f".part-{path.name}")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.part
-
-    def __exit__(self, failed, *_):
-        if failed is None:
-            if self.path.is_dir():
-                shutil.rmtree(self.path)
-            self.part.replace(self.path)
 
 
 # ---- a resumable loop ------------------------------------------------------------------------------------------------

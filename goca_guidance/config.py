@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 # English function words that a prompt's regions may leave out (GoCA, per-pixel rescaling: content tokens).
 STOP_WORDS = frozenset(
@@ -30,9 +29,9 @@ class GoCAConfig:
         blur_size, blur_sigma: the Gaussian before min-max, in pixels of the working size.
     """
 
-    heads: Literal["contribution", "uniform"] = "contribution"
+    heads: str = "contribution"
     clamp_heads: bool = False
-    layers: Literal["agreement", "uniform"] = "agreement"
+    layers: str = "agreement"
     row_normalise: bool = False
     reference_channels: int | None = None
     rescale: bool = True
@@ -81,7 +80,7 @@ class SCFGConfig:
     ceiling: float = 15.0
     smooth_size: int = 3
     smooth_sigma: float = 0.5**0.5
-    segmentor: Literal["goca", "s-cfg"] = "goca"
+    segmentor: str = "goca"
 
     def __post_init__(self):
         _among("segmentor", self.segmentor, ("goca", "s-cfg"))

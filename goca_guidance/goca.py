@@ -15,7 +15,8 @@ from goca_guidance.config import GoCAConfig, LayerPreset
 from goca_guidance.maps import as_maps, blur, min_max, nearest, pull_affinity, resize, resize_adjoint
 from goca_guidance.records import AttentionRecord, Regions, TokenLayout
 
-BLOCK = 2**24  # probabilities held at one time, over batch, heads, query rows and keys (64 MB)
+BLOCK = {"cpu": 2**21}  # probabilities held at one time, over batch, heads, query rows and keys: a CPU's cache
+LARGE_BLOCK = 2**26  # on any other device (256 MB)
 
 
 # ---- heads (paper: auto aggregation, heads) --------------------------------------------------------------------------
@@ -44,7 +45,7 @@ def token_maps(
     b, heads, pixels, _ = record.query.shape
     merged = torch.empty(b, pixels, columns.shape[1], device=record.query.device)
     index = columns[:, None, None, :].expand(b, heads, 1, -1)
-    for rows in blocks(pixels, b * heads * record.key.shape[2]):
+    for rows in blocks(record, pixels):
         probs = attention(record, rows)
         wanted = probs.gather(-1, index.expand(-1, -1, probs.shape[2], -1))
         if weights is None:
@@ -72,7 +73,7 @@ def agreement(
     `row_mass` divides each resized row by its sum, which the released code does not.
     """
     total = reference.new_zeros(len(reference))
-    for block in blocks(len(rows), record.query.shape[0] * record.query.shape[1] * record.key.shape[2]):
+    for block in blocks(record, len(rows)):
         probs = attention(record, rows[block]).mean(1)
         match = (probs * reference[:, block]).sum(-1)
         total += (match if row_mass is None else match / (probs @ row_mass)).sum(-1)
@@ -121,11 +122,15 @@ def refine(
 
 
 def affinity_product(record: AttentionRecord, x: Float[Tensor, "b p k"]) -> Float[Tensor, "b p k"]:
-    """mean_h softmax(q_h k_h^T) x, in blocks of query rows."""
-    product = torch.empty_like(x)
-    for rows in blocks(x.shape[1], record.query.shape[0] * record.query.shape[1] * x.shape[1]):
-        product[:, rows] = (attention(record, rows) @ x[:, None]).mean(1)
-    return product
+    """mean_h softmax(q_h k_h^T) x by fused attention, whose kernels want values as wide as a head: x is padded to that."""
+    query, key, width = record.query.float(), record.key.float(), record.query.shape[-1]
+    mask = None if record.mask is None else record.mask.float()
+    products = []
+    for part in x.split(width, dim=-1):
+        value = F.pad(part, (0, width - part.shape[-1]))[:, None].expand(-1, query.shape[1], -1, -1)
+        product = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=record.scale)
+        products.append(product.mean(1)[..., : part.shape[-1]])
+    return torch.cat(products, -1)
 
 
 # ---- attention in blocks ---------------------------------------------------------------------------------------------
@@ -138,9 +143,10 @@ def attention(record: AttentionRecord, rows: slice | Int[Tensor, " rows"]) -> Fl
     return logits.softmax(-1)
 
 
-def blocks(rows: int, row_size: int) -> Iterator[slice]:
-    """Slices of query rows, each at most BLOCK probabilities of `row_size` a row."""
-    step = max(1, BLOCK // max(1, row_size))
+def blocks(record: AttentionRecord, rows: int) -> Iterator[slice]:
+    """Slices of `rows` query rows, few enough at a time for the probabilities of all heads to stay small."""
+    batch, heads, _, _ = record.query.shape
+    step = max(1, BLOCK.get(record.query.device.type, LARGE_BLOCK) // (batch * heads * record.key.shape[2]))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -1,0 +1,147 @@
+"""mIoU of segmentation methods on held-out scenes: `python -m eval.segmentation configs/scenes.toml`.
+
+Protocol: the names of a scene's own classes are given (image tags), every pixel counts, there is no void and no
+threshold to choose. Intersections and unions are summed over the whole set, then IoU is averaged over classes. The
+difference from the first method comes with a 95 % interval of a paired bootstrap over scenes.
+
+A method that was measured before on the same weights, scenes and settings is read from runs/.
+"""
+
+import argparse
+import hashlib
+import json
+import tomllib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+from tqdm.auto import tqdm
+
+from eval.report import markdown, replacing, write_json
+from eval.scenes import CLASSES, OBJECTS, scene
+from goca_guidance import TINY_SD, GoCAConfig, GoCASCFGPipeline
+from goca_guidance.config import from_mapping
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One TOML file: which scenes, which model, which methods (a `GoCAConfig` each, plus `timestep`)."""
+
+    methods: dict[str, dict]
+    split: str = "test"
+    scenes: int = 200
+    model: str = TINY_SD
+    timestep: int | None = None
+    num_noises: int = 1
+    result: str = "results/segmentation-scenes.json"
+    seed: int = 0
+
+
+def confusions(pipe, experiment: Experiment, name: str, settings: dict) -> np.ndarray:
+    """Confusion matrix of each scene, [scenes classes classes], rows are the truth."""
+    settings = dict(settings)
+    timestep = settings.pop("timestep", experiment.timestep)
+    config, found = from_mapping(GoCAConfig, settings), []
+    for index in tqdm(range(experiment.scenes), desc=name):
+        drawn = scene(experiment.split, index)
+        segmentation = pipe.segment(
+            drawn.image,
+            drawn.names,
+            timestep=timestep,
+            num_noises=experiment.num_noises,
+            generator=torch.Generator().manual_seed(experiment.seed + index),
+            goca=config,
+        )
+        classes = torch.tensor([CLASSES.index(n) for n in segmentation.classes])
+        prediction, truth = classes[segmentation.label_maps[0]], torch.from_numpy(drawn.mask).long()
+        found.append(multiclass_confusion_matrix(prediction, truth, num_classes=len(CLASSES)).numpy())
+    return np.stack(found)
+
+
+def iou(confusion: np.ndarray) -> np.ndarray:
+    """Intersection over union of each class, in percent; NaN for a class that neither truth nor prediction has."""
+    hit = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
+    union = confusion.sum(-1) + confusion.sum(-2) - hit
+    return np.divide(100 * hit, union, out=np.full_like(hit, np.nan), where=union > 0)
+
+
+def interval(ours: np.ndarray, base: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of mIoU(ours) - mIoU(base), resampling scenes in pairs."""
+    rng, differences = np.random.default_rng(seed), []
+    for _ in range(draws):
+        times = np.bincount(rng.integers(len(ours), size=len(ours)), minlength=len(ours))
+        sums = [np.tensordot(times, c, axes=1) for c in (ours, base)]
+        differences.append(np.nanmean(iou(sums[0])) - np.nanmean(iou(sums[1])))
+    return tuple(np.percentile(differences, [2.5, 97.5]).round(2).tolist())
+
+
+def run(experiment: Experiment, cache: Path = Path("runs/segmentation")) -> list[dict]:
+    """A table row for each method, the first one being the base of the differences."""
+    pipe, rows, base = load(experiment.model), [], None
+    for name, settings in experiment.methods.items():
+        matrices = cached(cache, experiment, settings, lambda: confusions(pipe, experiment, name, settings))
+        base = matrices if base is None else base
+        each = iou(matrices.sum(0))
+        difference = np.nanmean(each) - np.nanmean(iou(base.sum(0)))
+        low, high = interval(matrices, base)
+        rows.append(
+            {
+                "method": name,
+                "mIoU": round(float(np.nanmean(each)), 2),
+                "mIoU objects": round(float(np.nanmean(each[: len(OBJECTS)])), 2),
+                "difference": round(float(difference), 2),
+                "95 % interval": f"{low:+.2f} to {high:+.2f}",
+                "settings": settings,
+            }
+        )
+    return rows
+
+
+def cached(folder: Path, experiment: Experiment, settings: dict, compute) -> np.ndarray:
+    """Confusions of one method, from disk where the same weights, scenes and settings were measured before."""
+    inputs = {k: v for k, v in asdict(experiment).items() if k not in ("methods", "result", "model")}
+    inputs |= {"settings": settings, "weights": weights_digest(experiment.model)}
+    path = folder / (hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16] + ".npy")
+    if not path.exists():
+        matrices = compute()
+        with replacing(path) as part, part.open("wb") as file:
+            np.save(file, matrices)
+    return np.load(path)
+
+
+def weights_digest(model: str) -> str:
+    """Digest of a model folder's weights; the name itself for a hub repository."""
+    files = sorted(Path(model).glob("*/*.safetensors"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() if files else model
+
+
+def load(model: str) -> GoCASCFGPipeline:
+    """The pipeline on the accelerator, if there is one, and silent."""
+    pipe = GoCASCFGPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a TOML file with the fields of Experiment")
+    parser.add_argument("--scenes", type=int, help="how many scenes, instead of the file's number")
+    parser.add_argument("--methods", nargs="+", help="only these methods of the file")
+    parser.add_argument("--result", help="where the JSON goes, instead of the file's place")
+    args = parser.parse_args()
+    experiment = from_mapping(Experiment, tomllib.loads(args.config.read_text()))
+    changes = {name: value for name in ("scenes", "result") if (value := getattr(args, name)) is not None}
+    if args.methods:
+        changes["methods"] = {name: experiment.methods[name] for name in args.methods}
+    experiment = replace(experiment, **changes)
+    rows = run(experiment)
+    command = f"python -m eval.segmentation {args.config}" + (f" --scenes {args.scenes}" if args.scenes else "")
+    described = {k: v for k, v in asdict(experiment).items() if k not in ("methods", "result", "model")}
+    write_json(Path(experiment.result), {"command": command, "experiment": described, "rows": rows})
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""No network, quiet libraries, and a tiny real Stable Diffusion built in code."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from goca_guidance import GoCASCFGPipeline
+from tests.tiny import tiny_components
+
+
+diffusers_logging.set_verbosity_error()
+diffusers_logging.disable_progress_bar()
+
+
+@pytest.fixture
+def pipe() -> GoCASCFGPipeline:
+    """Our pipeline on tiny random weights, the same at every call."""
+    pipe = GoCASCFGPipeline(**tiny_components())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

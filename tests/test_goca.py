@@ -1,0 +1,232 @@
+"""The fast forms of GoCA equal the naive ones, which are written here as the paper says them."""
+
+import pytest
+import torch
+
+from goca_guidance import goca
+from goca_guidance.config import GoCAConfig, LayerPreset
+from goca_guidance.maps import blur, min_max
+from goca_guidance.records import AttentionRecord, TokenLayout
+from tests.test_maps import resized_affinity
+
+
+def record(name="layer", b=2, heads=3, grid=(4, 4), keys=None, d=5, seed=0, channels=7):
+    g = torch.Generator().manual_seed(seed)
+    pixels = grid[0] * grid[1]
+    keys = keys or pixels
+    q, k, v = (torch.randn(b, heads, n, d, generator=g) for n in (pixels, keys, keys))
+    z = (q @ k.mT * d**-0.5).softmax(-1) @ v
+    projection = torch.randn(heads * d, channels, generator=g)
+    return AttentionRecord(name, q, k, v, z, d**-0.5, grid, None, projection)
+
+
+def naive_probs(r):
+    return (r.query @ r.key.mT * r.scale).softmax(-1)
+
+
+def naive_head_weights(r):
+    """<o_h, o> / <o, o> with every per-head output built."""
+    d = r.query.shape[-1]
+    per_head = torch.stack([r.output[:, h] @ r.projection[h * d : (h + 1) * d] for h in range(r.query.shape[1])], 1)
+    whole = per_head.sum(1, keepdim=True)
+    return (per_head * whole).sum(-1) / (whole * whole).sum(-1)
+
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+def test_head_weights_equal_the_naive_form():
+    r = record()
+    fast = goca.head_weights(r.output, r.projection)
+    assert torch.allclose(fast, naive_head_weights(r), atol=1e-5)
+    assert torch.allclose(fast.sum(1), torch.ones(2, 16), atol=1e-5)
+
+
+def test_head_weights_by_hand():
+    """Two heads that write (3, 0) and (1, 2): o = (4, 2), shares 12/20 and 8/20."""
+    z = torch.tensor([[[[3.0, 0.0]], [[1.0, 2.0]]]])
+    weights = goca.head_weights(z, torch.cat([torch.eye(2), torch.eye(2)]))
+    assert torch.allclose(weights, torch.tensor([[[0.6], [0.4]]]))
+
+
+def test_head_weights_clamp_and_silence():
+    """A head that writes against the rest is negative, or zero when clamped; silent layers are uniform."""
+    z = torch.tensor([[[[3.0, 0.0]], [[-1.0, 0.0]]]])
+    projection = torch.cat([torch.eye(2), torch.eye(2)])
+    assert torch.allclose(goca.head_weights(z, projection), torch.tensor([[[1.5], [-0.5]]]))
+    assert torch.allclose(goca.head_weights(z, projection, clamp=True), torch.tensor([[[1.0], [0.0]]]))
+    assert torch.allclose(goca.head_weights(z * 0, projection), torch.tensor([[[0.5], [0.5]]]))
+
+
+def test_head_weights_are_float32_in_half_precision():
+    """Inner products beyond the range of float16 stay finite."""
+    r = record()
+    assert torch.isfinite(goca.head_weights((r.output * 500).half(), r.projection.half())).all()
+
+
+@pytest.mark.parametrize("block", [1, 40, 2**21])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_token_maps_equal_the_naive_form(block, weighted, monkeypatch):
+    monkeypatch.setitem(goca.BLOCK, "cpu", block)
+    r, columns = record(keys=6), torch.tensor([[0, 3, 5], [1, 2, 2]])
+    weights = goca.head_weights(r.output, r.projection) if weighted else None
+    merged = torch.einsum("bhpn,bhp->bpn", naive_probs(r), torch.full((2, 3, 16), 1 / 3) if weights is None else weights)
+    expected = torch.stack([merged[b][:, columns[b]] for b in range(2)])
+    assert torch.allclose(goca.token_maps(r, columns, weights), expected, atol=1e-6)
+
+
+def test_mask_is_respected():
+    r = record(keys=6)
+    mask = torch.zeros(2, 1, 1, 6).masked_fill(torch.arange(6) > 3, -10000.0)
+    masked = AttentionRecord(r.name, r.query, r.key, r.value, r.output, r.scale, r.grid, mask, r.projection)
+    assert goca.token_maps(masked, torch.tensor([[4, 5]] * 2), None).abs().max() == 0
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("block", [1, 100, 2**21])
+@pytest.mark.parametrize("grid", [(2, 2), (4, 4), (8, 8)])
+def test_agreement_equals_the_naive_form(grid, block, monkeypatch):
+    monkeypatch.setitem(goca.BLOCK, "cpu", block)
+    reference = goca.pseudo_attention(torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(1)))
+    r = record(grid=grid)
+    resized = resized_affinity(naive_probs(r).mean(1), grid, (4, 4))
+    rows, pulled = goca.pull_affinity(reference, (4, 4), grid)
+    assert torch.allclose(goca.agreement(r, rows, pulled), (reference * resized).sum((1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (4, 4), (8, 8)])
+def test_row_normalised_agreement(grid):
+    reference = goca.pseudo_attention(torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(1)))
+    r = record(grid=grid)
+    resized = resized_affinity(naive_probs(r).mean(1), grid, (4, 4))
+    resized = resized / resized.sum(-1, keepdim=True)
+    mass = goca.resize_adjoint(torch.ones(1, 1, 4, 4), grid).flatten()
+    rows, pulled = goca.pull_affinity(reference, (4, 4), grid)
+    assert torch.allclose(goca.agreement(r, rows, pulled, mass), (reference * resized).sum((1, 2)), atol=1e-5)
+
+
+def test_pseudo_attention_channels():
+    """One channel only is the released benchmark code's reference."""
+    f = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(goca.pseudo_attention(f, 1), (f[..., :1] @ f[..., :1].mT).softmax(-1))
+
+
+def test_layer_weights_by_hand():
+    weights = goca.layer_weights(torch.tensor([[1.0, 3.0, -2.0], [-1.0, -1.0, 0.0]]))
+    assert torch.allclose(weights, torch.tensor([[0.25, 0.75, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
+
+
+# ---- rescaling -------------------------------------------------------------------------------------------------------
+def test_rescale_by_hand():
+    """Two pixels, three tokens; tokens 0 and 1 are one region, 2 another; each pixel is divided by its sum."""
+    tokens = torch.tensor([[[[0.2, 0.1]], [[0.4, 0.1]], [[0.2, 0.2]]]])
+    groups = torch.tensor([[[0.5, 0.0], [0.5, 0.0], [0.0, 1.0]]])
+    scores = goca.rescale(tokens, groups, torch.ones(1, 3, dtype=torch.bool))
+    assert torch.allclose(scores, torch.tensor([[[[0.375, 0.25]], [[0.25, 0.5]]]]))
+
+
+def test_special_tokens_do_not_divide():
+    tokens = torch.tensor([[[[0.2]], [[0.6]], [[0.2]]]])
+    scores = goca.rescale(tokens, torch.eye(3)[None], torch.tensor([[True, False, True]]))
+    assert torch.allclose(scores.flatten(), torch.tensor([0.5, 1.5, 0.5]))
+
+
+def test_one_content_token_keeps_its_own_map():
+    """Divided by itself it would be constant, and say nothing."""
+    tokens = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(goca.rescale(tokens, torch.ones(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)), tokens)
+
+
+def test_silent_pixels_and_padding_stay_finite():
+    scores = goca.rescale(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool))
+    assert torch.equal(scores, torch.zeros(1, 3, 2, 2))
+
+
+# ---- refinement ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("regions", [1, 5, 8])  # heads are five channels wide: less, as much, more
+def test_refinement_equals_the_naive_form(regions):
+    records = [record(seed=1), record(seed=2)]
+    x = torch.rand(2, regions, 4, 4, generator=torch.Generator().manual_seed(3))
+    affinity = torch.stack([naive_probs(r).mean(1) for r in records]).mean(0)
+    once = torch.stack([goca.affinity_product(r, x.flatten(2).mT) for r in records]).mean(0)
+    assert torch.allclose(once, affinity @ x.flatten(2).mT, atol=1e-6)
+    expected = min_max((affinity @ (affinity @ x.flatten(2).mT)).mT.unflatten(-1, (4, 4)))
+    assert torch.allclose(goca.refine(x, records, 2), expected, atol=1e-3)  # min-max enlarges what two products left
+
+
+def test_no_refinement_changes_nothing():
+    x = torch.rand(1, 2, 4, 4)
+    assert goca.refine(x, [], 0) is x
+
+
+# ---- together --------------------------------------------------------------------------------------------------------
+def segmentor_and_records(guided, config=GoCAConfig(), b=1):
+    preset = LayerPreset(("fine.attn2", "coarse.attn2"), "fine.attn2", ("fine.attn1",), 2, 100)
+    full = 2 * b if guided else b
+    records = [
+        record("fine.attn1", full, seed=1),
+        record("fine.attn2", full, seed=2, keys=6),
+        record("coarse.attn1", full, grid=(2, 2), seed=3),
+        record("coarse.attn2", full, grid=(2, 2), seed=4, keys=6),
+    ]
+    groups = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])[None].repeat(b, 1, 1)
+    content = torch.tensor([[True, True, False]]).repeat(b, 1)
+    layout = TokenLayout((("cat", "bus", "<sos>"),) * b, torch.tensor([[2, 3, 0]]).repeat(b, 1), groups, content)
+    segmentor = goca.GoCASegmentor(config, preset, layout, guided)
+    for r in records:
+        segmentor.keep(r)
+    return segmentor, records
+
+
+def test_segmentor_is_the_paper_in_one_piece():
+    """Every stage naive, in order, from the same records."""
+    segmentor, (own_f, fine, own_c, coarse) = segmentor_and_records(guided=False)
+    maps_ = [torch.einsum("bhpn,bhp->bpn", naive_probs(r), naive_head_weights(r))[..., [2, 3, 0]] for r in (fine, coarse)]
+    reference = goca.pseudo_attention(fine.query.transpose(1, 2).flatten(2))
+    own = [resized_affinity(naive_probs(r).mean(1), r.grid, (4, 4)) for r in (own_f, own_c)]
+    agreements = torch.stack([(reference * a).sum((1, 2)) for a in own], -1)
+    w = agreements / agreements.sum(-1, keepdim=True)
+    grids = [m.mT.unflatten(-1, r.grid) for m, r in zip(maps_, (fine, coarse), strict=True)]
+    big = [g if g.shape[-1] == 4 else torch.nn.functional.interpolate(g, (4, 4), mode="bilinear") for g in grids]
+    merged = sum(w[:, i, None, None, None] * m for i, m in enumerate(big)).clamp(min=0)
+    scores = min_max(blur(merged / merged[:, :2].sum(1, keepdim=True), 5, 1.1))
+    affinity = naive_probs(own_f).mean(1)
+    expected = min_max((affinity @ affinity @ scores.flatten(2).mT).mT.unflatten(-1, (4, 4)))
+    assert torch.allclose(segmentor.scores(), expected, atol=1e-3)
+
+
+def test_regions_are_a_partition_and_use_both_halves():
+    segmentor, records = segmentor_and_records(guided=True)
+    regions = segmentor.regions((8, 8))
+    assert regions.masks.shape == (1, 3, 8, 8)
+    assert (regions.masks.sum(1) == 1).all()
+    assert regions.foreground.shape == (1, 1, 8, 8)
+    alone, _ = segmentor_and_records(guided=False)
+    for r in records:
+        alone.keep(r.branch(1))
+    assert torch.equal(goca.nearest(goca.one_hot(alone.scores(), alone.layout.present), (8, 8)), regions.masks)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GoCAConfig.vanilla(),
+        GoCAConfig.released(),
+        GoCAConfig(row_normalise=True),
+        GoCAConfig(refine_order=0),
+        GoCAConfig(clamp_heads=True),
+    ],
+)
+def test_every_configuration_gives_scores_in_the_unit_interval(config):
+    scores = segmentor_and_records(guided=False, config=config)[0].scores()
+    assert torch.isfinite(scores).all()
+    assert scores.min() >= 0
+    assert scores.max() <= 1
+
+
+def test_only_what_is_used_is_observed():
+    vanilla, _ = segmentor_and_records(guided=False, config=GoCAConfig.vanilla(refine_order=0))
+    assert vanilla.layers == {"fine.attn2", "coarse.attn2"}
+
+
+def test_padding_never_wins():
+    masks = goca.one_hot(torch.tensor([[[[0.0]], [[9.0]]]]), torch.tensor([[True, False]]))
+    assert masks.flatten().tolist() == [True, False]
