@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+
 SPRITES = Path(__file__).parent / "sprites"
 OBJECTS = tuple(sorted(path.stem.replace("_", " ") for path in SPRITES.glob("*.webp")))
 GROUNDS = ("grass", "sand", "water", "sky", "brick", "snow", "road", "wood")

@@ -24,6 +24,7 @@ from eval.report import markdown, write_json
 from eval.train_tiny import SCHEDULE, caption_words, clip_tokenizer
 from goca_guidance import TINY_SD, GoCASCFGPipeline
 
+
 PROMPT = "a photo of a cat and a potted plant and a bus on grass"
 
 
@@ -35,11 +36,15 @@ def tiny() -> StableDiffusionPipeline:
 def stable_diffusion_1() -> StableDiffusionPipeline:
     """The full-size U-Net of Stable Diffusion 1.5, random weights; a small text encoder and autoencoder around it."""
     tokenizer = clip_tokenizer(caption_words(), max_length=77)
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=768, num_hidden_layers=1, eos_token_id=tokenizer.eos_token_id)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=768, num_hidden_layers=1, eos_token_id=tokenizer.eos_token_id
+    )
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                         block_out_channels=(32,) * 4, latent_channels=4)  # fmt: skip
     return StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # the class defaults are Stable Diffusion's
+        unet=UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768
+        ),  # the class defaults are Stable Diffusion's
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
@@ -153,9 +158,13 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     rows = [
-        compare(family, batch, args.steps, args.repeats, device, dtype) for family in args.families for batch in args.batch
+        compare(family, batch, args.steps, args.repeats, device, dtype)
+        for family in args.families
+        for batch in args.batch
     ]
-    write_json(args.result, {"command": "python -m eval.speed", "steps": args.steps, "repeats": args.repeats, "rows": rows})
+    write_json(
+        args.result, {"command": "python -m eval.speed", "steps": args.steps, "repeats": args.repeats, "rows": rows}
+    )
     print(markdown(rows))
 
 

@@ -27,10 +27,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from eval.report import replacing
 from eval.scenes import CAPTION_WORDS, CLASSES, scene
 
+
 SIZE, LATENT, MAX_TOKENS = 64, 16, 32
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CAPTION_DROPOUT = 0.1  # fraction of samples that train the unconditional branch
-EMBEDDING_STD = 0.5  # token embeddings start loud enough for attention to hear them (the default 0.02 does not localise)
+EMBEDDING_STD = (
+    0.5  # token embeddings start loud enough for attention to hear them (the default 0.02 does not localise)
+)
 
 
 # ---- components ------------------------------------------------------------------------------------------------------
@@ -186,7 +189,9 @@ class Stage:
         return torch.Generator().manual_seed(hash((self.args.seed, self.accelerator.process_index, step)) % 2**63)
 
     def train(self, loss_of, validate):
-        bar = tqdm(total=self.args.steps, initial=self.step, desc=self.name, disable=not self.accelerator.is_main_process)
+        bar = tqdm(
+            total=self.args.steps, initial=self.step, desc=self.name, disable=not self.accelerator.is_main_process
+        )
         running, started, first = None, time.perf_counter(), self.step
         while self.step < self.args.steps:
             with self.accelerator.autocast():
@@ -268,7 +273,9 @@ def _pixels(images):
 
 
 def _save_vae(vae, images, path, device):
-    latents = torch.cat([vae.encode(_pixels(chunk).to(device)).latent_dist.mode().float() for chunk in images[:2048].split(64)])
+    latents = torch.cat(
+        [vae.encode(_pixels(chunk).to(device)).latent_dist.mode().float() for chunk in images[:2048].split(64)]
+    )
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     with replacing(path) as part:
         vae.save_pretrained(part)
@@ -278,10 +285,14 @@ def latents_file(run: Path, split: str, count: int, device) -> torch.Tensor:
     """Scaled latents of every scene, [N 4 16 16], encoded once."""
     path = run / f"latents-{split}-{count}.pt"
     if not path.exists():
-        vae = AutoencoderKL.from_pretrained(run / "vae" / "weights").to(device, memory_format=torch.channels_last).eval()
+        vae = (
+            AutoencoderKL.from_pretrained(run / "vae" / "weights").to(device, memory_format=torch.channels_last).eval()
+        )
         chunks = images_of(scenes_file(run, split, count)).split(128)
         with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
-            encoded = [vae.encode(_pixels(c).to(device)).latent_dist.mode() for c in tqdm(chunks, desc=f"encoding {split}")]
+            encoded = [
+                vae.encode(_pixels(c).to(device)).latent_dist.mode() for c in tqdm(chunks, desc=f"encoding {split}")
+            ]
         with replacing(path) as part:
             torch.save((torch.cat(encoded).float() * vae.config.scaling_factor).half().cpu(), part)
     return torch.load(path).float()
@@ -345,19 +356,25 @@ def export(args):
             (part / "README.md").write_text(kept)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("vae", "unet", "export"))
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny-sd"), help="folder of scenes, checkpoints and logs")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/tiny-sd"), help="folder of scenes, checkpoints and logs"
+    )
     parser.add_argument("--out", type=Path, default=Path("goca_guidance/models/tiny-sd"), help="where `export` writes")
     parser.add_argument("--scenes", type=int, default=50_000, help="training scenes")
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all, those of earlier runs included")
+    parser.add_argument(
+        "--steps", type=int, default=4000, help="optimiser steps in all, those of earlier runs included"
+    )
     parser.add_argument("--batch", type=int, default=64, help="samples a step and process")
     parser.add_argument("--decay", type=float, default=0.5, help="last fraction of the run in which the rate falls")
-    parser.add_argument("--every", type=int, default=250, help="steps between a log row with a checkpoint and the next")
+    parser.add_argument(
+        "--every", type=int, default=250, help="steps between a log row with a checkpoint and the next"
+    )
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16", "fp16"))
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     {"vae": train_vae, "unet": train_unet, "export": export}[args.stage](args)
 
 

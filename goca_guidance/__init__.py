@@ -13,6 +13,7 @@ from goca_guidance.config import SCFGConfig as SCFGConfig
 from goca_guidance.records import Regions as Regions
 from goca_guidance.records import Segmentation as Segmentation
 
+
 if TYPE_CHECKING:
     from goca_guidance.pipeline import GoCASCFGPipeline as GoCASCFGPipeline
     from goca_guidance.pipeline import GoCASCFGPipelineOutput as GoCASCFGPipelineOutput

@@ -38,7 +38,9 @@ class SCFGSegmentor:
         """The argmax over tokens, and the foreground, at `size`."""
         grids = sorted({self._records[name].grid for name in self.preset.cross})[: self.layers_read]
         tokens = self._maps(1, self.layout.columns, grids)
-        masks = one_hot(torch.einsum("bmhw,bmk->bkhw", _mean_of_relative(tokens), self.layout.groups), self.layout.present)
+        masks = one_hot(
+            torch.einsum("bmhw,bmk->bkhw", _mean_of_relative(tokens), self.layout.groups), self.layout.present
+        )
         start = self._maps(0, torch.full_like(self.layout.columns[:, :1], self.sink), grids)
         others = [1 - m for m in start]  # a pixel's shares sum to one, and refining and smoothing keep that
         foreground = _mean_of_relative(start) <= _mean_of_relative(others)

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+
 # English function words that a prompt's regions may leave out (GoCA, per-pixel rescaling: content tokens).
 STOP_WORDS = frozenset(
-    "a an the this that these those some any and or but nor of on in at by to from with without for as is are was were be "
-    "being been it its his her their my your our very over under into onto near next , . ; : ! ? - ' \" ( )".split()
+    ["a", "an", "the", "this", "that", "these", "those", "some", "any", "and", "or", "but", "nor", "of", "on", "in", "at", "by", "to", "from", "with", "without", "for", "as", "is", "are", "was", "were", "be", "being", "been", "it", "its", "his", "her", "their", "my", "your", "our", "very", "over", "under", "into", "onto", "near", "next", ",", ".", ";", ":", "!", "?", "-", "'", '"', "(", ")"]
 )
 
 
 @dataclass(frozen=True)
 class GoCAConfig:
-    """How attention becomes regions (GoCA, arXiv 2603.06178). The defaults are the paper's, but for
-    `drop_stop_words`, which follows the released generation code.
+    """How attention becomes regions (GoCA, arXiv 2603.06178). The defaults are the paper's method.
 
     Args:
         heads: "contribution" weights each head by its share of the layer's output; "uniform" is the plain mean.
@@ -23,8 +22,8 @@ class GoCAConfig:
             released code, where a coarse layer of r x r weighs (R / r)^2 more.
         reference_channels: keep the first few channels of the dense features; 1 is what the released benchmark code does.
         rescale: divide by the pixel's sum over content tokens; off leaves min-max only.
-        drop_stop_words: in generation, articles, prepositions and punctuation form no region (the paper's rule); off
-            keeps every token that is not special (the released rule).
+        drop_stop_words: in generation, articles, prepositions and punctuation form no region (the paper's rule), unless
+            the prompt has no other words; off keeps every token that is not special (the released rule).
         refine_order: applications of the self-attention to the maps; None takes the family's preset.
         blur_size, blur_sigma: the Gaussian before min-max, in pixels of the working size.
     """
@@ -35,7 +34,7 @@ class GoCAConfig:
     row_normalise: bool = False
     reference_channels: int | None = None
     rescale: bool = True
-    drop_stop_words: bool = False
+    drop_stop_words: bool = True
     refine_order: int | None = None
     blur_size: int = 5
     blur_sigma: float = 1.1
@@ -51,7 +50,9 @@ class GoCAConfig:
         if self.refine_order is not None and self.refine_order < 0:
             raise ValueError(f"Expected `refine_order` to be None or at least 0, but got {self.refine_order}.")
         if self.reference_channels is not None and self.reference_channels < 1:
-            raise ValueError(f"Expected `reference_channels` to be None or at least 1, but got {self.reference_channels}.")
+            raise ValueError(
+                f"Expected `reference_channels` to be None or at least 1, but got {self.reference_channels}."
+            )
 
     @classmethod
     def vanilla(cls, **changes) -> "GoCAConfig":
@@ -60,8 +61,8 @@ class GoCAConfig:
 
     @classmethod
     def released(cls, **changes) -> "GoCAConfig":
-        """The choices of the released benchmark code, its single-channel dense features included."""
-        return replace(cls(reference_channels=1), **changes)
+        """The choices of the released code, the single-channel dense features of its benchmarks included."""
+        return replace(cls(reference_channels=1, drop_stop_words=False), **changes)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ class Background:
         if isinstance(value, (int, float)):
             return cls(threshold=float(value))
         if isinstance(value, str):
-            raise TypeError(f"Expected a number, a list of names or a Background, but got the string {value!r}: use [{value!r}].")
+            raise TypeError(
+                f"Expected a number, a list of names or a Background, but got the string {value!r}: use [{value!r}]."
+            )
         return cls(entities=tuple(value))
 
 

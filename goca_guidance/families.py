@@ -54,7 +54,9 @@ class UNetFamily:
         """How often the grid is halved between the latent and a layer."""
         kind, index = name.split(".")[:2]
         deepest = len(self.denoiser.config.block_out_channels) - 1
-        return {"down_blocks": int, "mid_block": lambda _: deepest, "up_blocks": lambda i: deepest - int(i)}[kind](index)
+        return {"down_blocks": int, "mid_block": lambda _: deepest, "up_blocks": lambda i: deepest - int(i)}[kind](
+            index
+        )
 
     def grid(self, pixels: int, latent: tuple[int, int]) -> tuple[int, int]:
         """Height and width of a layer with so many pixel tokens: the latent's, halved and rounded up until it fits."""

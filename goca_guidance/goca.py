@@ -15,6 +15,7 @@ from goca_guidance.config import GoCAConfig, LayerPreset
 from goca_guidance.maps import as_maps, blur, min_max, nearest, pull_affinity, resize, resize_adjoint
 from goca_guidance.records import AttentionRecord, Regions, TokenLayout
 
+
 BLOCK = {"cpu": 2**21}  # probabilities held at one time, over batch, heads, query rows and keys: a CPU's cache
 LARGE_BLOCK = 2**26  # on any other device (256 MB)
 
@@ -108,9 +109,7 @@ def normalise(maps: Float[Tensor, "b k H W"], size: int, sigma: float) -> Float[
 
 
 # ---- refinement ------------------------------------------------------------------------------------------------------
-def refine(
-    maps: Float[Tensor, "b k H W"], records: list[AttentionRecord], order: int
-) -> Float[Tensor, "b k H W"]:
+def refine(maps: Float[Tensor, "b k H W"], records: list[AttentionRecord], order: int) -> Float[Tensor, "b k H W"]:
     """x <- A_self x, `order` times, then min-max: A_self is the mean over heads and layers (GoCA, self-attention refinement).
 
     Every record shares the maps' grid. mean_h softmax(q_h k_h^T) x is attention with value x, averaged over heads.
@@ -226,7 +225,9 @@ class GoCASegmentor:
     def _merge(self, maps, weights):
         """A = sum_l w[l] bilinear(A[l]) at the finest grid, clamped at zero."""
         size = max((maps[name].shape[-2:] for name in self.preset.cross), key=lambda grid: grid[0] * grid[1])
-        merged = sum(weights[:, l, None, None, None] * resize(maps[name], size) for l, name in enumerate(self.preset.cross))
+        merged = sum(
+            weights[:, l, None, None, None] * resize(maps[name], size) for l, name in enumerate(self.preset.cross)
+        )
         return merged.clamp(min=0)
 
     def regions(self, size: tuple[int, int]) -> Regions:

@@ -4,11 +4,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import BaseOutput
+from PIL import Image
 from torch import Tensor
 
 from goca_guidance.baselines import SCFGSegmentor
@@ -33,7 +34,7 @@ class GoCASCFGPipelineOutput(BaseOutput):
         guidance_maps: float32 [steps b 1 H W], guidance scale times rate of each guided step; None unless asked for.
     """
 
-    images: list
+    images: list[Image.Image] | np.ndarray | Tensor
     nsfw_content_detected: list[bool] | None = None
     regions: list[Regions] | None = None
     guidance_maps: Tensor | None = None
@@ -97,7 +98,8 @@ class GoCASCFGMixin:
         state = None
         if guided:
             self._check_guided(call.arguments, region_tokens)
-            state = _GuidedCall(self, goca or GoCAConfig(), scfg or SCFGConfig(), scfg_start, scfg_stop, region_tokens)
+            configs = goca or GoCAConfig(), scfg or SCFGConfig()
+            state = _GuidedCall(self, *configs, (scfg_start, scfg_stop), region_tokens, output_regions)
             with state.installed():
                 output = stock(**{**_flat(call.arguments), "return_dict": True})
             state.check()
@@ -168,24 +170,23 @@ def _flat(arguments):
 
 
 def _output(stock, state, return_dict, output_regions):
-    ours = (state.regions, state.guidance_maps()) if output_regions and state else (None, None)
-    if output_regions and state is None:
-        ours = ([], None)
+    ours = (([], None) if state is None else state.results()) if output_regions else ()
     if not return_dict:
-        return (*stock.to_tuple()[:1], stock.nsfw_content_detected, *(ours if output_regions else ()))
+        return (stock.images, stock.nsfw_content_detected, *ours)
     return GoCASCFGPipelineOutput(stock.images, stock.nsfw_content_detected, *ours)
 
 
 class _GuidedCall:
     """State of one pipeline call: opens each step's observation, and answers the loop's question for the rate."""
 
-    def __init__(self, pipe, goca, scfg, start, stop, region_tokens):
-        self.pipe, self.goca, self.scfg, self.start, self.stop = pipe, goca, scfg, start, stop
-        self.region_tokens, self.ids, self.layout = region_tokens, None, None
+    def __init__(self, pipe, goca, scfg, span, region_tokens, keep_regions):
+        self.pipe, self.goca, self.scfg, self.span = pipe, goca, scfg, span
+        self.region_tokens, self.keep_regions = region_tokens, keep_regions
         self.family = family_of(pipe.unet)
-        self.step, self.segmentor, self.latent = 0, None, None
+        self.step, self.segmentor, self.latent, self.ids, self.layout = 0, None, None, None, None
         self.regions: list[Regions] = []
         self.maps: list[Tensor] = []
+        self.finite: list[Tensor] = []  # one flag a guided step, read after the loop: no synchronisation inside it
 
     # ---- life of the call --------------------------------------------------------------------------------------------
     @contextmanager
@@ -209,18 +210,20 @@ class _GuidedCall:
 
     def check(self) -> None:
         """After the call: guidance was really applied, and stayed finite."""
-        if self.step == 0:
-            raise RuntimeError(f"{type(self.pipe).__name__} never multiplied its guidance difference by the guidance scale.")
-        for index, rates in enumerate(self.maps):
-            if not torch.isfinite(rates).all():
-                raise ValueError(
-                    f"Expected finite predictions, but the guidance of step {index} is not: the latents or the model's "
-                    "output hold NaN or infinity. Use float32 or bfloat16, or check the model and the latents."
-                )
+        if self.step == 0 and not self.pipe.interrupt:
+            raise RuntimeError(
+                f"{type(self.pipe).__name__} never multiplied its guidance difference by the guidance scale."
+            )
+        if self.finite and not torch.stack(self.finite).all():
+            first = torch.stack(self.finite).logical_not().nonzero()[0].item()
+            raise ValueError(
+                f"Expected finite predictions, but those of guided step {first} hold NaN or infinity: use float32 or "
+                "bfloat16, or check the model and the latents."
+            )
 
-    def guidance_maps(self) -> Tensor | None:
-        """[steps b 1 H W] float32."""
-        return torch.stack(self.maps) if self.maps else None
+    def results(self) -> tuple[list[Regions], Tensor | None]:
+        """Regions of each guided step, and guidance maps [steps b 1 H W], on the CPU."""
+        return [regions.to("cpu") for regions in self.regions], torch.stack(self.maps).cpu() if self.maps else None
 
     # ---- what the hooks bring ----------------------------------------------------------------------------------------
     def _before_text_encoder(self, module, args, kwargs):
@@ -232,7 +235,7 @@ class _GuidedCall:
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
         self.latent = tuple(sample.shape[-2:])
         fraction = self.step / max(1, self.pipe.num_timesteps)
-        active = self.start <= fraction < self.stop
+        active = self.span[0] <= fraction < self.span[1]
         self.observer.paused = not active
         self.observer.seen.clear()
         if self.layout is None:
@@ -273,6 +276,8 @@ class _GuidedCall:
         check_seen(segmentor.layers, self.observer.seen)
         regions = segmentor.regions(tuple(delta.shape[-2:]))
         rate = rate_map(delta, regions, scale, self.scfg)
-        self.regions.append(regions.to("cpu"))
-        self.maps.append((scale * rate).cpu())
+        self.finite.append(torch.isfinite(delta).all())
+        if self.keep_regions:
+            self.regions.append(regions)
+            self.maps.append(scale * rate)
         return rate

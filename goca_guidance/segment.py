@@ -21,6 +21,7 @@ from goca_guidance.observer import AttentionObserver, check_seen
 from goca_guidance.records import Segmentation
 from goca_guidance.tokens import class_layout
 
+
 SMALLEST = 8  # pixels on a side
 
 
@@ -60,9 +61,13 @@ def segment(
     Returns:
         [`Segmentation`].
     """
+    if num_noises < 1:
+        raise ValueError(f"Expected at least one noise, but got num_noises={num_noises}.")
     rule = None if background is None else Background.of(background)
     names = _checked_names(classes, rule)
     pictures = [load_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+    if not pictures:
+        raise ValueError("Expected at least one image, but got an empty list.")
     prompts = _prompts(prompt, names, len(pictures))
     timesteps = _timesteps(timestep, pipe)
     latents = encode(pipe, pictures, *_size(pipe, height, width))
@@ -92,8 +97,12 @@ def load_image(image) -> Image.Image:
     if not isinstance(image, Image.Image):
         raise TypeError(f"Expected an image as a path, PIL image or H W 3 array, but got {type(image).__name__}.")
     if min(image.size) < SMALLEST:
-        raise ValueError(f"Expected an image of at least {SMALLEST} x {SMALLEST} pixels, but got {image.width} x {image.height}.")
+        raise ValueError(
+            f"Expected an image of at least {SMALLEST} x {SMALLEST} pixels, but got {image.width} x {image.height}."
+        )
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits to eight
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -117,12 +126,16 @@ def _checked_names(classes, rule):
     if not classes or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f"Expected at least one class name and no empty ones, but got {list(names)}.")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Expected every class and background name once, but got {', '.join(repeated)} more than once.")
+        raise ValueError(
+            f"Expected every class and background name once, but got {', '.join(repeated)} more than once."
+        )
     return names
 
 
 def _prompts(prompt, names, count):
-    prompts = [", ".join(names)] * count if prompt is None else [prompt] * count if isinstance(prompt, str) else list(prompt)
+    prompts = (
+        [", ".join(names)] * count if prompt is None else [prompt] * count if isinstance(prompt, str) else list(prompt)
+    )
     if len(prompts) != count:
         raise ValueError(f"Expected one prompt, or one for each of the {count} images, but got {len(prompts)}.")
     return prompts
@@ -142,7 +155,9 @@ def _size(pipe, height, width):
     native = (native, native) if isinstance(native, int) else tuple(native)
     size = tuple(own or side * pipe.vae_scale_factor for own, side in zip((height, width), native, strict=True))
     if any(side % pipe.vae_scale_factor for side in size):
-        raise ValueError(f"Expected height and width divisible by {pipe.vae_scale_factor}, but got {size[0]} x {size[1]}.")
+        raise ValueError(
+            f"Expected height and width divisible by {pipe.vae_scale_factor}, but got {size[0]} x {size[1]}."
+        )
     return size
 
 
@@ -236,7 +251,9 @@ def _result(scores, pictures, classes, rule) -> Segmentation:
     if not torch.isfinite(scores).all():
         raise ValueError("Expected finite attention, but the scores hold NaN or infinity: use float32 or bfloat16.")
     own, entities = scores[:, : len(classes)], scores[:, len(classes) :]
-    maps = [_labels(own[i : i + 1], entities[i : i + 1], rule, picture.size[::-1]) for i, picture in enumerate(pictures)]
+    maps = [
+        _labels(own[i : i + 1], entities[i : i + 1], rule, picture.size[::-1]) for i, picture in enumerate(pictures)
+    ]
     return Segmentation(own, maps, classes if rule is None else (*classes, "background"))
 
 

@@ -10,6 +10,7 @@ from transformers import CLIPTokenizer
 from goca_guidance.config import STOP_WORDS
 from goca_guidance.records import TokenLayout
 
+
 SINK = "<sos>"  # label of the region that CLIP's start token owns
 
 
@@ -39,10 +40,15 @@ def _readable(tokenizer, text):
 def prompt_layout(
     tokenizer: CLIPTokenizer, ids: Int[Tensor, "b n"], drop_stop_words: bool = False, sink: int = 0
 ) -> TokenLayout:
-    """One region for every word of each prompt, and one for the start token, which is no content (generation)."""
+    """One region for every word of each prompt, and one for the start token, which is no content (generation).
+
+    Stop words can be left out, where the prompt has others.
+    """
     entities = []
     for row in ids.tolist():
-        found = [(w, p) for w, p in words(tokenizer, row) if not (drop_stop_words and w.lower() in STOP_WORDS)]
+        found = words(tokenizer, row)
+        if drop_stop_words:
+            found = [(word, at) for word, at in found if word.lower() not in STOP_WORDS] or found
         if not found:
             raise ValueError(
                 "Expected a prompt with at least one word to form a region, but got "
@@ -59,16 +65,23 @@ def token_layout(tokenizer: CLIPTokenizer, ids: Int[Tensor, "b n"]) -> TokenLayo
 
 
 def named_layout(
-    regions: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]], batch: int, length: int, sink: int = 0
+    regions: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]],
+    batch: int,
+    length: int,
+    sink: int = 0,
 ) -> TokenLayout:
     """Regions that the caller names by token positions, one mapping for all prompts or one for each."""
     mappings = [regions] * batch if isinstance(regions, Mapping) else list(regions)
     if len(mappings) != batch:
-        raise ValueError(f"Expected `region_tokens` to be one mapping or {batch} (one for each prompt), but got {len(mappings)}.")
+        raise ValueError(
+            f"Expected `region_tokens` to be one mapping or {batch} (one for each prompt), but got {len(mappings)}."
+        )
     for mapping in mappings:
         for name, positions in mapping.items():
             if not positions or not all(0 <= p < length for p in positions):
-                raise ValueError(f"Expected token positions from 0 to {length - 1} for region {name!r}, but got {list(positions)}.")
+                raise ValueError(
+                    f"Expected token positions from 0 to {length - 1} for region {name!r}, but got {list(positions)}."
+                )
         if not mapping:
             raise ValueError("Expected `region_tokens` to name at least one region, but got an empty mapping.")
     return layout([[(name, list(positions)) for name, positions in mapping.items()] for mapping in mappings], sink)

@@ -51,4 +51,8 @@ def test_unknown_grid_and_denoiser():
     with pytest.raises(ValueError, match="Expected pixel tokens"):
         family_of(tiny_components()["unet"]).grid(50, (16, 16))
     with pytest.raises(ValueError, match="got UNet2DModel"):
-        family_of(UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2))
+        family_of(
+            UNet2DModel(
+                block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+            )
+        )

@@ -68,7 +68,9 @@ def test_token_maps_equal_the_naive_form(block, weighted, monkeypatch):
     monkeypatch.setitem(goca.BLOCK, "cpu", block)
     r, columns = record(keys=6), torch.tensor([[0, 3, 5], [1, 2, 2]])
     weights = goca.head_weights(r.output, r.projection) if weighted else None
-    merged = torch.einsum("bhpn,bhp->bpn", naive_probs(r), torch.full((2, 3, 16), 1 / 3) if weights is None else weights)
+    merged = torch.einsum(
+        "bhpn,bhp->bpn", naive_probs(r), torch.full((2, 3, 16), 1 / 3) if weights is None else weights
+    )
     expected = torch.stack([merged[b][:, columns[b]] for b in range(2)])
     assert torch.allclose(goca.token_maps(r, columns, weights), expected, atol=1e-6)
 
@@ -179,7 +181,9 @@ def segmentor_and_records(guided, config=GoCAConfig(), b=1):
 def test_segmentor_is_the_paper_in_one_piece():
     """Every stage naive, in order, from the same records."""
     segmentor, (own_f, fine, own_c, coarse) = segmentor_and_records(guided=False)
-    maps_ = [torch.einsum("bhpn,bhp->bpn", naive_probs(r), naive_head_weights(r))[..., [2, 3, 0]] for r in (fine, coarse)]
+    maps_ = [
+        torch.einsum("bhpn,bhp->bpn", naive_probs(r), naive_head_weights(r))[..., [2, 3, 0]] for r in (fine, coarse)
+    ]
     reference = goca.pseudo_attention(fine.query.transpose(1, 2).flatten(2))
     own = [resized_affinity(naive_probs(r).mean(1), r.grid, (4, 4)) for r in (own_f, own_c)]
     agreements = torch.stack([(reference * a).sum((1, 2)) for a in own], -1)

@@ -68,7 +68,10 @@ def test_resize_adjoint(source, target, seed):
 @settings(max_examples=50, deadline=None)
 def test_nearest_index_is_interpolates(source, factor):
     x = random(1, 1, *source)
-    for target in [(source[0] * factor, source[1] * factor), (max(1, source[0] // factor), max(1, source[1] // factor))]:
+    for target in [
+        (source[0] * factor, source[1] * factor),
+        (max(1, source[0] // factor), max(1, source[1] // factor)),
+    ]:
         ours = x.flatten(-2)[..., maps.nearest_index(source, target)].unflatten(-1, target)
         assert torch.equal(ours, F.interpolate(x, target, mode="nearest"))
 

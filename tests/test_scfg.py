@@ -90,7 +90,9 @@ def test_no_rate_is_the_plain_product():
     assert torch.equal(SpatialGuidanceScale(7.5, lambda d, s: torch.ones(1, 1, 2, 2)) * delta, 7.5 * delta)
 
 
-@pytest.mark.parametrize("changes", [{"rate_min": 0}, {"rate_min": 2, "rate_max": 1}, {"ceiling": 0}, {"segmentor": "x"}])
+@pytest.mark.parametrize(
+    "changes", [{"rate_min": 0}, {"rate_min": 2, "rate_max": 1}, {"ceiling": 0}, {"segmentor": "x"}]
+)
 def test_bad_configuration(changes):
     with pytest.raises(ValueError, match="Expected"):
         SCFGConfig(**changes)

@@ -39,6 +39,8 @@ def test_prompt_layout_of_a_batch():
 def test_stop_words_can_be_dropped():
     layout = tokens.prompt_layout(TOKENIZER, ids("a photo of a cat on the grass."), drop_stop_words=True)
     assert layout.labels == (("photo", "cat", "grass", "<sos>"),)
+    only = tokens.prompt_layout(TOKENIZER, ids("on the"), drop_stop_words=True)
+    assert only.labels == (("on", "the", "<sos>"),)
 
 
 def test_empty_prompt():
@@ -106,14 +108,20 @@ def test_words_cover_every_content_token_once(prompt):
     assert covered == list(range(1, end))
 
 
-@given(st.lists(st.sampled_from(["cat", "dog", "bus", "potted plant", "zebra", "grass"]), min_size=1, max_size=4, unique=True))
+@given(
+    st.lists(
+        st.sampled_from(["cat", "dog", "bus", "potted plant", "zebra", "grass"]), min_size=1, max_size=4, unique=True
+    )
+)
 @settings(max_examples=50, deadline=None)
 def test_group_weights_average(names):
     layout = tokens.class_layout(TOKENIZER, ids(", ".join(names)), names)
     assert torch.allclose(layout.groups.sum(1), torch.ones(1, len(names)))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data/model_trees (local test data, not in this repository)")
+@pytest.mark.skipif(
+    not SHARED.exists(), reason="needs ../shared/data/model_trees (local test data, not in this repository)"
+)
 def test_real_clip_tokenizer():
     from transformers import CLIPTokenizer
 

@@ -1,0 +1,148 @@
+"""What people look at: overlays with a legend, strips of regions over the steps, animated guidance maps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from torch import Tensor
+
+from goca_guidance.records import Regions
+
+
+PANEL = 3.2  # inches of one panel
+DPI = 110
+
+
+def colour(index: int) -> tuple[float, float, float]:
+    """A colour for each class, distinct for the first twenty."""
+    strong, pale = divmod(index % 20, 10)[::-1]
+    return colormaps["tab20"](2 * strong + pale)[:3]
+
+
+def overlay(
+    image: Image.Image, labels: Sequence[Int[Tensor, "_ _"]], classes: Sequence[str], titles: Sequence[str] = ("",)
+) -> Figure:
+    """The image, and beside it each label map painted over it, with a legend of the classes that occur.
+
+    `labels`: H W index into `classes`, at any size; `titles`: one for each label map.
+    """
+    figure, axes = _panels(1, 1 + len(labels), legend=True)
+    axes[0].imshow(image)
+    axes[0].set_title("image", fontsize=9)
+    for axis, label_map, title in zip(axes[1:], labels, titles, strict=True):
+        axis.imshow(_painted(image, label_map))
+        axis.set_title(title, fontsize=9)
+    present = sorted({int(i) for label_map in labels for i in label_map.unique()})
+    _legend(figure, [(classes[i], colour(i)) for i in present])
+    return figure
+
+
+def _painted(image, label_map, strength=0.6):
+    size = (image.width, image.height)
+    index = np.asarray(Image.fromarray(label_map.numpy().astype(np.uint8)).resize(size, Image.NEAREST))
+    palette = np.array([colour(i) for i in range(int(index.max()) + 1)])
+    return (1 - strength) * np.asarray(image) / 255 + strength * palette[index]
+
+
+def region_strip(regions: Sequence[Regions], sample: int = 0, columns: int = 8) -> Figure:
+    """Regions of one image over its guided steps, evenly chosen; what is not foreground is pale."""
+    steps = np.unique(np.linspace(0, len(regions) - 1, min(columns, len(regions))).round().astype(int))
+    names = regions[0].labels[sample]
+    figure, axes = _panels(1, len(steps), legend=True, panel=1.5)
+    for axis, step in zip(axes, steps, strict=True):
+        labels = regions[step].masks[sample].int().argmax(0)
+        paint = np.array([colour(i) for i in range(len(names))])[labels.numpy()]
+        shade = np.where(regions[step].foreground[sample, 0].numpy(), 1.0, 0.45)[..., None]
+        axis.imshow(1 - shade * (1 - paint))
+        axis.set_title(f"step {step + 1}", fontsize=8)
+    _legend(figure, [(name, colour(i)) for i, name in enumerate(names)])
+    return figure
+
+
+def guidance_frames(maps: Float[Tensor, "steps H W"]) -> list[Image.Image]:
+    """One frame a guided step: guidance scale times rate, one colour scale for all steps."""
+    low, high, frames = maps.min().item(), maps.max().item(), []
+    for step, values in enumerate(maps):
+        figure = Figure(figsize=(PANEL * 1.3, PANEL), dpi=DPI, layout="constrained")
+        axis = figure.subplots()
+        axis.set_axis_off()
+        shown = axis.imshow(values, vmin=low, vmax=max(high, low + 1e-6), cmap="viridis")
+        axis.set_title(f"guidance, step {step + 1} of {len(maps)}", fontsize=9)
+        figure.colorbar(shown, ax=axis, shrink=0.85)
+        figure.canvas.draw() if hasattr(figure.canvas, "buffer_rgba") else _agg(figure)
+        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()))
+    return frames
+
+
+def _agg(figure):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+
+
+def comparison(images: Sequence[Image.Image], titles: Sequence[str]) -> Figure:
+    """Images side by side, each under its title."""
+    figure, axes = _panels(1, len(images))
+    for axis, image, title in zip(axes, images, titles, strict=True):
+        axis.imshow(image, interpolation="bicubic")
+        axis.set_title(title, fontsize=9)
+    return figure
+
+
+def _panels(rows, columns, legend=False, panel=PANEL):
+    figure = Figure(
+        figsize=(columns * panel, rows * panel + (0.55 if legend else 0.25)), dpi=DPI, layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    return figure, axes
+
+
+def _legend(figure, entries):
+    handles = [Patch(color=shade, label=name) for name, shade in entries]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)), fontsize=8, frameon=False)
+
+
+def save(picture: Figure | Image.Image | list[Image.Image] | Tensor, path: Path) -> Path:
+    """Write a figure, an image or an animation to a temporary name, then rename: no half-written picture is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")
+    try:
+        if isinstance(picture, Figure):
+            picture.savefig(part, format=path.suffix[1:])
+        elif isinstance(picture, list):
+            last = [picture[-1]] * 4  # rest on the last step before the animation starts again
+            picture[0].save(
+                part, format="GIF", save_all=True, append_images=[*picture[1:], *last], duration=220, loop=0
+            )
+        else:
+            picture.save(part, format=path.suffix[1:].upper())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def index_image(label_map: Int[Tensor, "H W"]) -> Image.Image:
+    """A label map as a palette picture: the pixel value is the index of the class."""
+    picture = Image.fromarray(label_map.numpy().astype(np.uint8), mode="L").convert("P")
+    picture.putpalette([round(255 * c) for i in range(256) for c in colour(i)])
+    return picture
+
+
+def enlarged(image: Image.Image, least: int = 256) -> Image.Image:
+    """A small picture enlarged, for looking at."""
+    factor = -(-least // min(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.BICUBIC) if factor > 1 else image
+
+
+def as_labels(regions: Regions, sample: int = 0) -> Int[Tensor, "H W"]:
+    """The region index of each pixel."""
+    return regions.masks[sample].to(torch.uint8).argmax(0)

@@ -1,0 +1,313 @@
+"""Off equals stock, rate one equals stock, on differs; batches, lives of hooks, saving and loading, every error."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
+from goca_guidance.scfg import SpatialGuidanceScale, rate_map
+from tests.tiny import hooks_of, stock_of, tiny_components
+
+
+PROMPTS = ["a cat and a bus on grass", "potted plant"]
+NEUTRAL = SCFGConfig(rate_min=1, rate_max=1)
+
+
+def generate(pipe, prompt="a cat on grass", seed=0, **kwargs):
+    count = 1 if isinstance(prompt, str) or prompt is None else len(prompt)
+    generator = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    arguments = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "pt", "generator": generator}
+    return pipe(prompt, **{**arguments, **kwargs})
+
+
+def assert_clean(pipe):
+    assert hooks_of(pipe.unet) == hooks_of(pipe.text_encoder) == 0
+    assert pipe._goca_call is None
+    assert not isinstance(pipe._guidance_scale, SpatialGuidanceScale)
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+# ---- stock or not ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "kwargs", [{"use_scfg": False}, {"guidance_scale": 1.0}, {"scfg": NEUTRAL}, {"scfg_stop": 0.0}]
+)
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS])
+def test_off_equals_stock_bit_for_bit(pipe, prompt, kwargs):
+    stock_kwargs = {k: v for k, v in kwargs.items() if k == "guidance_scale"}
+    assert torch.equal(
+        generate(pipe, prompt, **kwargs).images, generate(stock_of(pipe), prompt, **stock_kwargs).images
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rate_one_equals_stock_in_half_precision(pipe, dtype):
+    pipe.to(dtype=dtype)
+    ours, stock = (
+        generate(p, output_type="latent", **kw).images for p, kw in ((pipe, {"scfg": NEUTRAL}), (stock_of(pipe), {}))
+    )
+    assert ours.dtype == dtype
+    assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("segmentor", ["goca", "s-cfg"])
+def test_on_differs_and_repeats(pipe, segmentor):
+    scfg = SCFGConfig(segmentor=segmentor)
+    on = generate(pipe, scfg=scfg).images
+    assert not torch.allclose(on, generate(stock_of(pipe)).images, atol=1e-4)
+    assert torch.equal(on, generate(pipe, scfg=scfg).images)
+    assert_clean(pipe)
+
+
+def test_rate_reaches_the_scheduler_exactly(pipe):
+    """What the scheduler receives, against a float64 recomputation from the raw predictions and the returned regions."""
+    raw, received = [], []
+    pipe.unet.register_forward_hook(lambda m, a, out: raw.append(out[0].detach().double()))
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda pred, *args, **kwargs: received.append(pred.double()) or step(pred, *args, **kwargs)
+    output = generate(pipe, PROMPTS, output_regions=True, output_type="latent")
+    for prediction, got, regions, guidance in zip(raw, received, output.regions, output.guidance_maps, strict=True):
+        uncond, cond = prediction.chunk(2)
+        rate = rate_map((cond - uncond).float(), regions, 5.0, SCFGConfig())
+        assert torch.allclose(guidance, 5 * rate, atol=1e-5)
+        expected = uncond + 5.0 * rate.double() * (cond - uncond)
+        assert (got - expected).norm() / expected.norm() < 1e-6
+
+
+@pytest.mark.parametrize("segmentor", ["goca", "s-cfg"])
+def test_a_batch_of_two_equals_two_batches_of_one(pipe, segmentor):
+    """Prompts of different lengths, each with its own regions."""
+    scfg = SCFGConfig(segmentor=segmentor)
+    both = generate(pipe, PROMPTS, output_type="latent", output_regions=True, scfg=scfg)
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(pipe, [prompt], seed=i, output_type="latent", output_regions=True, scfg=scfg)
+        assert (both.images[i] - alone.images[0]).norm() / alone.images.norm() < 1e-4
+        assert both.regions[0].labels[i] == alone.regions[0].labels[0]
+        k = len(alone.regions[0].labels[0])
+        same = (both.regions[0].masks[i, :k] == alone.regions[0].masks[0]).float().mean()
+        assert same > 0.99
+        assert not both.regions[0].masks[i, k:].any()
+
+
+def test_images_per_prompt(pipe):
+    output = generate(pipe, PROMPTS[0], num_images_per_prompt=2, output_regions=True, generator=torch.Generator())
+    assert output.images.shape[0] == output.regions[0].masks.shape[0] == len(output.regions[0].labels) == 2
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32), (40, 24)])
+def test_any_size(pipe, size):
+    output = generate(pipe, height=size[0], width=size[1], output_regions=True)
+    assert output.regions[0].masks.shape[-2:] == (size[0] // 2, size[1] // 2)
+    assert (output.regions[0].masks.sum(1) == 1).all()
+
+
+def test_start_and_stop(pipe):
+    """Only the steps between are guided, and the others are plain."""
+    output = generate(pipe, num_inference_steps=8, scfg_start=0.25, scfg_stop=0.75, output_regions=True)
+    assert len(output.regions) == len(output.guidance_maps) == 4
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, HeunDiscreteScheduler])
+def test_other_schedulers(pipe, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    assert torch.equal(generate(pipe, scfg=NEUTRAL).images, generate(stock_of(pipe)).images)
+
+
+def test_v_prediction_and_linear_projection_like_sd2():
+    pipe = GoCASCFGPipeline(**tiny_components(use_linear_projection=True))
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    assert torch.equal(generate(pipe, scfg=NEUTRAL).images, generate(stock_of(pipe)).images)
+
+
+@pytest.mark.parametrize("config", [GoCAConfig.vanilla(), GoCAConfig.released(), GoCAConfig(drop_stop_words=False)])
+def test_configurations_guide(pipe, config):
+    output = generate(pipe, goca=config, output_regions=True)
+    assert torch.isfinite(output.images).all()
+    assert ("a" in output.regions[0].labels[0]) != config.drop_stop_words
+
+
+# ---- what surrounds it -----------------------------------------------------------------------------------------------
+def test_signature_is_the_stock_one_and_ours():
+    stock, ours = (inspect.signature(c.__call__).parameters for c in (StableDiffusionPipeline, GoCASCFGPipeline))
+    assert set(stock) <= set(ours)
+    added = set(ours) - set(stock)
+    assert added == {"use_scfg", "goca", "scfg", "scfg_start", "scfg_stop", "region_tokens", "output_regions"}
+    assert all(
+        ours[name].kind is inspect.Parameter.KEYWORD_ONLY and f"{name} (" in GoCASCFGPipeline.__call__.__doc__
+        for name in added
+    )
+
+
+def test_output_forms(pipe):
+    full = generate(pipe, output_regions=True)
+    images, nsfw, regions, maps = generate(pipe, output_regions=True, return_dict=False)
+    assert torch.equal(full[0], images)
+    assert nsfw is None
+    assert torch.equal(maps, full.guidance_maps)
+    assert maps.shape == (3, 1, 1, 16, 16)
+    assert len(regions) == 3
+    assert len(generate(pipe, return_dict=False)) == 2
+    plain = generate(pipe, guidance_scale=1.0, output_regions=True)
+    assert plain.regions == []
+    assert plain.guidance_maps is None
+
+
+def test_pil_output_and_default_size(pipe):
+    image = generate(pipe, output_type="pil").images[0]
+    assert image.size == (32, 32)
+
+
+def test_callback_can_change_the_scale(pipe):
+    """A callback that raises `_guidance_scale` is followed, and guidance stays spatial."""
+
+    def raise_scale(p, step, timestep, tensors):
+        p._guidance_scale += 1
+        return tensors
+
+    output = generate(pipe, callback_on_step_end=raise_scale, output_regions=True, scfg=NEUTRAL)
+    assert [m.mean().item() for m in output.guidance_maps] == [5.0, 6.0, 7.0]
+
+
+def test_guidance_rescale(pipe):
+    kwargs = {"guidance_rescale": 0.7}
+    assert torch.equal(generate(pipe, scfg=NEUTRAL, **kwargs).images, generate(stock_of(pipe), **kwargs).images)
+
+
+def test_prompt_embeds_with_named_regions(pipe):
+    embeds, negative = pipe.encode_prompt("a cat on grass", "cpu", 1, True)
+    named = {"cat": [2], "grass": [4]}
+    output = generate(
+        pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative, region_tokens=named, output_regions=True
+    )
+    assert output.regions[0].labels == (("cat", "grass", "<sos>"),)
+
+
+def test_compiled_denoiser(pipe):
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    generate(pipe, use_scfg=False)  # a warm graph, which would ignore hooks
+    assert len(generate(pipe, output_regions=True).regions) == 3
+
+
+def test_save_and_load(pipe, tmp_path):
+    before = generate(pipe).images
+    pipe.save_pretrained(tmp_path)
+    assert torch.allclose(generate(GoCASCFGPipeline.from_pretrained(tmp_path)).images, before, atol=1e-5)
+    assert isinstance(StableDiffusionPipeline.from_pretrained(tmp_path), StableDiffusionPipeline)
+    half = GoCASCFGPipeline.from_pretrained(tmp_path, dtype=torch.float16)
+    assert half.unet.dtype == half.text_encoder.dtype == torch.float16
+
+
+def test_loadable_file(pipe, tmp_path):
+    stock_of(pipe).save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline="pipelines/stable_diffusion.py", trust_remote_code=True
+    )
+    assert torch.allclose(generate(loaded).images, generate(pipe).images, atol=1e-5)
+
+
+def test_from_pipe_shares_modules_and_their_dtypes(pipe):
+    stock = stock_of(pipe)
+    stock.unet.half(), stock.text_encoder.bfloat16()
+    ours = GoCASCFGPipeline.from_pipe(stock)
+    assert ours.unet is stock.unet
+    assert (ours.unet.dtype, ours.text_encoder.dtype, ours.vae.dtype) == (torch.float16, torch.bfloat16, torch.float32)
+    assert ours.config.requires_safety_checker is False
+    assert type(
+        GoCASCFGPipeline.from_pipe(StableDiffusionImg2ImgPipeline(**stock.components, requires_safety_checker=False))
+    )
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompt": ""}, "at least one word"),
+        ({"height": 33, "width": 32}, "divisible by 8"),
+        ({"scfg_start": 0.5, "scfg_stop": 0.2}, "scfg_start"),
+        ({"region_tokens": {"cat": [77]}}, "positions from 0 to 23"),
+        ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, "finite `latents`"),
+    ],
+)
+def test_bad_input(pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        generate(pipe, **kwargs)
+    assert pipe._goca_call is None
+    assert hooks_of(pipe.unet) == 0
+
+
+def test_prompt_embeds_without_tokens(pipe):
+    embeds, negative = pipe.encode_prompt("a cat", "cpu", 1, True)
+    kwargs = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    with pytest.raises(ValueError, match="region_tokens"):
+        generate(pipe, None, **kwargs)
+    assert torch.equal(
+        generate(pipe, None, use_scfg=False, **kwargs).images, generate(stock_of(pipe), None, **kwargs).images
+    )
+
+
+def test_a_prompt_longer_than_the_encoder_is_cut_as_stock_cuts_it(pipe):
+    prompt = "a cat on grass " + "and a dog " * 20
+    output = generate(pipe, prompt, output_regions=True)
+    assert output.regions[0].labels[0].count("dog") == 6  # what 24 tokens hold of them
+    assert torch.equal(generate(pipe, prompt, scfg=NEUTRAL).images, generate(stock_of(pipe), prompt).images)
+
+
+def test_hidden_attention(pipe):
+    pipe.enable_attention_slicing(1)
+    with pytest.raises(RuntimeError, match="disable_attention_slicing"):
+        generate(pipe)
+    assert_clean(pipe)
+    pipe.disable_attention_slicing()
+    generate(pipe)
+
+
+def test_a_prediction_that_is_not_finite(pipe):
+    def spoil(module, args, output):
+        return (output[0] * torch.nan,)
+
+    handle = pipe.unet.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match="Expected finite predictions"):
+        generate(pipe, output_type="latent")
+    handle.remove()
+    assert_clean(pipe)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_is_left_after_an_interruption(pipe, error):
+    before = generate(pipe).images
+
+    def interrupt(p, step, timestep, tensors):
+        raise error
+
+    with pytest.raises(error):
+        generate(pipe, callback_on_step_end=interrupt)
+    assert_clean(pipe)
+    assert torch.equal(generate(pipe).images, before)
+
+
+def test_other_families_are_refused(pipe, tmp_path):
+    components = {k: v for k, v in pipe.components.items() if k not in ("unet", "text_encoder")}
+    with pytest.raises(ValueError, match="has no text_encoder, unet"):
+        GoCASCFGPipeline.from_pipe(type("Other", (), {"components": components, "config": {}})())
+
+
+def test_a_unet_without_text_is_refused(pipe):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    pipe.unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 32), mid_block_type="UNetMidBlock2D", **blocks
+    )
+    with pytest.raises(ValueError, match="cross-attention"):
+        generate(pipe)
+
+
+def test_numpy_output(pipe):
+    assert isinstance(generate(pipe, output_type="np").images, np.ndarray)
