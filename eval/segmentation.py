@@ -12,6 +12,7 @@ import hashlib
 import json
 import tomllib
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def run(experiment: Experiment, cache: Path = Path("runs/segmentation")) -> list
     """A table row for each method, the first one being the base of the differences."""
     pipe, rows, base = load(experiment.model), [], None
     for name, settings in experiment.methods.items():
-        matrices = cached(cache, experiment, settings, lambda: confusions(pipe, experiment, name, settings))
+        matrices = cached(cache, experiment, settings, partial(confusions, pipe, experiment, name, settings))
         base = matrices if base is None else base
         each = iou(matrices.sum(0))
         difference = np.nanmean(each) - np.nanmean(iou(base.sum(0)))

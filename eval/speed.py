@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -78,7 +79,7 @@ def measure(call: Callable, steps: int, device: torch.device) -> Usage:
 
     with sampler:
         call(num_inference_steps=steps, callback_on_step_end=stamp)
-    return Usage([b - a for a, b in zip(stamps, stamps[1:], strict=False)], sampler.peak)
+    return Usage([b - a for a, b in pairwise(stamps)], sampler.peak)
 
 
 class _PeakMemory:

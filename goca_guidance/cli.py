@@ -1,4 +1,4 @@
-"""`goca`: generate, segment, demo, doctor. The embedded tiny model by default; `--model` takes any diffusers repo or folder."""
+"""`goca`: generate, segment, demo, doctor. `--model` takes any diffusers repo or folder; by default, the embedded model."""
 
 import argparse
 import platform

@@ -44,7 +44,7 @@ class UNetFamily:
         return LayerPreset(cross, "up_blocks.2.attentions.1.transformer_blocks.0.attn2", fine, order=2, timestep=100)
 
     def _generic_preset(self, cross: tuple[str, ...]) -> LayerPreset:
-        """Ours, for a U-Net that no preset names: the middle layer of the finest grid is the reference; that grid refines."""
+        """Ours, for a U-Net that no preset names: the finest grid refines, and its middle layer is the reference."""
         finest = min(map(self._level, cross))
         names = [name for name in cross if self._level(name) == finest]
         fine = tuple(map(sibling, names[: max(1, len(cross) // 3)]))
@@ -54,9 +54,9 @@ class UNetFamily:
         """How often the grid is halved between the latent and a layer."""
         kind, index = name.split(".")[:2]
         deepest = len(self.denoiser.config.block_out_channels) - 1
-        return {"down_blocks": int, "mid_block": lambda _: deepest, "up_blocks": lambda i: deepest - int(i)}[kind](
-            index
-        )
+        if kind == "mid_block":
+            return deepest
+        return int(index) if kind == "down_blocks" else deepest - int(index)
 
     def grid(self, pixels: int, latent: tuple[int, int]) -> tuple[int, int]:
         """Height and width of a layer with so many pixel tokens: the latent's, halved and rounded up until it fits."""
@@ -73,6 +73,7 @@ def family_of(denoiser: torch.nn.Module) -> UNetFamily:
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
     if not isinstance(denoiser, UNet2DConditionModel):
         raise ValueError(
-            f"Expected the denoiser to be a UNet2DConditionModel (Stable Diffusion 1.x or 2.x), but got {type(denoiser).__name__}."
+            "Expected the denoiser to be a UNet2DConditionModel (Stable Diffusion 1.x or 2.x), but got "
+            f"{type(denoiser).__name__}."
         )
     return UNetFamily(denoiser)

@@ -38,7 +38,9 @@ def nearest(masks: Bool[Tensor, "b k H W"], size: tuple[int, int]) -> Bool[Tenso
     """Nearest resizing of masks: a partition stays a partition."""
     if masks.shape[-2:] == size:
         return masks
-    return masks.flatten(-2)[..., nearest_index(masks.shape[-2:], size, masks.device)].unflatten(-1, size)
+    return masks.flatten(-2)[..., nearest_index((masks.shape[-2], masks.shape[-1]), size, masks.device)].unflatten(
+        -1, size
+    )
 
 
 def as_maps(tokens: Float[Tensor, "b p k"], grid: tuple[int, int]) -> Float[Tensor, "b k H W"]:

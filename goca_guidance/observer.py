@@ -35,7 +35,8 @@ class AttentionObserver:
         projected: frozenset[str] = frozenset(),
     ):
         self.modules, self.sink, self.grid, self.projected = modules, sink, grid, projected
-        self.paused, self.seen = False, set()
+        self.paused = False
+        self.seen: set[str] = set()
         self._projections: dict[str, Tensor] = {}
         self._open: list[tuple[_KernelCalls, ExitStack]] = []
 

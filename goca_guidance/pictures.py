@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -45,7 +46,7 @@ def overlay(
 
 def _painted(image, label_map, strength=0.6):
     size = (image.width, image.height)
-    index = np.asarray(Image.fromarray(label_map.numpy().astype(np.uint8)).resize(size, Image.NEAREST))
+    index = np.asarray(Image.fromarray(label_map.numpy().astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
     palette = np.array([colour(i) for i in range(int(index.max()) + 1)])
     return (1 - strength) * np.asarray(image) / 255 + strength * palette[index]
 
@@ -75,15 +76,10 @@ def guidance_frames(maps: Float[Tensor, "steps H W"]) -> list[Image.Image]:
         shown = axis.imshow(values, vmin=low, vmax=max(high, low + 1e-6), cmap="viridis")
         axis.set_title(f"guidance, step {step + 1} of {len(maps)}", fontsize=9)
         figure.colorbar(shown, ax=axis, shrink=0.85)
-        figure.canvas.draw() if hasattr(figure.canvas, "buffer_rgba") else _agg(figure)
-        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
     return frames
-
-
-def _agg(figure):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).draw()
 
 
 def comparison(images: Sequence[Image.Image], titles: Sequence[str]) -> Figure:
@@ -110,7 +106,7 @@ def _legend(figure, entries):
     figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)), fontsize=8, frameon=False)
 
 
-def save(picture: Figure | Image.Image | list[Image.Image] | Tensor, path: Path) -> Path:
+def save(picture: Figure | Image.Image | list[Image.Image], path: Path) -> Path:
     """Write a figure, an image or an animation to a temporary name, then rename: no half-written picture is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")
@@ -140,7 +136,9 @@ def index_image(label_map: Int[Tensor, "H W"]) -> Image.Image:
 def enlarged(image: Image.Image, least: int = 256) -> Image.Image:
     """A small picture enlarged, for looking at."""
     factor = -(-least // min(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.BICUBIC) if factor > 1 else image
+    return (
+        image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC) if factor > 1 else image
+    )
 
 
 def as_labels(regions: Regions, sample: int = 0) -> Int[Tensor, "H W"]:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ class GoCASCFGPipelineOutput(BaseOutput):
 class GoCASCFGMixin:
     """Adds GoCA regions and S-CFG to a pipeline whose loop reads `self.guidance_scale` and calls `self.unet` once a step."""
 
-    _goca_call = None  # the call in progress; None outside one, and then everything is stock
+    _goca_call: "_GuidedCall | None" = None  # the call in progress; None outside one, and then everything is stock
+    unet: Any
 
     @property
     def guidance_scale(self):
@@ -161,7 +163,7 @@ def _signature():
     return stock.replace(parameters=[*named, *ours, extra])
 
 
-GoCASCFGMixin.__call__.__signature__ = _signature()
+GoCASCFGMixin.__call__.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def _flat(arguments):

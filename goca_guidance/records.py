@@ -4,7 +4,7 @@ One axis legend for the project: `b` image, `h` head, `p` pixel token (row-major
 `m` observed text token, `d` head channel, `c` channel, `l` layer, `k` region, `H W` map size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -35,8 +35,8 @@ class AttentionRecord:
             return x.chunk(2)[index]
 
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else half(self.mask)
-        tensors = (half(x) for x in (self.query, self.key, self.value, self.output))
-        return AttentionRecord(self.name, *tensors, self.scale, self.grid, mask, self.projection)
+        tensors = {field: half(getattr(self, field)) for field in ("query", "key", "value", "output")}
+        return replace(self, mask=mask, **tensors)
 
 
 @dataclass(frozen=True)

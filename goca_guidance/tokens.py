@@ -20,7 +20,7 @@ def words(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> list[tuple[str, list[
     CLIP closes each word with `</w>`. The sequence ends at the first end token, because CLIP pads with that token.
     """
     found: list[tuple[str, list[int]]] = []
-    text, positions = "", []
+    text, positions = "", list[int]()
     for position, token in enumerate(tokenizer.convert_ids_to_tokens(list(ids))):
         if token == tokenizer.eos_token:
             break

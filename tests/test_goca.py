@@ -160,7 +160,7 @@ def test_no_refinement_changes_nothing():
 
 
 # ---- together --------------------------------------------------------------------------------------------------------
-def segmentor_and_records(guided, config=GoCAConfig(), b=1):
+def segmentor_and_records(guided, config=None, b=1):
     preset = LayerPreset(("fine.attn2", "coarse.attn2"), "fine.attn2", ("fine.attn1",), 2, 100)
     full = 2 * b if guided else b
     records = [
@@ -172,7 +172,7 @@ def segmentor_and_records(guided, config=GoCAConfig(), b=1):
     groups = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])[None].repeat(b, 1, 1)
     content = torch.tensor([[True, True, False]]).repeat(b, 1)
     layout = TokenLayout((("cat", "bus", "<sos>"),) * b, torch.tensor([[2, 3, 0]]).repeat(b, 1), groups, content)
-    segmentor = goca.GoCASegmentor(config, preset, layout, guided)
+    segmentor = goca.GoCASegmentor(config or GoCAConfig(), preset, layout, guided)
     for r in records:
         segmentor.keep(r)
     return segmentor, records

@@ -7,7 +7,7 @@ from PIL import Image
 
 from goca_guidance import Background, GoCAConfig
 from goca_guidance.segment import load_image
-from tests.tiny import hooks_of
+from tests.tiny import WORDS, hooks_of
 
 
 CLASSES = ["cat", "potted plant", "grass"]
@@ -167,10 +167,7 @@ def test_paths_and_arrays(pipe, image, tmp_path):
         ({"classes": ["cat", " "]}, "no empty ones"),
         ({"classes": ["cat", "cat"]}, "cat more than once"),
         ({"prompt": "grass, cat"}, "'potted plant' among the words"),
-        (
-            {"classes": ["zebra"] * 1 + [f"{w} cat" for w in ["red", "a", "an", "the", "of", "on", "and", "photo", "dog", "bus", "plant"]]},
-            "encoder keeps 24",
-        ),
+        ({"classes": ["zebra", *(f"{word} cat" for word in WORDS)]}, "encoder keeps 24"),
         ({"prompt": ["cat", "dog"]}, "for each of the 1 images"),
         ({"timestep": 1000}, "timesteps from 0 to 999"),
         ({"timestep": []}, "timesteps from 0 to 999"),

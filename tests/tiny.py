@@ -7,7 +7,25 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from eval.train_tiny import clip_tokenizer
 
 
-WORDS = ["a", "an", "the", "of", "on", "and", "photo", "cat", "dog", "bus", "potted", "plant", "grass", "sky", "red", ",", "."]
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "on",
+    "and",
+    "photo",
+    "cat",
+    "dog",
+    "bus",
+    "potted",
+    "plant",
+    "grass",
+    "sky",
+    "red",
+    ",",
+    ".",
+]
 
 
 def tiny_components(seed: int = 0, **unet_changes) -> dict:

@@ -1,0 +1,34 @@
+# Each target does all its own set-up: a virtual environment, and everything installed in it.
+PYTHON ?= python3
+VENV := .venv
+RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
+
+.PHONY: demo test check format tables clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed  ## six pictures in demo/, and mIoU of vanilla and GoCA on held-out scenes
+	$(RUN)/goca demo --out demo
+	$(RUN)/python -m eval.segmentation configs/demo.toml
+
+test: check  ## what CI runs
+	$(RUN)/python -m pytest
+
+check: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+tables: $(VENV)/installed  ## results/*.json into README.md
+	$(RUN)/python -m eval.report
+
+clean:
+	rm -rf $(VENV) demo build dist
