@@ -20,19 +20,19 @@ class GoCAConfig:
         clamp_heads: clamp negative head shares at zero (neither the paper nor the released code does).
         layers: "agreement" weights each layer by its likeness to the pseudo self-attention; "uniform" is the plain mean.
         row_normalise: let every resized self-attention row sum to one before the layers are compared. Off in the
-            released code, where a coarse layer of r x r weighs (R / r)^2 more.
+            released code, where a coarse layer of r x r weighs (R / r)^2 more. None takes the family's preset.
         reference_channels: keep the first few channels of the dense features; 1 is what the released benchmark code does.
         rescale: divide by the pixel's sum over content tokens; off leaves min-max only.
         drop_stop_words: in generation, articles, prepositions and punctuation form no region (the paper's rule), unless
             the prompt has no other words; off keeps every token that is not special (the released rule).
         refine_order: applications of the self-attention to the maps; None takes the family's preset.
-        blur_size, blur_sigma: the Gaussian before min-max, in pixels of the working size.
+        blur_size, blur_sigma: the Gaussian before min-max; sigma in pixels of a 64 x 64 map, as the paper's maps are.
     """
 
     heads: str = "contribution"
     clamp_heads: bool = False
     layers: str = "agreement"
-    row_normalise: bool = False
+    row_normalise: bool | None = None
     reference_channels: int | None = None
     rescale: bool = True
     drop_stop_words: bool = True
@@ -63,7 +63,7 @@ class GoCAConfig:
     @classmethod
     def released(cls, **changes) -> "GoCAConfig":
         """The choices of the released code, the single-channel dense features of its benchmarks included."""
-        return replace(cls(reference_channels=1, drop_stop_words=False), **changes)
+        return replace(cls(row_normalise=False, reference_channels=1, drop_stop_words=False), **changes)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class LayerPreset:
 
     `cross`: cross-attention layers, in network order. `reference`: the layer whose queries, heads side by side, are the
     dense features. `fine`: self-attention layers of the finest grid, which refine `order` times. `timestep`: of 1000, for
-    the segmentation of real images.
+    the segmentation of real images. `row_normalise`: see `GoCAConfig`.
     """
 
     cross: tuple[str, ...]
@@ -137,6 +137,7 @@ class LayerPreset:
     fine: tuple[str, ...]
     order: int
     timestep: int
+    row_normalise: bool = False
 
     @property
     def self_layers(self) -> tuple[str, ...]:

@@ -44,11 +44,14 @@ class UNetFamily:
         return LayerPreset(cross, "up_blocks.2.attentions.1.transformer_blocks.0.attn2", fine, order=2, timestep=100)
 
     def _generic_preset(self, cross: tuple[str, ...]) -> LayerPreset:
-        """Ours, for a U-Net that no preset names: the finest grid refines, and its middle layer is the reference."""
+        """Ours, for a U-Net that no preset names: the finest grid refines, and its middle layer is the reference.
+
+        Its grids may lie further apart than Stable Diffusion's, so rows are normalised: else the coarsest layers win.
+        """
         finest = min(map(self._level, cross))
         names = [name for name in cross if self._level(name) == finest]
         fine = tuple(map(sibling, names[: max(1, len(cross) // 3)]))
-        return LayerPreset(cross, names[len(names) // 2], fine, order=2, timestep=100)
+        return LayerPreset(cross, names[len(names) // 2], fine, order=1, timestep=100, row_normalise=True)
 
     def _level(self, name: str) -> int:
         """How often the grid is halved between the latent and a layer."""

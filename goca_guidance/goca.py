@@ -103,9 +103,10 @@ def rescale(
     return torch.where(usable, regions / torch.where(usable, total, 1), regions)
 
 
-def normalise(maps: Float[Tensor, "b k H W"], size: int, sigma: float) -> Float[Tensor, "b k H W"]:
-    """Gaussian blur, then min-max per map (GoCA, per-token renormalisation)."""
-    return min_max(blur(maps, size, sigma))
+def normalise(maps: Float[Tensor, "b k H W"], config: GoCAConfig) -> Float[Tensor, "b k H W"]:
+    """Gaussian blur, then min-max per map (GoCA, per-token renormalisation). Maps of other sizes than 64 blur alike."""
+    height, width = maps.shape[-2:]
+    return min_max(blur(maps, config.blur_size, config.blur_sigma * (height * width) ** 0.5 / 64))
 
 
 # ---- refinement ------------------------------------------------------------------------------------------------------
@@ -168,6 +169,7 @@ class GoCASegmentor:
     def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, guided: bool, sink: int = 0):
         self.config, self.preset, self.layout, self.guided, self.sink = config, preset, layout, guided, sink
         self.order = preset.order if config.refine_order is None else config.refine_order
+        self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise
         self._kept = set(preset.fine) if self.order else set()
         if config.layers == "agreement":
             self._kept |= {*preset.self_layers, preset.reference}
@@ -207,7 +209,7 @@ class GoCASegmentor:
         pulled, ones, found = {}, features.new_ones(1, 1, *reference.grid, dtype=torch.float32), []
         for record in (self._records[name] for name in self.preset.self_layers):
             if record.grid not in pulled:
-                mass = resize_adjoint(ones, record.grid).flatten() if self.config.row_normalise else None
+                mass = resize_adjoint(ones, record.grid).flatten() if self.row_normalise else None
                 pulled[record.grid] = (*pull_affinity(affinity, reference.grid, record.grid), mass)
             found.append(agreement(record, *pulled[record.grid]))
         return layer_weights(torch.stack(found, -1))
@@ -219,7 +221,7 @@ class GoCASegmentor:
     def _scores(self, weights):
         tokens, layout, config = self._merge(self._maps, weights), self.layout, self.config
         content = layout.content if config.rescale else torch.zeros_like(layout.content)
-        maps = normalise(rescale(tokens, layout.groups, content), config.blur_size, config.blur_sigma)
+        maps = normalise(rescale(tokens, layout.groups, content), config)
         return refine(maps, [self._records[name] for name in self.preset.fine] if self.order else [], self.order)
 
     def _merge(self, maps, weights):
@@ -234,5 +236,5 @@ class GoCASegmentor:
         """The argmax over regions, and the foreground: where the unconditional sink token's map is below one half."""
         weights = self.weights()
         masks = one_hot(self._scores(weights), self.layout.present)
-        sink = normalise(self._merge(self._sinks, weights), self.config.blur_size, self.config.blur_sigma)
+        sink = normalise(self._merge(self._sinks, weights), self.config)
         return Regions(nearest(masks, size), nearest(sink < 0.5, size), self.layout.labels)

@@ -26,7 +26,17 @@ def test_generate_plain(tmp_path):
 
 
 def test_segment(tmp_path, capsys):
-    command = ["segment", str(SAMPLE), "--classes", "sheep", "potted plant", "--background", "water", "--out", str(tmp_path)]
+    command = [
+        "segment",
+        str(SAMPLE),
+        "--classes",
+        "sheep",
+        "potted plant",
+        "--background",
+        "water",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(command) == 0
     labels = Image.open(tmp_path / "labels.png")
     assert labels.mode == "P"
@@ -67,7 +77,7 @@ def test_mistakes_are_one_line_and_leave_nothing(command, message, tmp_path, cap
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="unknown file extension|Format 'nothing'|not supported"):
+    with pytest.raises(ValueError, match=r"not supported"):
         pictures.save(pictures.comparison([Image.new("RGB", (8, 8))], ["a"]), tmp_path / "a.nothing")
     assert names_in(tmp_path) == set()
 

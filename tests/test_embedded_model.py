@@ -38,7 +38,9 @@ def test_card_says_what_it_is():
 def test_generates_in_every_dtype(dtype):
     pipe = GoCASCFGPipeline.from_pretrained(TINY_SD, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    output = pipe("a cat on grass", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0))
+    output = pipe(
+        "a cat on grass", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)
+    )
     assert np.isfinite(output.images).all()
 
 

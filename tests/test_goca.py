@@ -191,7 +191,7 @@ def test_segmentor_is_the_paper_in_one_piece():
     grids = [m.mT.unflatten(-1, r.grid) for m, r in zip(maps_, (fine, coarse), strict=True)]
     big = [g if g.shape[-1] == 4 else torch.nn.functional.interpolate(g, (4, 4), mode="bilinear") for g in grids]
     merged = sum(w[:, i, None, None, None] * m for i, m in enumerate(big)).clamp(min=0)
-    scores = min_max(blur(merged / merged[:, :2].sum(1, keepdim=True), 5, 1.1))
+    scores = min_max(blur(merged / merged[:, :2].sum(1, keepdim=True), 5, 1.1 * 4 / 64))
     affinity = naive_probs(own_f).mean(1)
     expected = min_max((affinity @ affinity @ scores.flatten(2).mT).mT.unflatten(-1, (4, 4)))
     assert torch.allclose(segmentor.scores(), expected, atol=1e-3)
