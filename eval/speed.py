@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from eval.report import markdown, write_json
-from eval.train_tiny import SCHEDULE, caption_words, clip_tokenizer
+from eval.tiny_components import SCHEDULE, caption_words, clip_tokenizer
 from goca_guidance import TINY_SD, GoCASCFGPipeline
 
 

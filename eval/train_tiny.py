@@ -3,6 +3,7 @@
     python -m eval.train_tiny vae   --steps 2500            # AutoencoderKL, 64 px -> 16x16x4
     python -m eval.train_tiny unet  --steps 4000            # UNet2DConditionModel and CLIPTextModel together
     python -m eval.train_tiny export                        # fp16 folder that StableDiffusionPipeline.from_pretrained loads
+    python -m eval.train_tiny samples                       # scenes, reproductions and generated images, for the card
 
 Each stage resumes from its last checkpoint in --run when it is started again; what a step draws depends on the seed and
 the step's number alone, so a resumed run and an unbroken one see the same data.
@@ -18,98 +19,28 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from eval.report import replacing
-from eval.scenes import CAPTION_WORDS, CLASSES, scene
-
-
-SIZE, LATENT, MAX_TOKENS = 64, 16, 32
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-CAPTION_DROPOUT = 0.1  # fraction of samples that train the unconditional branch
-EMBEDDING_STD = (
-    0.5  # token embeddings start loud enough for attention to hear them (the default 0.02 does not localise)
+from eval.scenes import scene
+from eval.tiny_components import (
+    LATENT,
+    SCHEDULE,
+    SIZE,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    caption_words,
+    clip_tokenizer,
 )
 
 
-# ---- components ------------------------------------------------------------------------------------------------------
-def clip_tokenizer(words, max_length: int = MAX_TOKENS) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges make each of `words` one token; any other text falls back to letters."""
-    alphabet = list(bytes_to_unicode().values())
-    chains = {word: _merge_chain(word) for word in sorted(set(words))}
-    tokens = alphabet + [c + "</w>" for c in alphabet] + [a + b for chain in chains.values() for a, b in chain]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    for _ in range(len(chains) + 1):
-        merges = list(dict.fromkeys(pair for chain in chains.values() for pair in chain))
-        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
-        broken = {word: chain for word, chain in chains.items() if len(tokenizer.tokenize(word)) > 1}
-        if not broken:
-            return tokenizer
-        chains = broken | {word: chain for word, chain in chains.items() if word not in broken}  # they merge first now
-    raise ValueError(f"Expected words whose merges can be ordered, but these always break others: {sorted(broken)}.")
+CAPTION_DROPOUT = 0.1  # fraction of samples that train the unconditional branch
 
 
-def _merge_chain(word):
-    """Merges that build a word from left to right: c0 c1 -> c0c1, c0c1 c2 -> c0c1c2, ..."""
-    letters = [*word[:-1], word[-1] + "</w>"]
-    return [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
-
-
-def caption_words() -> list[str]:
-    """The words of every caption: class names split at spaces, and the glue between them."""
-    return sorted({word for name in CLASSES for word in name.split()} | set(CAPTION_WORDS))
-
-
-def build_vae() -> AutoencoderKL:
-    """Convolutional autoencoder, factor 4, four latent channels."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIZE,
-    )
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """One CLIP text layer of width 64."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    encoder = CLIPTextModel(config)
-    torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=EMBEDDING_STD)
-    return encoder
-
-
-def build_unet() -> UNet2DConditionModel:
-    """Cross- and self-attention at 16x16, 8x8 and 4x4, four heads."""
-    return UNet2DConditionModel(
-        sample_size=LATENT,
-        layers_per_block=1,
-        block_out_channels=(64, 128, 128),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=64,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
+# ---- networks as one forward -----------------------------------------------------------------------------------------
 class TextToNoise(torch.nn.Module):
     """The two networks that learn together: token ids and a noisy latent to the noise in it."""
 
@@ -346,19 +277,36 @@ def export(args):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    card = args.out / "README.md"
-    kept = card.read_text() if card.exists() else None
+    kept = {path.name: path.read_bytes() for name in ("README.md", "samples.png") if (path := args.out / name).exists()}
     with replacing(args.out) as part:
         # The text encoder stays float32: transformers would load it in its stored dtype beside a float32 U-Net.
         pipe.unet.half(), pipe.vae.half()
         pipe.save_pretrained(part, safe_serialization=True)
-        if kept is not None:
-            (part / "README.md").write_text(kept)
+        for name, content in kept.items():
+            (part / name).write_bytes(content)
+
+
+def samples(args):
+    """A sheet for the model card: held-out scenes, their reproductions, and images generated for their captions."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.out)
+    pipe.set_progress_bar_config(disable=True)
+    scenes = [scene("validation", i, SIZE) for i in range(12)]
+    pixels = _pixels(torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        shown = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(scenes))]
+    captions = [s.caption for s in scenes]
+    images = pipe(captions, guidance_scale=5.0, num_inference_steps=30, generator=generators, output_type="pt").images
+    sheet = torch.cat([torch.cat([*row], -1) for row in (pixels / 2 + 0.5, shown / 2 + 0.5, images)], -2)
+    picture = pipe.image_processor.pt_to_numpy(sheet[None])
+    with replacing(args.out / "samples.png") as part:
+        pipe.image_processor.numpy_to_pil(picture)[0].save(part, format="PNG")
+    print("\n".join(captions))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "unet", "export"))
+    parser.add_argument("stage", choices=("vae", "unet", "export", "samples"))
     parser.add_argument(
         "--run", type=Path, default=Path("runs/tiny-sd"), help="folder of scenes, checkpoints and logs"
     )
@@ -375,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16", "fp16"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    {"vae": train_vae, "unet": train_unet, "export": export}[args.stage](args)
+    {"vae": train_vae, "unet": train_unet, "export": export, "samples": samples}[args.stage](args)
 
 
 if __name__ == "__main__":

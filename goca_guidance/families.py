@@ -79,4 +79,9 @@ def family_of(denoiser: torch.nn.Module) -> UNetFamily:
             "Expected the denoiser to be a UNet2DConditionModel (Stable Diffusion 1.x or 2.x), but got "
             f"{type(denoiser).__name__}."
         )
+    if denoiser.config.addition_embed_type is not None:
+        raise ValueError(
+            "Expected a U-Net of Stable Diffusion 1.x or 2.x, but got one with additional embeddings "
+            f"({denoiser.config.addition_embed_type!r}, as Stable Diffusion XL has)."
+        )
     return UNetFamily(denoiser)

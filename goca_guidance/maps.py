@@ -76,8 +76,8 @@ def pull_affinity(
     Returns the query rows of `grid` that the resize reads at all, and the pulled affinity in those rows, so that
     <affinity, resize(a)> = <pulled, a[rows]> for any affinity `a` of the grid. A fine layer needs few of its rows.
     """
-    queries = nearest_index(grid, reference, affinity.device)
-    rows, position = queries.unique(return_inverse=True)
+    queries = nearest_index(grid, reference)  # on the CPU, where `unique` makes no accelerator wait
+    rows, position = (x.to(affinity.device) for x in queries.unique(return_inverse=True))
     keys = resize_adjoint(affinity.unflatten(-1, reference), grid).flatten(-2)
     if len(rows) == len(queries):
         return rows, keys

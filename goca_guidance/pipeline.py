@@ -110,7 +110,7 @@ class GoCASCFGMixin:
         return _output(output, state, call.arguments["return_dict"], output_regions)
 
     def _check_guided(self, arguments, region_tokens) -> None:
-        prompt, latents = arguments["prompt"], arguments["latents"]
+        prompt, latents = arguments["prompt"], arguments.get("latents")
         if prompt is None and region_tokens is None:
             raise ValueError(
                 "Expected `region_tokens` beside `prompt_embeds`, because no tokens are seen: pass, for example, "

@@ -50,6 +50,9 @@ def test_grid(pixels, latent, grid):
 def test_unknown_grid_and_denoiser():
     with pytest.raises(ValueError, match="Expected pixel tokens"):
         family_of(tiny_components()["unet"]).grid(50, (16, 16))
+    with pytest.raises(ValueError, match="as Stable Diffusion XL has"):
+        family_of(tiny_components(addition_embed_type="text_time", addition_time_embed_dim=8,
+                                  projection_class_embeddings_input_dim=80)["unet"])  # fmt: skip
     with pytest.raises(ValueError, match="got UNet2DModel"):
         family_of(
             UNet2DModel(

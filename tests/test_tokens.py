@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.train_tiny import clip_tokenizer
+from eval.tiny_components import clip_tokenizer
 from goca_guidance import tokens
 from tests.tiny import WORDS
 
