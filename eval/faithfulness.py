@@ -7,7 +7,7 @@ itself achieves on held-out scenes stands beside the result.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ from diffusers import DPMSolverMultistepScheduler
 from torchvision.models import resnet18
 from tqdm.auto import tqdm
 
-from eval.report import markdown, replacing, write_json
+from eval.report import command, fingerprint, markdown, replacing, weights_digest, write_json
 from eval.scenes import CLASSES, OBJECTS, scene
-from eval.segmentation import load, weights_digest
+from eval.segmentation import load
 from goca_guidance import TINY_SD, SCFGConfig
 
 
@@ -58,6 +58,7 @@ def reproduced(vae, scenes) -> torch.Tensor:
 
 def classifier(vae, settings: Settings, path: Path) -> torch.nn.Module:
     """A trained classifier, from disk if it was trained before."""
+    torch.manual_seed(0)
     model = resnet18(num_classes=len(CLASSES)).to(vae.device)
     if not path.exists():
         train(model, vae, settings)
@@ -68,8 +69,7 @@ def classifier(vae, settings: Settings, path: Path) -> torch.nn.Module:
 
 
 def train(model, vae, settings: Settings) -> None:
-    """Each scene once an epoch, in random order, mirrored half of the time."""
-    torch.manual_seed(0)
+    """Random scenes, mirrored half of the time."""
     chunks = range(0, settings.training_scenes, 256)
     scenes = [[scene("train", i) for i in range(start, start + 256)] for start in tqdm(chunks, desc="drawing scenes")]
     images = torch.cat([reproduced(vae, chunk) for chunk in tqdm(scenes, desc="reproducing scenes")])
@@ -110,7 +110,7 @@ def generate(pipe, scenes, first: int, settings: Settings, arguments: dict) -> t
 
 def measure(pipe, model, settings: Settings, name: str, cache: Path) -> np.ndarray:
     """Which objects the image of each caption shows, [captions 16]."""
-    path = cache / f"{name}-{settings.captions}-{settings.steps}-{settings.guidance_scale}.npy".replace(" ", "")
+    path = cache / f"{name.replace(' ', '')}.npy"
     if not path.exists():
         found = []
         for first in tqdm(range(0, settings.captions, settings.batch), desc=name):
@@ -140,8 +140,8 @@ def run(settings: Settings, model_path: str) -> list[dict]:
     """A row for the scenes themselves, and one for each method."""
     pipe = load(model_path)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    folder = Path("runs/faithfulness") / weights_digest(model_path)[:12]
-    model = classifier(pipe.vae, settings, folder / f"classifier-{settings.training_scenes}-{settings.epochs}.pt")
+    folder = Path("runs/faithfulness") / fingerprint(settings=asdict(settings), weights=weights_digest(model_path))
+    model = classifier(pipe.vae, settings, folder / "classifier.pt")
     scenes = [scene("test", i) for i in range(settings.captions)]
     named = torch.stack([presence(s.objects) for s in scenes])[:, : len(OBJECTS)].bool().numpy()
     real = shown(model, reproduced(pipe.vae, scenes))
@@ -160,7 +160,8 @@ def main() -> None:
     args = parser.parse_args()
     settings = Settings(captions=args.captions, guidance_scale=args.guidance_scale)
     rows = run(settings, args.model)
-    write_json(args.result, {"command": "python -m eval.faithfulness", "settings": vars(settings), "rows": rows})
+    described = {**asdict(settings), "weights": weights_digest(args.model)}
+    write_json(args.result, {"command": command(), "settings": described, "rows": rows})
     print(markdown(rows))
 
 

@@ -1,8 +1,11 @@
 """Results to tables: `python -m eval.report` puts every results/*.json that README.md names into its place there."""
 
+import hashlib
 import json
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +21,34 @@ def replacing(path: Path) -> Iterator[Path]:
     if part.is_dir():
         shutil.rmtree(part)
     yield part
-    if path.is_dir():
-        shutil.rmtree(path)
+    old = path.with_name(f".old-{path.name}")
+    if (
+        path.is_dir()
+    ):  # a folder cannot be replaced in one step: the old one steps aside, and goes when the new one is there
+        path.replace(old)
     part.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def command() -> str:
+    """The command line of the program that runs."""
+    return shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+
+
+def fingerprint(**inputs) -> str:
+    """Digest of everything that a cached measurement depends on: its inputs, and the code that computes it."""
+    here = Path(__file__).parent
+    code = sorted([*here.glob("*.py"), *(here.parent / "goca_guidance").glob("*.py")])
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode())
+    for path in code:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def weights_digest(model: str) -> str:
+    """Digest of a model folder's weights; the name itself for a hub repository."""
+    files = sorted(Path(model).glob("*/*.safetensors"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16] if files else model
 
 
 def write_json(path: Path, value) -> None:

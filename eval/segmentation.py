@@ -4,12 +4,10 @@ Protocol: the names of a scene's own classes are given (image tags), every pixel
 threshold to choose. Intersections and unions are summed over the whole set, then IoU is averaged over classes. The
 difference from the first method comes with a 95 % interval of a paired bootstrap over scenes.
 
-A method that was measured before on the same weights, scenes and settings is read from runs/.
+A method that was measured before by the same code on the same weights, scenes and settings is read from runs/.
 """
 
 import argparse
-import hashlib
-import json
 import tomllib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,7 +18,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm.auto import tqdm
 
-from eval.report import markdown, replacing, write_json
+from eval.report import command, fingerprint, markdown, replacing, weights_digest, write_json
 from eval.scenes import CLASSES, OBJECTS, scene
 from goca_guidance import TINY_SD, GoCAConfig, GoCASCFGPipeline
 from goca_guidance.config import from_mapping
@@ -101,21 +99,14 @@ def run(experiment: Experiment, cache: Path = Path("runs/segmentation")) -> list
 
 
 def cached(folder: Path, experiment: Experiment, settings: dict, compute) -> np.ndarray:
-    """Confusions of one method, from disk where the same weights, scenes and settings were measured before."""
+    """Confusions of one method, from disk where the same thing was measured before by the same code."""
     inputs = {k: v for k, v in asdict(experiment).items() if k not in ("methods", "result", "model")}
-    inputs |= {"settings": settings, "weights": weights_digest(experiment.model)}
-    path = folder / (hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16] + ".npy")
+    path = folder / f"{fingerprint(**inputs, settings=settings, weights=weights_digest(experiment.model))}.npy"
     if not path.exists():
         matrices = compute()
         with replacing(path) as part, part.open("wb") as file:
             np.save(file, matrices)
     return np.load(path)
-
-
-def weights_digest(model: str) -> str:
-    """Digest of a model folder's weights; the name itself for a hub repository."""
-    files = sorted(Path(model).glob("*/*.safetensors"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() if files else model
 
 
 def load(model: str) -> GoCASCFGPipeline:
@@ -138,9 +129,9 @@ def main() -> None:
         changes["methods"] = {name: experiment.methods[name] for name in args.methods}
     experiment = replace(experiment, **changes)
     rows = run(experiment)
-    command = f"python -m eval.segmentation {args.config}" + (f" --scenes {args.scenes}" if args.scenes else "")
     described = {k: v for k, v in asdict(experiment).items() if k not in ("methods", "result", "model")}
-    write_json(Path(experiment.result), {"command": command, "experiment": described, "rows": rows})
+    described["weights"] = weights_digest(experiment.model)
+    write_json(Path(experiment.result), {"command": command(), "experiment": described, "rows": rows})
     print(markdown(rows))
 
 

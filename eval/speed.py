@@ -1,16 +1,17 @@
 """Time and peak memory of a GoCA-S-CFG step over the stock step, in one run: `python -m eval.speed`.
 
 Stock and guided calls alternate, so that a machine whose speed drifts slows both; a step's time is the median over all
-steps of all calls but each call's first. Memory is the peak during a call: resident memory on the CPU, allocated memory
-on an accelerator. Full-size denoisers have random weights: time does not depend on them.
+steps of all calls but each call's first. Memory is the peak during a call in a process of its own: resident memory on the
+CPU, allocated memory on an accelerator. Full-size denoisers have random weights: time does not depend on them.
 """
 
 import argparse
+import multiprocessing
 import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from eval.report import markdown, write_json
+from eval.report import command, markdown, write_json
 from eval.tiny_components import SCHEDULE, caption_words, clip_tokenizer
 from goca_guidance import TINY_SD, GoCASCFGPipeline
 
@@ -59,37 +60,68 @@ def stable_diffusion_1() -> StableDiffusionPipeline:
 FAMILIES = {"tiny-sd": tiny, "sd-1.5": stable_diffusion_1}
 
 
-@dataclass
-class Usage:
-    """Seconds of each step but the first, and peak bytes, of one call."""
+@dataclass(frozen=True)
+class Case:
+    """What one row measures."""
 
-    seconds: list[float]
-    peak: int
+    family: str
+    batch: int
+    steps: int
+    repeats: int
+    device: str
+    dtype: str
+
+    def pipelines(self) -> dict[str, StableDiffusionPipeline]:
+        """Stock and guided, on the same modules."""
+        stock = FAMILIES[self.family]().to(self.device, getattr(torch, self.dtype))
+        pipes = {"stock": stock, "guided": GoCASCFGPipeline.from_pipe(stock)}
+        for pipe in pipes.values():
+            pipe.set_progress_bar_config(disable=True)
+        return pipes
+
+    def call(self, pipe, steps: int, **kwargs):
+        """Generate latents."""
+        generator, prompts = torch.Generator().manual_seed(0), [PROMPT] * self.batch
+        return pipe(
+            prompts, guidance_scale=5.0, num_inference_steps=steps, output_type="latent", generator=generator, **kwargs
+        )
 
 
-def measure(call: Callable, steps: int, device: torch.device) -> Usage:
-    """One call of `steps` denoising steps."""
-    stamps, sampler = [], _PeakMemory(device)
+def step_seconds(case: Case) -> dict[str, float]:
+    """Median seconds of a step: stock and guided calls alternate, the first round warms up, first steps do not count."""
+    pipes, found = case.pipelines(), {"stock": [], "guided": []}
+    for repeat in tqdm(range(case.repeats + 1), desc=f"{case.family}, batch {case.batch}"):
+        for name, pipe in pipes.items():
+            stamps: list[float] = []
 
-    def stamp(pipe, step, timestep, tensors):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        stamps.append(time.perf_counter())
-        return tensors
+            def stamp(pipe, step, timestep, tensors, stamps=stamps):
+                if case.device == "cuda":
+                    torch.cuda.synchronize()
+                stamps.append(time.perf_counter())
+                return tensors
 
-    with sampler:
-        call(num_inference_steps=steps, callback_on_step_end=stamp)
-    return Usage([b - a for a, b in pairwise(stamps)], sampler.peak)
+            case.call(pipe, case.steps if repeat else 2, callback_on_step_end=stamp)
+            if repeat:
+                found[name] += [b - a for a, b in pairwise(stamps)]
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def peak_bytes(case: Case, name: str) -> int:
+    """Peak memory of one call of two steps; run it in a process of its own."""
+    pipe = case.pipelines()[name]
+    with _PeakMemory(case.device) as memory:
+        case.call(pipe, 2)
+    return memory.peak
 
 
 class _PeakMemory:
     """Peak memory while the block runs."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: str):
         self.device, self.peak = device, 0
 
     def __enter__(self):
-        if self.device.type == "cuda":
+        if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -104,34 +136,21 @@ class _PeakMemory:
     def __exit__(self, *_):
         self._stop.set()
         self._thread.join()
-        if self.device.type == "cuda":
+        if self.device == "cuda":
             self.peak = torch.cuda.max_memory_allocated()
 
 
-def compare(family: str, batch: int, steps: int, repeats: int, device: torch.device, dtype: torch.dtype) -> dict:
-    """A row: stock and guided steps of one family, alternating."""
-    stock = FAMILIES[family]().to(device, dtype)
-    guided = GoCASCFGPipeline.from_pipe(stock)
-    usages: dict[str, list[Usage]] = {"stock": [], "guided": []}
-    for repeat in tqdm(range(repeats + 1), desc=f"{family} batch {batch}"):
-        for name, pipe in (("stock", stock), ("guided", guided)):
-            pipe.set_progress_bar_config(disable=True)
-
-            def call(pipe=pipe, **kwargs):
-                generator = torch.Generator().manual_seed(0)
-                return pipe([PROMPT] * batch, guidance_scale=5.0, output_type="latent", generator=generator, **kwargs)
-
-            usage = measure(call, steps if repeat else 2, device)
-            if repeat:  # the first round warms up
-                usages[name].append(usage)
-    seconds = {name: statistics.median(s for usage in found for s in usage.seconds) for name, found in usages.items()}
-    peaks = {name: max(usage.peak for usage in found) for name, found in usages.items()}
-    size = stock.unet.config.sample_size * stock.vae_scale_factor
+def compare(case: Case) -> dict:
+    """A row of the table."""
+    peaks = {}
+    for name in ("stock", "guided"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            peaks[name] = process.submit(peak_bytes, case, name).result()
+    seconds = step_seconds(case)
     return {
-        "device": device_name(device),
-        "family": family,
-        "size": size,
-        "batch": batch,
+        "device": device_name(case.device),
+        "family": case.family,
+        "batch": case.batch,
         "stock_ms": round(1000 * seconds["stock"], 1),
         "guided_ms": round(1000 * seconds["guided"], 1),
         "time_ratio": round(seconds["guided"] / seconds["stock"], 3),
@@ -140,11 +159,13 @@ def compare(family: str, batch: int, steps: int, repeats: int, device: torch.dev
     }
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: str) -> str:
     """What the numbers were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
 
 
 def main() -> None:
@@ -153,19 +174,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--result", type=Path, default=Path("results/speed-cpu.json"))
+    parser.add_argument("--result", type=Path, help="results/speed-DEVICE.json by default")
     args = parser.parse_args()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    rows = [
-        compare(family, batch, args.steps, args.repeats, device, dtype)
-        for family in args.families
-        for batch in args.batch
-    ]
-    write_json(
-        args.result, {"command": "python -m eval.speed", "steps": args.steps, "repeats": args.repeats, "rows": rows}
-    )
+    shared = (args.steps, args.repeats, args.device, args.dtype)
+    rows = [compare(Case(family, batch, *shared)) for family in args.families for batch in args.batch]
+    settings = {"steps": args.steps, "repeats": args.repeats, "dtype": args.dtype, "torch": torch.__version__}
+    result = args.result or Path(f"results/speed-{args.device}.json")
+    write_json(result, {"command": command(), "settings": settings, "rows": rows})
     print(markdown(rows))
 
 

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from eval.report import replacing
+from eval.report import replacing, weights_digest
 from eval.scenes import scene
 from eval.tiny_components import (
     LATENT,
@@ -139,8 +139,9 @@ class Stage:
             bar.set_postfix(loss=f"{running:.4f}")
             if self.step % self.args.every == 0 or self.step == self.args.steps:
                 rate = (self.step - first) * self.args.batch / (time.perf_counter() - started)
-                self._log(running, self.averaged(validate), rate)
+                validation = self.averaged(validate)
                 self.save()
+                self._log(running, validation, rate)
 
     def averaged(self, function):
         """Call `function(model)` with the averaged weights in place, without gradients."""
@@ -212,20 +213,17 @@ def _save_vae(vae, images, path, device):
         vae.save_pretrained(part)
 
 
-def latents_file(run: Path, split: str, count: int, device) -> torch.Tensor:
-    """Scaled latents of every scene, [N 4 16 16], encoded once."""
-    path = run / f"latents-{split}-{count}.pt"
+def latents_of(run: Path, split: str, count: int, device) -> torch.Tensor:
+    """Scaled latents of every scene, [N 4 16 16], encoded once for each autoencoder."""
+    path = run / f"latents-{split}-{count}-{weights_digest(str(run / 'vae'))}.pt"
     if not path.exists():
-        vae = (
-            AutoencoderKL.from_pretrained(run / "vae" / "weights").to(device, memory_format=torch.channels_last).eval()
-        )
-        chunks = images_of(scenes_file(run, split, count)).split(128)
+        vae = AutoencoderKL.from_pretrained(run / "vae" / "weights").to(device, memory_format=torch.channels_last)
+        chunks, encoded = images_of(scenes_file(run, split, count)).split(128), []
         with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
-            encoded = [
-                vae.encode(_pixels(c).to(device)).latent_dist.mode() for c in tqdm(chunks, desc=f"encoding {split}")
-            ]
+            for chunk in tqdm(chunks, desc=f"encoding {split} scenes"):
+                encoded.append(vae.encode(_pixels(chunk).to(device)).latent_dist.mode().float().cpu())
         with replacing(path) as part:
-            torch.save((torch.cat(encoded).float() * vae.config.scaling_factor).half().cpu(), part)
+            torch.save((torch.cat(encoded) * vae.config.scaling_factor).half(), part)
     return torch.load(path).float()
 
 
@@ -239,7 +237,7 @@ def train_unet(args):
     def load(split, count):
         captions = np.load(scenes_file(args.run, split, count))["captions"].tolist()
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return latents_file(args.run, split, count, device), ids
+        return latents_of(args.run, split, count, device), ids
 
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
 
@@ -277,7 +275,9 @@ def export(args):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    kept = {path.name: path.read_bytes() for name in ("README.md", "samples.png") if (path := args.out / name).exists()}
+    kept = {
+        path.name: path.read_bytes() for name in ("README.md", "samples.png") if (path := args.out / name).exists()
+    }
     with replacing(args.out) as part:
         # The text encoder stays float32: transformers would load it in its stored dtype beside a float32 U-Net.
         pipe.unet.half(), pipe.vae.half()

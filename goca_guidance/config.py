@@ -57,7 +57,7 @@ class GoCAConfig:
 
     @classmethod
     def vanilla(cls, **changes) -> "GoCAConfig":
-        """The uniform baseline: plain means over heads and layers, min-max only."""
+        """The uniform baseline: plain means over heads and layers, no rescaling; blurred and refined as GoCA's maps are."""
         return replace(cls(heads="uniform", layers="uniform", rescale=False), **changes)
 
     @classmethod
@@ -71,7 +71,8 @@ class SCFGConfig:
     """How regions become a guidance map (S-CFG, arXiv 2404.05384).
 
     Args:
-        rate_min, rate_max: limits of the rate of a region. (1, 1) is plain classifier-free guidance, bit for bit.
+        rate_min, rate_max: limits of the rate of a region. (1, 1) is plain classifier-free guidance, bit for bit, and no
+            ceiling applies.
         ceiling: no pixel's guidance (scale times rate) exceeds it.
         smooth_size, smooth_sigma: Gaussian over the rate map, in latent pixels.
         segmentor: "goca", or "s-cfg" for the segmentor of the S-CFG paper itself.
@@ -91,6 +92,11 @@ class SCFGConfig:
                 "Expected 0 < `rate_min` <= `rate_max` and a positive `ceiling`, but got "
                 f"{self.rate_min}, {self.rate_max} and {self.ceiling}."
             )
+        if self.smooth_size % 2 == 0 or self.smooth_size < 1 or self.smooth_sigma <= 0:
+            raise ValueError(
+                "Expected an odd, positive `smooth_size` and a positive `smooth_sigma`, but got "
+                f"{self.smooth_size} and {self.smooth_sigma}."
+            )
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ class Background:
     offset: float = 0.2
 
     def __post_init__(self):
+        if isinstance(self.entities, str):
+            raise TypeError(f"Expected names of background entities, but got the string {self.entities!r}: use [...].")
         if not self.entities and self.threshold is None:
             raise ValueError("Expected a `threshold`, `entities`, or both for the background, but got neither.")
 
@@ -118,7 +126,7 @@ class Background:
             return cls(threshold=float(value))
         if isinstance(value, str):
             raise TypeError(
-                f"Expected a number, a list of names or a Background, but got the string {value!r}: use [{value!r}]."
+                f"Expected a number, names or a Background, but got the string {value!r}: use [{value!r}]."
             )
         return cls(entities=tuple(value))
 

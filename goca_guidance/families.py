@@ -29,8 +29,13 @@ class UNetFamily:
     @cached_property
     def attention_modules(self) -> dict[str, torch.nn.Module]:
         """Every attention module by its full name, in network order."""
-        found = {name: m for name, m in self.denoiser.named_modules() if isinstance(m, Attention)}
-        return dict(sorted(found.items(), key=lambda item: ("down", "mid_", "up_b").index(item[0][:4])))
+        blocks = (
+            "down_blocks",
+            "mid_block",
+            "up_blocks",
+        )  # others, such as an image prompt's projection, are no layers
+        named = [(name, m) for name, m in self.denoiser.named_modules() if isinstance(m, Attention)]
+        return {name: m for block in blocks for name, m in named if name.startswith(block)}
 
     @cached_property
     def preset(self) -> LayerPreset:

@@ -1,9 +1,11 @@
 """GoCA (arXiv 2603.06178): attention records to regions. Heads -> layers -> rescaling -> refinement.
 
-Statistics are float32 whatever the model's dtype. No p x p attention map is ever stored: every use of one is a sum that
-is taken in blocks of query rows, or scaled-dot-product attention with the wanted maps as values.
+Statistics are float32 whatever the model's dtype. No layer's p x p attention map is ever stored: every use of one is a sum
+that is taken in blocks of query rows, or scaled-dot-product attention with the wanted maps as values. The one p x p tensor
+is the pseudo self-attention of the reference layer, while the layers' weights are computed.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -94,19 +96,24 @@ def rescale(
 ) -> Float[Tensor, "b k H W"]:
     """Average the tokens of a region and divide by the pixel's sum over content tokens (GoCA, per-pixel rescaling).
 
-    Any per-pixel normaliser cancels here, so the special tokens' share never needs computing. With fewer than two content
-    tokens there is nothing to compare at a pixel and the quotient would be constant: such a map is left as it is.
+    Any per-pixel normaliser cancels here, so the special tokens' share never needs computing. With fewer than two regions
+    of content there is nothing to compare at a pixel and the quotient would be constant: such a map is left as it is.
     """
     regions = torch.einsum("bmhw,bmk->bkhw", tokens, groups)
     total = torch.einsum("bmhw,bm->bhw", tokens, content.to(tokens.dtype))[:, None]
-    usable = (total > 0) & (content.sum(-1) > 1)[:, None, None, None]
+    rivals = ((groups > 0) & content[..., None]).any(1).sum(-1)
+    usable = (total > 0) & (rivals > 1)[:, None, None, None]
     return torch.where(usable, regions / torch.where(usable, total, 1), regions)
 
 
 def normalise(maps: Float[Tensor, "b k H W"], config: GoCAConfig) -> Float[Tensor, "b k H W"]:
-    """Gaussian blur, then min-max per map (GoCA, per-token renormalisation). Maps of other sizes than 64 blur alike."""
-    height, width = maps.shape[-2:]
-    return min_max(blur(maps, config.blur_size, config.blur_sigma * (height * width) ** 0.5 / 64))
+    """Gaussian blur, then min-max per map (GoCA, per-token renormalisation).
+
+    The paper's maps are 64 x 64; on maps of another size the kernel, window and sigma, grows or shrinks with them.
+    """
+    relative = (maps.shape[-2] * maps.shape[-1]) ** 0.5 / 64
+    reach = math.ceil(config.blur_size // 2 * relative)
+    return min_max(blur(maps, 2 * reach + 1, config.blur_sigma * relative))
 
 
 # ---- refinement ------------------------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ class GoCASegmentor:
         """Reduce one record to what the sums need."""
         conditional = record.branch(1) if self.guided else record
         if record.name in self._kept:
-            self._records[record.name] = conditional
+            self._records[record.name] = conditional.queries_and_keys()
         if record.name in self.preset.cross:
             self._maps[record.name] = self._cross_map(conditional, self.layout.columns)
             if self.guided:

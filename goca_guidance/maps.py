@@ -18,9 +18,8 @@ def blur(maps: Float[Tensor, "b k H W"], size: int, sigma: float) -> Float[Tenso
     The window shrinks to the largest odd one that reflection allows when a map is smaller than the kernel.
     """
     rows, columns = (_gaussian(min(size, 2 * n - 1), sigma, maps) for n in maps.shape[-2:])
-    flat = maps.flatten(0, 1).unsqueeze(1)
-    flat = F.pad(flat, (len(columns) // 2,) * 2 + (len(rows) // 2,) * 2, mode="reflect")
-    return F.conv2d(F.conv2d(flat, columns[None, None, None, :]), rows[None, None, :, None]).view(maps.shape)
+    padded = F.pad(maps, (len(columns) // 2,) * 2 + (len(rows) // 2,) * 2, mode="reflect")
+    return padded.unfold(-1, len(columns), 1).matmul(columns).unfold(-2, len(rows), 1).matmul(rows)
 
 
 def _gaussian(size: int, sigma: float, like: Tensor) -> Float[Tensor, " taps"]:
@@ -76,9 +75,17 @@ def pull_affinity(
     Returns the query rows of `grid` that the resize reads at all, and the pulled affinity in those rows, so that
     <affinity, resize(a)> = <pulled, a[rows]> for any affinity `a` of the grid. A fine layer needs few of its rows.
     """
-    queries = nearest_index(grid, reference)  # on the CPU, where `unique` makes no accelerator wait
-    rows, position = (x.to(affinity.device) for x in queries.unique(return_inverse=True))
+    (y, y_position), (x, x_position) = (_read(a, b, affinity.device) for a, b in zip(grid, reference, strict=True))
+    rows, position = (y[:, None] * grid[1] + x).flatten(), (y_position[:, None] * len(x) + x_position).flatten()
     keys = resize_adjoint(affinity.unflatten(-1, reference), grid).flatten(-2)
-    if len(rows) == len(queries):
+    if len(rows) == len(position):
         return rows, keys
     return rows, keys.new_zeros(len(keys), len(rows), keys.shape[-1]).index_add_(1, position, keys)
+
+
+def _read(source: int, target: int, device) -> tuple[Int[Tensor, " read"], Int[Tensor, " target"]]:
+    """Along one axis: the source pixels that nearest resizing reads, and for each target pixel its place among them."""
+    index = torch.arange(target, device=device) * source // target
+    if target <= source:
+        return index, torch.arange(target, device=device)
+    return torch.arange(source, device=device), index

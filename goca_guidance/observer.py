@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 from goca_guidance.records import AttentionRecord
 
 
+PROBE = 64  # length of the probing vectors: the bias added to their images then costs few bits in half precision
+
+
 class AttentionObserver:
     """Hands an `AttentionRecord` of each attention module's text or self-attention call to `sink` while the block runs.
 
@@ -66,7 +69,9 @@ class AttentionObserver:
             stack.close()
             if output is not None and kernel.first is not None:
                 self.seen.add(name)
-                self.sink(self._record(name, module, *kernel.first))
+                record = self._record(name, module, *kernel.first)
+                with torch.autocast(record.query.device.type, enabled=False):
+                    self.sink(record)
 
         return leave
 
@@ -90,9 +95,9 @@ class AttentionObserver:
         """The output projection as a matrix [h*d, c] without bias: what it does to zero and to each unit vector."""
         if name not in self._projections:
             width = like.shape[1] * like.shape[3]
-            probe = torch.eye(width + 1, width, dtype=like.dtype, device=like.device).roll(1, 0)
+            probe = torch.eye(width + 1, width, dtype=like.dtype, device=like.device).roll(1, 0) * PROBE
             answer = module.to_out[0](probe[None])[0].float()
-            self._projections[name] = answer[1:] - answer[:1]
+            self._projections[name] = (answer[1:] - answer[:1]) / PROBE
         return self._projections[name]
 
 

@@ -100,8 +100,9 @@ class GoCASCFGMixin:
         state = None
         if guided:
             self._check_guided(call.arguments, region_tokens)
-            configs = goca or GoCAConfig(), scfg or SCFGConfig()
-            state = _GuidedCall(self, *configs, (scfg_start, scfg_stop), region_tokens, output_regions)
+            configs = _config(goca, GoCAConfig, "goca"), _config(scfg, SCFGConfig, "scfg")
+            prompts = _prompt_count(call.arguments)
+            state = _GuidedCall(self, *configs, (scfg_start, scfg_stop), prompts, region_tokens, output_regions)
             with state.installed():
                 output = stock(**{**_flat(call.arguments), "return_dict": True})
             state.check()
@@ -111,6 +112,8 @@ class GoCASCFGMixin:
 
     def _check_guided(self, arguments, region_tokens) -> None:
         prompt, latents = arguments["prompt"], arguments.get("latents")
+        if prompt is None and arguments.get("prompt_embeds") is None:
+            raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
         if prompt is None and region_tokens is None:
             raise ValueError(
                 "Expected `region_tokens` beside `prompt_embeds`, because no tokens are seen: pass, for example, "
@@ -130,8 +133,9 @@ class GoCASCFGMixin:
 
         Args:
             pipeline: a loaded pipeline of the same family.
-            kwargs: components or settings that replace the ones of `pipeline`.
+            kwargs: components or settings that replace the ones of `pipeline`; `dtype` converts the shared modules.
         """
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         family = next(base for base in cls.__mro__ if base.__module__.startswith("diffusers.pipelines"))
         parameters = inspect.signature(family.__init__).parameters
         settings = {name: value for name, value in pipeline.config.items() if name in parameters}
@@ -142,7 +146,8 @@ class GoCASCFGMixin:
                 f"Expected a pipeline with the components of {family.__name__}, but {type(pipeline).__name__} has no "
                 f"{', '.join(missing)}. Use a pipeline of that family."
             )
-        return cls(**arguments)
+        ours = cls(**arguments)
+        return ours if dtype is None else ours.to(dtype=dtype)
 
 
 class GoCASCFGPipeline(GoCASCFGMixin, StableDiffusionPipeline):
@@ -166,6 +171,17 @@ def _signature():
 GoCASCFGMixin.__call__.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
+def _config(value, cls, name):
+    if value is not None and not isinstance(value, cls):
+        raise TypeError(f"Expected `{name}` to be a {cls.__name__} or None, but got {value!r}.")
+    return value or cls()
+
+
+def _prompt_count(arguments) -> int:
+    prompt, embeds = arguments["prompt"], arguments.get("prompt_embeds")
+    return 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
+
+
 def _flat(arguments):
     """Bound arguments as keywords, the `**kwargs` of the stock signature spread."""
     return {**{k: v for k, v in arguments.items() if k != "kwargs"}, **arguments.get("kwargs", {})}
@@ -181,9 +197,9 @@ def _output(stock, state, return_dict, output_regions):
 class _GuidedCall:
     """State of one pipeline call: opens each step's observation, and answers the loop's question for the rate."""
 
-    def __init__(self, pipe, goca, scfg, span, region_tokens, keep_regions):
+    def __init__(self, pipe, goca, scfg, span, prompts, region_tokens, keep_regions):
         self.pipe, self.goca, self.scfg, self.span = pipe, goca, scfg, span
-        self.region_tokens, self.keep_regions = region_tokens, keep_regions
+        self.prompts, self.region_tokens, self.keep_regions = prompts, region_tokens, keep_regions
         self.family = family_of(pipe.unet)
         self.step, self.segmentor, self.latent, self.ids, self.layout = 0, None, None, None, None
         self.regions: list[Regions] = []
@@ -199,12 +215,10 @@ class _GuidedCall:
         self.observer = AttentionObserver(read, self._keep, self._grid, projected=frozenset(preset.cross))
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            hooks = [
-                self.family.denoiser.register_forward_pre_hook(self._before_denoiser, with_kwargs=True),
-                self.pipe.text_encoder.register_forward_pre_hook(self._before_text_encoder, with_kwargs=True),
-            ]
-            for hook in hooks:
-                stack.callback(hook.remove)
+            hooked = {self.family.denoiser: self._before_denoiser, self.pipe.text_encoder: self._before_text_encoder}
+            for module, hook in hooked.items():
+                if module is not None:  # prompt embeddings need no text encoder
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(self.observer)
             stack.callback(setattr, self.pipe, "_goca_call", None)
             self.pipe._goca_call = self
@@ -237,18 +251,17 @@ class _GuidedCall:
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
         self.latent = tuple(sample.shape[-2:])
         fraction = self.step / max(1, self.pipe.num_timesteps)
-        active = self.span[0] <= fraction < self.span[1]
+        active = self.pipe.do_classifier_free_guidance and self.span[0] <= fraction < self.span[1]
         self.observer.paused = not active
         self.observer.seen.clear()
-        if self.layout is None:
+        if active and self.layout is None:
             self.layout = self._layout(sample.shape[0] // 2, text.shape[1]).to(sample.device)
         self.segmentor = self._new_segmentor() if active else None
 
     def _layout(self, batch, length):
         sink = self.family.sink_token
         if self.region_tokens is not None:
-            prompts = batch if self.ids is None else len(self.ids)
-            layout = named_layout(self.region_tokens, prompts, length, sink)
+            layout = named_layout(self.region_tokens, self.prompts, length, sink)
         elif self.scfg.segmentor == "s-cfg":
             layout = token_layout(self.pipe.tokenizer, self.ids.cpu())
         else:
@@ -276,8 +289,9 @@ class _GuidedCall:
         if segmentor is None:
             return None
         check_seen(segmentor.layers, self.observer.seen)
-        regions = segmentor.regions(tuple(delta.shape[-2:]))
-        rate = rate_map(delta, regions, scale, self.scfg)
+        with torch.autocast(delta.device.type, enabled=False):
+            regions = segmentor.regions(tuple(delta.shape[-2:]))
+            rate = rate_map(delta, regions, scale, self.scfg)
         self.finite.append(torch.isfinite(delta).all())
         if self.keep_regions:
             self.regions.append(regions)

@@ -21,8 +21,8 @@ class AttentionRecord:
     name: str
     query: Float[Tensor, "b h p d"]
     key: Float[Tensor, "b h n d"]
-    value: Float[Tensor, "b h n d"]
-    output: Float[Tensor, "b h p d"]
+    value: Float[Tensor, "b h n d"] | None
+    output: Float[Tensor, "b h p d"] | None
     scale: float
     grid: tuple[int, int]
     mask: Float[Tensor, "..."] | None = None
@@ -37,6 +37,10 @@ class AttentionRecord:
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else half(self.mask)
         tensors = {field: half(getattr(self, field)) for field in ("query", "key", "value", "output")}
         return replace(self, mask=mask, **tensors)
+
+    def queries_and_keys(self) -> "AttentionRecord":
+        """What the attention map depends on; value, output and projection are let go."""
+        return replace(self, value=None, output=None, projection=None)
 
 
 @dataclass(frozen=True)

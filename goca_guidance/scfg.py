@@ -17,9 +17,11 @@ def rate_map(
     """Rate of every pixel's guidance: its region's mean |delta| is brought to the foreground's (S-CFG, section 3).
 
     rate[k] = mean_foreground |delta| / mean_region_k |delta|, painted back, limited to [rate_min, rate_max] and to
-    ceiling / scale, smoothed. |.| is the norm over channels. An image with an empty foreground keeps rate one, and so
-    does a region whose delta vanishes.
+    ceiling / scale, smoothed. |.| is the norm over channels. Before the limits, an image with an empty foreground has rate
+    one, and so has a region whose delta vanishes.
     """
+    if config.rate_min == config.rate_max == 1:
+        return torch.ones_like(delta[:, :1], dtype=torch.float32)
     strength = delta.float().norm(dim=1, keepdim=True)
     target, region = region_means(strength, regions.foreground), region_means(strength, regions.masks)
     known = (region > 0) & (target > 0)

@@ -45,8 +45,8 @@ def segment(
 
     Args:
         pipe: the pipeline; `stock_call` is its stock `__call__`.
-        images: an image or a list: PIL, path, or H W 3 array (uint8, or float in [0, 1]). Any size; any PIL mode is read
-            as RGB, transparency over white.
+        images: an image or a list: PIL, path, or H W 3 array (uint8, or float in [0, 1]). Any size; every PIL mode of 8 or
+            16 bits a channel is read as RGB, transparency over white.
         classes: names, of one word or more. Each pixel gets one of them (or the background).
         prompt: what the model reads, for all images or one for each; it must hold every class (and background) name. By
             default the names joined by commas.
@@ -70,9 +70,15 @@ def segment(
         raise ValueError("Expected at least one image, but got an empty list.")
     prompts = _prompts(prompt, names, len(pictures))
     timesteps = _timesteps(timestep, pipe)
+    if pipe.unet.config.encoder_hid_dim_type == "ip_image_proj":
+        raise ValueError("Expected no IP-Adapter for segmentation: call `pipe.unload_ip_adapter()` first.")
     latents = encode(pipe, pictures, *_size(pipe, height, width))
     if generator is None:
         generator = [torch.Generator().manual_seed(0) for _ in pictures]
+    if isinstance(generator, list) and len(generator) != len(pictures):
+        raise ValueError(
+            f"Expected one generator, or one for each of the {len(pictures)} images, but got {len(generator)}."
+        )
     embeds, layout = _read(pipe, prompts, names, latents.device)
     scores = []
     for t in timesteps:
@@ -103,6 +109,8 @@ def load_image(image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits to eight
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"Expected 8 or 16 bits a channel, but got mode {image.mode!r}: scale it to 0..255 first.")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -125,7 +133,8 @@ def _checked_names(classes, rule):
     names = [*classes, *(rule.entities if rule else ())]
     if not classes or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f"Expected at least one class name and no empty ones, but got {list(names)}.")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    spelled = [" ".join(name.lower().split()) for name in names]
+    if repeated := sorted({name for name in spelled if spelled.count(name) > 1}):
         raise ValueError(
             f"Expected every class and background name once, but got {', '.join(repeated)} more than once."
         )
@@ -154,10 +163,8 @@ def _size(pipe, height, width):
     native = pipe.unet.config.sample_size
     native = (native, native) if isinstance(native, int) else tuple(native)
     size = tuple(own or side * pipe.vae_scale_factor for own, side in zip((height, width), native, strict=True))
-    if any(side % pipe.vae_scale_factor for side in size):
-        raise ValueError(
-            f"Expected height and width divisible by {pipe.vae_scale_factor}, but got {size[0]} x {size[1]}."
-        )
+    if any(side % 8 for side in size):  # the stock pipeline's rule, before any work is done
+        raise ValueError(f"Expected height and width divisible by 8, but got {size[0]} x {size[1]}.")
     return size
 
 
@@ -212,7 +219,8 @@ def _forward(pipe, stock_call, noisy, timestep, embeds, layout, config) -> Float
             output_type="latent",
         )
     check_seen(segmentor.layers, observer.seen)
-    return segmentor.scores()
+    with torch.autocast(noisy.device.type, enabled=False):
+        return segmentor.scores()
 
 
 class FrozenScheduler(SchedulerMixin):

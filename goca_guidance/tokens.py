@@ -78,6 +78,10 @@ def named_layout(
         )
     for mapping in mappings:
         for name, positions in mapping.items():
+            if isinstance(positions, int):
+                raise TypeError(
+                    f"Expected a list of positions for region {name!r}, but got {positions}: use [{positions}]."
+                )
             if not positions or not all(0 <= p < length for p in positions):
                 raise ValueError(
                     f"Expected token positions from 0 to {length - 1} for region {name!r}, but got {list(positions)}."

@@ -101,19 +101,19 @@ def test_training_resumes_exactly_and_exports(tmp_path, monkeypatch):
     """A run killed after its first checkpoint and started again ends with the very weights of an unbroken one."""
     monkeypatch.setattr(train_tiny, "build_vae", tiny_vae)
     monkeypatch.setattr(train_tiny, "build_unet", lambda: tiny_components(cross_attention_dim=64)["unet"])
-    save = train_tiny.Stage.save
+    log = train_tiny.Stage._log
 
-    def killed(stage):
-        save(stage)
+    def killed(stage, *row):
+        log(stage, *row)
         raise KeyboardInterrupt
 
     for run, kill in (("whole", False), ("killed", True)):
         for stage in ("vae", "unet"):
             if kill:
-                monkeypatch.setattr(train_tiny.Stage, "save", killed)
+                monkeypatch.setattr(train_tiny.Stage, "_log", killed)
                 with pytest.raises(KeyboardInterrupt):
                     train_tiny.main(arguments(tmp_path / run, stage, "4"))
-                monkeypatch.setattr(train_tiny.Stage, "save", save)
+                monkeypatch.setattr(train_tiny.Stage, "_log", log)
             train_tiny.main(arguments(tmp_path / run, stage, "4"))
     whole, resumed = (
         load_file(tmp_path / run / "unet" / "checkpoint" / "model.safetensors") for run in ("whole", "killed")

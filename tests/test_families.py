@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
 
 from goca_guidance.families import family_of
 from tests.tiny import tiny_components
@@ -45,6 +46,14 @@ def test_generic_preset_reads_the_finest_grid():
 )
 def test_grid(pixels, latent, grid):
     assert family_of(tiny_components()["unet"]).grid(pixels, latent) == grid
+
+
+def test_an_image_prompts_own_attention_is_no_layer():
+    """IP-Adapter Plus brings attention modules outside the blocks."""
+    unet = tiny_components()["unet"]
+    before = set(family_of(unet).attention_modules)
+    unet.encoder_hid_proj = torch.nn.ModuleList([Attention(query_dim=8, heads=1, dim_head=8)])
+    assert set(family_of(unet).attention_modules) == before
 
 
 def test_unknown_grid_and_denoiser():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from goca_guidance import goca
+from goca_guidance.baselines import SCFGSegmentor
 from goca_guidance.config import GoCAConfig, LayerPreset
 from goca_guidance.maps import blur, min_max
 from goca_guidance.records import AttentionRecord, TokenLayout
@@ -191,7 +192,7 @@ def test_segmentor_is_the_paper_in_one_piece():
     grids = [m.mT.unflatten(-1, r.grid) for m, r in zip(maps_, (fine, coarse), strict=True)]
     big = [g if g.shape[-1] == 4 else torch.nn.functional.interpolate(g, (4, 4), mode="bilinear") for g in grids]
     merged = sum(w[:, i, None, None, None] * m for i, m in enumerate(big)).clamp(min=0)
-    scores = min_max(blur(merged / merged[:, :2].sum(1, keepdim=True), 5, 1.1 * 4 / 64))
+    scores = min_max(blur(merged / merged[:, :2].sum(1, keepdim=True), 3, 1.1 * 4 / 64))
     affinity = naive_probs(own_f).mean(1)
     expected = min_max((affinity @ affinity @ scores.flatten(2).mT).mT.unflatten(-1, (4, 4)))
     assert torch.allclose(segmentor.scores(), expected, atol=1e-3)
@@ -224,6 +225,58 @@ def test_every_configuration_gives_scores_in_the_unit_interval(config):
     assert torch.isfinite(scores).all()
     assert scores.min() >= 0
     assert scores.max() <= 1
+
+
+def test_foreground_is_where_the_unconditional_start_token_is_low():
+    """Naive: heads weighted by hand, layers by the conditional weights, blurred, min-max, below one half."""
+    segmentor, (_, fine, _, coarse) = segmentor_and_records(guided=True)
+    w, naive = segmentor.weights(), []
+    for r in (fine.branch(0), coarse.branch(0)):
+        m = torch.einsum("bhpn,bhp->bpn", naive_probs(r), naive_head_weights(r))[..., :1].mT.unflatten(-1, r.grid)
+        naive.append(m if m.shape[-1] == 4 else torch.nn.functional.interpolate(m, (4, 4), mode="bilinear"))
+    merged = sum(w[:, i, None, None, None] * m for i, m in enumerate(naive)).clamp(min=0)
+    expected = min_max(blur(merged, 3, 1.1 * 4 / 64)) < 0.5
+    assert torch.equal(segmentor.regions((4, 4)).foreground, expected)
+    assert 0 < expected.float().mean() < 1
+
+
+def test_scfg_segmentor_equals_the_naive_form():
+    """(S + 3 S^2) / 4 of head means, smoothed, over the spatial mean, averaged over layers; all tokens compete."""
+    _, records = segmentor_and_records(guided=True)
+    own_f, fine, own_c, coarse = records
+    preset = LayerPreset(("fine.attn2", "coarse.attn2"), "fine.attn2", ("fine.attn1",), 2, 100)
+    layout = TokenLayout(
+        (tuple("abcdef"),), torch.arange(6)[None], torch.eye(6)[None], torch.ones(1, 6, dtype=torch.bool)
+    )
+    segmentor = SCFGSegmentor(preset, layout)
+    for r in records:
+        segmentor.keep(r)
+
+    def naive(branch):
+        maps = []
+        for cross, own in ((fine, own_f), (coarse, own_c)):
+            s, c = (naive_probs(r.branch(branch)).mean(1) for r in (own, cross))
+            m = ((s @ c + 3 * s @ s @ c) / 4).mT.unflatten(-1, cross.grid)
+            m = m if m.shape[-1] == 4 else torch.nn.functional.interpolate(m, (4, 4), mode="bilinear")
+            maps.append(blur(m, 3, 0.5**0.5))
+        return maps
+
+    def relative(maps):
+        return torch.stack([m / m.mean((-2, -1), keepdim=True) for m in maps]).mean(0)
+
+    regions = segmentor.regions((4, 4))
+    assert torch.equal(regions.masks[0].int().argmax(0), relative(naive(1))[0].argmax(0))
+    start, others = [m[:, :1] for m in naive(0)], [m[:, 1:].sum(1, keepdim=True) for m in naive(0)]
+    assert torch.equal(regions.foreground, relative(start) <= relative(others))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5])
+def test_one_region_of_several_tokens_is_left_as_it_is(tokens):
+    """Its quotient is constant but for rounding, which min-max would enlarge to noise."""
+    maps = torch.rand(1, tokens, 8, 8, generator=torch.Generator().manual_seed(0))
+    groups = torch.full((1, tokens, 1), 1 / tokens)
+    scores = goca.rescale(maps, groups, torch.ones(1, tokens, dtype=torch.bool))
+    assert torch.allclose(scores[:, 0], maps.mean(1))
 
 
 def test_only_what_is_used_is_observed():

@@ -81,8 +81,14 @@ def test_paused_sees_nothing(unet):
 def test_hidden_attention_is_noticed(unet, hide):
     hide(unet)
     records, _ = observe(unet)
+    assert records == []
     with pytest.raises(RuntimeError, match="disable_attention_slicing"):
-        check_seen(frozenset({"some.attn2"}), {r.name for r in records})
+        check_seen(family_of(unet).preset.layers, {r.name for r in records})
+
+
+def test_seen_attention_is_no_error(unet):
+    records, _ = observe(unet)
+    check_seen(family_of(unet).preset.layers, {r.name for r in records})
 
 
 def test_branches_are_the_halves_of_the_batch(unet):

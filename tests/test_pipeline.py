@@ -1,6 +1,9 @@
 """Off equals stock, rate one equals stock, on differs; batches, lives of hooks, saving and loading, every error."""
 
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 from goca_guidance.scfg import SpatialGuidanceScale, rate_map
@@ -20,6 +24,7 @@ from tests.tiny import hooks_of, stock_of, tiny_components
 
 
 PROMPTS = ["a cat and a bus on grass", "potted plant"]
+ROOT = Path(__file__).parents[1]
 NEUTRAL = SCFGConfig(rate_min=1, rate_max=1)
 
 
@@ -39,7 +44,14 @@ def assert_clean(pipe):
 
 # ---- stock or not ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "kwargs", [{"use_scfg": False}, {"guidance_scale": 1.0}, {"scfg": NEUTRAL}, {"scfg_stop": 0.0}]
+    "kwargs",
+    [
+        {"use_scfg": False},
+        {"guidance_scale": 1.0},
+        {"scfg": NEUTRAL},
+        {"scfg_stop": 0.0},
+        {"scfg": NEUTRAL, "guidance_scale": 20},
+    ],
 )
 @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS])
 def test_off_equals_stock_bit_for_bit(pipe, prompt, kwargs):
@@ -90,7 +102,8 @@ def test_a_batch_of_two_equals_two_batches_of_one(pipe, segmentor):
     both = generate(pipe, PROMPTS, output_type="latent", output_regions=True, scfg=scfg)
     for i, prompt in enumerate(PROMPTS):
         alone = generate(pipe, [prompt], seed=i, output_type="latent", output_regions=True, scfg=scfg)
-        assert (both.images[i] - alone.images[0]).norm() / alone.images.norm() < 1e-4
+        # A near tie between two of the random model's regions may fall either way; prompts mixed up would be far off.
+        assert (both.images[i] - alone.images[0]).norm() / alone.images.norm() < 1e-3
         assert both.regions[0].labels[i] == alone.regions[0].labels[0]
         k = len(alone.regions[0].labels[0])
         same = (both.regions[0].masks[i, :k] == alone.regions[0].masks[0]).float().mean()
@@ -111,9 +124,18 @@ def test_any_size(pipe, size):
 
 
 def test_start_and_stop(pipe):
-    """Only the steps between are guided, and the others are plain."""
+    """Only the steps between are guided; what reaches the scheduler in the others is plain guidance."""
+    raw, received = [], []
+    pipe.unet.register_forward_hook(lambda m, a, out: raw.append(out[0].detach()))
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda pred, *args, **kwargs: received.append(pred) or step(pred, *args, **kwargs)
     output = generate(pipe, num_inference_steps=8, scfg_start=0.25, scfg_stop=0.75, output_regions=True)
     assert len(output.regions) == len(output.guidance_maps) == 4
+    plain = []
+    for prediction, got in zip(raw, received, strict=True):
+        uncond, cond = prediction.chunk(2)
+        plain.append(torch.equal(got, uncond + 5.0 * (cond - uncond)))
+    assert plain == [True, True, False, False, False, False, True, True]
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, HeunDiscreteScheduler])
@@ -183,12 +205,54 @@ def test_guidance_rescale(pipe):
 
 
 def test_prompt_embeds_with_named_regions(pipe):
-    embeds, negative = pipe.encode_prompt("a cat on grass", "cpu", 1, True)
-    named = {"cat": [2], "grass": [4]}
+    """Without a text encoder; regions for each prompt, each prompt several images."""
+    embeds, negative = pipe.encode_prompt(["a cat on grass", "a dog"], "cpu", 1, True)
+    pipe.text_encoder = None
     output = generate(
-        pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative, region_tokens=named, output_regions=True
+        pipe,
+        None,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        region_tokens=[{"cat": [2], "grass": [4]}, {"dog": [2]}],
+        num_images_per_prompt=2,
+        generator=torch.Generator(),
+        output_regions=True,
     )
-    assert output.regions[0].labels == (("cat", "grass", "<sos>"),)
+    assert output.regions[0].labels == (("cat", "grass", "<sos>"),) * 2 + (("dog", "<sos>"),) * 2
+    assert hooks_of(pipe.unet) == 0
+
+
+def test_negative_prompt_forms_no_region(pipe):
+    output = generate(pipe, "a cat", negative_prompt="a dog on grass", output_regions=True)
+    assert output.regions[0].labels == (("cat", "<sos>"),)
+
+
+def test_cutoff_callback_of_diffusers(pipe):
+    """It ends guidance, and the doubled batch, in the middle of a call."""
+    cutoff = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)}
+    output = generate(pipe, num_inference_steps=4, output_regions=True, **cutoff)
+    assert len(output.regions) == 2
+    assert torch.equal(generate(pipe, scfg=NEUTRAL, **cutoff).images, generate(stock_of(pipe), **cutoff).images)
+
+
+def test_autocast(pipe):
+    """Statistics stay float32, and rate one stays stock at a scale that bfloat16 cannot hold."""
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = generate(pipe, scfg=NEUTRAL, guidance_scale=7.3).images
+        assert torch.equal(ours, generate(stock_of(pipe), guidance_scale=7.3).images)
+        output = generate(pipe, output_regions=True)
+    assert output.guidance_maps.dtype == torch.float32
+
+
+def test_one_word_of_several_tokens(pipe):
+    """Its map is its own attention, not the rounding of a quotient that is constant."""
+    regions = generate(pipe, "zebra", output_regions=True, num_inference_steps=1).regions[0]
+    tokens = {"zebra": list(range(1, 1 + len(pipe.tokenizer.tokenize("zebra"))))}
+    assert len(tokens["zebra"]) > 2
+    by_hand = generate(
+        pipe, "zebra", region_tokens=tokens, goca=GoCAConfig(rescale=False), output_regions=True, num_inference_steps=1
+    )
+    assert torch.equal(regions.masks, by_hand.regions[0].masks)
 
 
 def test_compiled_denoiser(pipe):
@@ -234,14 +298,37 @@ def test_from_pipe_shares_modules_and_their_dtypes(pipe):
         ({"height": 33, "width": 32}, "divisible by 8"),
         ({"scfg_start": 0.5, "scfg_stop": 0.2}, "scfg_start"),
         ({"region_tokens": {"cat": [77]}}, "positions from 0 to 23"),
+        ({"prompt": None}, "Expected `prompt` or"),
         ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, "finite `latents`"),
     ],
 )
 def test_bad_input(pipe, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         generate(pipe, **kwargs)
     assert pipe._goca_call is None
     assert hooks_of(pipe.unet) == 0
+
+
+def test_wrong_types_without_a_type_checker():
+    """What a user sees who runs without one, as users do."""
+    code = """
+from goca_guidance import GoCASCFGPipeline
+from tests.tiny import tiny_components
+pipe = GoCASCFGPipeline(**tiny_components())
+for kwargs in ({"scfg": True}, {"goca": {}}, {"region_tokens": {"cat": 2}}):
+    try:
+        pipe("a cat", **kwargs)
+    except TypeError as error:
+        print(error)
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT
+    ).stdout.splitlines()
+    assert printed == [
+        "Expected `scfg` to be a SCFGConfig or None, but got True.",
+        "Expected `goca` to be a GoCAConfig or None, but got {}.",
+        "Expected a list of positions for region 'cat', but got 2: use [2].",
+    ]
 
 
 def test_prompt_embeds_without_tokens(pipe):

@@ -126,6 +126,12 @@ def test_half_precision(pipe, image, dtype):
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_modes_without_a_range_are_refused(image, mode):
+    with pytest.raises(ValueError, match="8 or 16 bits"):
+        load_image(image.convert("L").convert(mode))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "CMYK", "1", "I;16"])
 def test_every_mode_is_read_as_rgb(pipe, image, mode, tmp_path):
     converted = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
@@ -166,12 +172,14 @@ def test_paths_and_arrays(pipe, image, tmp_path):
         ({"classes": []}, "at least one class"),
         ({"classes": ["cat", " "]}, "no empty ones"),
         ({"classes": ["cat", "cat"]}, "cat more than once"),
+        ({"classes": ["cat", "Cat"]}, "cat more than once"),
+        ({"generator": []}, "for each of the 1 images"),
         ({"prompt": "grass, cat"}, "'potted plant' among the words"),
         ({"classes": ["zebra", *(f"{word} cat" for word in WORDS)]}, "encoder keeps 24"),
         ({"prompt": ["cat", "dog"]}, "for each of the 1 images"),
         ({"timestep": 1000}, "timesteps from 0 to 999"),
         ({"timestep": []}, "timesteps from 0 to 999"),
-        ({"height": 33}, "divisible by 2"),
+        ({"height": 36}, "divisible by 8"),
         ({"num_noises": 0}, "at least one noise"),
         ({"images": Image.new("RGB", (7, 40))}, "at least 8 x 8"),
         ({"images": np.zeros((9, 9))}, "shape H W 3"),
