@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
-.PHONY: demo test check format tables clean
+.PHONY: demo test check format report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,7 @@ format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-tables: $(VENV)/installed  ## results/*.json into README.md
+report: $(VENV)/installed  ## results/*.json and the pictures of `make demo` into README.md
 	$(RUN)/python -m eval.report
 
 clean:

@@ -1,4 +1,7 @@
-"""Results to tables: `python -m eval.report` puts every results/*.json that README.md names into its place there."""
+"""Results to the README: `python -m eval.report` puts every results/*.json that README.md names into its place there.
+
+Where `make demo` left its pictures, the README's picture is made of them.
+"""
 
 import hashlib
 import json
@@ -11,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 
 @contextmanager
@@ -74,10 +78,24 @@ def fill(text: str, results: Path) -> str:
     return re.sub(r"<!-- results: (\S+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def stack(pictures: list[Image.Image], width: int = 1000) -> Image.Image:
+    """Pictures one above the other on white, each as wide as the page."""
+    scaled = [p.convert("RGB").resize((width, round(p.height * width / p.width)), Image.LANCZOS) for p in pictures]
+    page, top = Image.new("RGB", (width, sum(p.height for p in scaled)), "white"), 0
+    for picture in scaled:
+        page.paste(picture, (0, top))
+        top += picture.height
+    return page
+
+
 def main() -> None:
-    readme = Path("README.md")
+    readme, picture, demo = Path("README.md"), Path("docs/picture.png"), Path("demo")
     with replacing(readme) as part:
         part.write_text(fill(readme.read_text(), Path("results")))
+    if demo.exists():
+        parts = [Image.open(demo / f"{name}.png") for name in ("comparison", "strip", "segmentation")]
+        with replacing(picture) as part:
+            stack(parts).quantize(256).save(part, format="PNG")
 
 
 if __name__ == "__main__":

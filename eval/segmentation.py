@@ -9,7 +9,7 @@ A method that was measured before by the same code on the same weights, scenes a
 
 import argparse
 import tomllib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from eval.report import command, fingerprint, markdown, replacing, weights_digest, write_json
 from eval.scenes import CLASSES, OBJECTS, scene
 from goca_guidance import TINY_SD, GoCAConfig, GoCASCFGPipeline
-from goca_guidance.config import from_mapping
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,14 @@ def load(model: str) -> GoCASCFGPipeline:
     pipe = GoCASCFGPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def from_mapping(cls, values: dict):
+    """A dataclass from a table of a TOML file; an unknown key is an error that lists the known ones."""
+    known = {field.name for field in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"Expected keys of {cls.__name__} among {sorted(known)}, but got {unknown}.")
+    return cls(**values)
 
 
 def main() -> None:

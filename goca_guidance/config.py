@@ -1,7 +1,7 @@
 """The choices, as frozen dataclasses: the only configuration schema of the project."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 
 # English function words that a prompt's regions may leave out (GoCA, per-pixel rescaling: content tokens).
@@ -166,11 +166,3 @@ def sibling(cross: str) -> str:
 def _among(name, value, choices):
     if value not in choices:
         raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
-
-
-def from_mapping(cls, values: dict):
-    """A configuration from a table of a TOML file; an unknown key is an error that lists the known ones."""
-    known = {field.name for field in fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"Expected keys of {cls.__name__} among {sorted(known)}, but got {unknown}.")
-    return cls(**values)
