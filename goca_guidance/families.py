@@ -51,12 +51,13 @@ class UNetFamily:
     def _generic_preset(self, cross: tuple[str, ...]) -> LayerPreset:
         """Ours, for a U-Net that no preset names: the finest grid refines, and its middle layer is the reference.
 
-        Its grids may lie further apart than Stable Diffusion's, so rows are normalised: else the coarsest layers win.
+        Its grids may lie further apart than Stable Diffusion's, so rows are normalised: else the coarsest layers win. Order and
+        timestep are those that served the embedded model best on validation scenes.
         """
         finest = min(map(self._level, cross))
         names = [name for name in cross if self._level(name) == finest]
         fine = tuple(map(sibling, names[: max(1, len(cross) // 3)]))
-        return LayerPreset(cross, names[len(names) // 2], fine, order=1, timestep=100, row_normalise=True)
+        return LayerPreset(cross, names[len(names) // 2], fine, order=1, timestep=50, row_normalise=True)
 
     def _level(self, name: str) -> int:
         """How often the grid is halved between the latent and a layer."""

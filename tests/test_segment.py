@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from goca_guidance import Background, GoCAConfig
+from goca_guidance.families import family_of
 from goca_guidance.segment import load_image
 from tests.tiny import WORDS, hooks_of
 
@@ -47,7 +48,7 @@ def test_one_forward_at_the_timestep(pipe, image):
         lambda m, args, kwargs: seen.append((args[0].shape[0], int(args[1]))), with_kwargs=True
     )
     pipe.segment(image, CLASSES)
-    assert seen == [(1, 100)]
+    assert seen == [(1, family_of(pipe.unet).preset.timestep)]
     pipe.segment(image, CLASSES, timestep=[50, 150], num_noises=2)
     assert seen[1:] == [(1, 50), (1, 50), (1, 150), (1, 150)]
     handle.remove()
