@@ -51,8 +51,8 @@ class UNetFamily:
     def _generic_preset(self, cross: tuple[str, ...]) -> LayerPreset:
         """Ours, for a U-Net that no preset names: the finest grid refines, and its middle layer is the reference.
 
-        Its grids may lie further apart than Stable Diffusion's, so rows are normalised: else the coarsest layers win. Order and
-        timestep are those that served the embedded model best on validation scenes.
+        Its grids may lie further apart than Stable Diffusion's, so rows are normalised: else the coarsest layers win. Order
+        and timestep are those that served the embedded model best on validation scenes.
         """
         finest = min(map(self._level, cross))
         names = [name for name in cross if self._level(name) == finest]
