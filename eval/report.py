@@ -26,10 +26,10 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(part)
     yield part
     old = path.with_name(f".old-{path.name}")
-    if (
-        path.is_dir()
-    ):  # a folder cannot be replaced in one step: the old one steps aside, and goes when the new one is there
-        path.replace(old)
+    if path.is_dir():
+        path.replace(
+            old
+        )  # a folder cannot be replaced in one step: the old one steps aside until the new one is there
     part.replace(path)
     shutil.rmtree(old, ignore_errors=True)
 

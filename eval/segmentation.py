@@ -36,6 +36,11 @@ class Experiment:
     result: str = "results/segmentation-scenes.json"
     seed: int = 0
 
+    def conditions(self) -> dict:
+        """What every method of the experiment shares, the weights by their digest."""
+        shared = {k: v for k, v in asdict(self).items() if k not in ("methods", "result", "model")}
+        return {**shared, "weights": weights_digest(self.model)}
+
 
 def confusions(pipe, experiment: Experiment, name: str, settings: dict) -> np.ndarray:
     """Confusion matrix of each scene, [scenes classes classes], rows are the truth."""
@@ -99,8 +104,7 @@ def run(experiment: Experiment, cache: Path = Path("runs/segmentation")) -> list
 
 def cached(folder: Path, experiment: Experiment, settings: dict, compute) -> np.ndarray:
     """Confusions of one method, from disk where the same thing was measured before by the same code."""
-    inputs = {k: v for k, v in asdict(experiment).items() if k not in ("methods", "result", "model")}
-    path = folder / f"{fingerprint(**inputs, settings=settings, weights=weights_digest(experiment.model))}.npy"
+    path = folder / f"{fingerprint(**experiment.conditions(), settings=settings)}.npy"
     if not path.exists():
         matrices = compute()
         with replacing(path) as part, part.open("wb") as file:
@@ -136,9 +140,8 @@ def main() -> None:
         changes["methods"] = {name: experiment.methods[name] for name in args.methods}
     experiment = replace(experiment, **changes)
     rows = run(experiment)
-    described = {k: v for k, v in asdict(experiment).items() if k not in ("methods", "result", "model")}
-    described["weights"] = weights_digest(experiment.model)
-    write_json(Path(experiment.result), {"command": command(), "experiment": described, "rows": rows})
+    result = {"command": command(), "experiment": experiment.conditions(), "rows": rows}
+    write_json(Path(experiment.result), result)
     print(markdown(rows))
 
 

@@ -44,9 +44,7 @@ def stable_diffusion_1() -> StableDiffusionPipeline:
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                         block_out_channels=(32,) * 4, latent_channels=4)  # fmt: skip
     return StableDiffusionPipeline(
-        unet=UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=768
-        ),  # the class defaults are Stable Diffusion's
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # else the class defaults, which are SD's
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,

@@ -72,12 +72,9 @@ def generate(args) -> None:
     """Image, overlay, strip and animation of one prompt."""
     if (args.height is None) != (args.width is None):
         raise ValueError("Expected both --height and --width, or neither, but got one of them.")
-    pipe, kwargs = (
-        _load(args),
-        {k: v for k in ("height", "width", "negative_prompt") if (v := getattr(args, k)) is not None},
-    )
+    kwargs = {k: v for k in ("height", "width", "negative_prompt") if (v := getattr(args, k)) is not None}
     output = _generate(
-        pipe, args.prompt, args.seed, args.steps, args.guidance_scale, use_scfg=not args.no_scfg, **kwargs
+        _load(args), args.prompt, args.seed, args.steps, args.guidance_scale, use_scfg=not args.no_scfg, **kwargs
     )
     _draw_generation(output, args.out)
 

@@ -36,9 +36,13 @@ def head_weights(
     z = output.float().transpose(1, 2).flatten(2)
     weight = projection.float()
     share = (z * (z @ weight @ weight.mT)).unflatten(-1, (heads, -1)).sum(-1).mT
-    share = share.clamp(min=0) if clamp else share
-    total = share.sum(1, keepdim=True)
-    return torch.where(total > 0, share / torch.where(total > 0, total, 1), 1 / heads)
+    return shares(share.clamp(min=0) if clamp else share, dim=1)
+
+
+def shares(values: Tensor, dim: int) -> Tensor:
+    """Values over their sum along `dim`; uniform where the sum is not positive."""
+    total = values.sum(dim, keepdim=True)
+    return torch.where(total > 0, values / torch.where(total > 0, total, 1), 1 / values.shape[dim])
 
 
 def token_maps(
@@ -85,9 +89,7 @@ def agreement(
 
 def layer_weights(agreements: Float[Tensor, "b l"]) -> Float[Tensor, "b l"]:
     """Agreements clamped at zero, divided by their sum over layers; uniform where none agrees."""
-    positive = agreements.clamp(min=0)
-    total = positive.sum(-1, keepdim=True)
-    return torch.where(total > 0, positive / torch.where(total > 0, total, 1), 1 / agreements.shape[-1])
+    return shares(agreements.clamp(min=0), dim=-1)
 
 
 # ---- rescaling (paper: per-pixel rescaling) --------------------------------------------------------------------------

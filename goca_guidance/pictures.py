@@ -57,7 +57,7 @@ def region_strip(regions: Sequence[Regions], sample: int = 0, columns: int = 8) 
     names = regions[0].labels[sample]
     figure, axes = _panels(1, len(steps), legend=True, panel=1.5)
     for axis, step in zip(axes, steps, strict=True):
-        labels = regions[step].masks[sample].int().argmax(0)
+        labels = as_labels(regions[step], sample)
         paint = np.array([colour(i) for i in range(len(names))])[labels.numpy()]
         shade = np.where(regions[step].foreground[sample, 0].numpy(), 1.0, 0.45)[..., None]
         axis.imshow(1 - shade * (1 - paint))

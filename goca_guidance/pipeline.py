@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from goca_guidance.observer import AttentionObserver, check_seen
 from goca_guidance.records import Regions, Segmentation
 from goca_guidance.scfg import SpatialGuidanceScale, rate_map
 from goca_guidance.segment import segment
-from goca_guidance.tokens import named_layout, prompt_layout, token_layout
+from goca_guidance.tokens import encoder_ids, named_layout, prompt_layout, token_layout
 
 
 @dataclass
@@ -103,11 +103,10 @@ class GoCASCFGMixin:
             configs = _config(goca, GoCAConfig, "goca"), _config(scfg, SCFGConfig, "scfg")
             prompts = _prompt_count(call.arguments)
             state = _GuidedCall(self, *configs, (scfg_start, scfg_stop), prompts, region_tokens, output_regions)
-            with state.installed():
-                output = stock(**{**_flat(call.arguments), "return_dict": True})
-            state.check()
-        else:
+        with nullcontext() if state is None else state.installed():
             output = stock(**{**_flat(call.arguments), "return_dict": True})
+        if state is not None:
+            state.check()
         return _output(output, state, call.arguments["return_dict"], output_regions)
 
     def _check_guided(self, arguments, region_tokens) -> None:
@@ -244,7 +243,7 @@ class _GuidedCall:
     # ---- what the hooks bring ----------------------------------------------------------------------------------------
     def _before_text_encoder(self, module, args, kwargs):
         if self.ids is None:  # the prompt comes first, the negative prompt after it
-            self.ids = (args[0] if args else kwargs["input_ids"]).detach()
+            self.ids = encoder_ids(args, kwargs)
 
     def _before_denoiser(self, module, args, kwargs):
         sample = args[0] if args else kwargs["sample"]
@@ -263,9 +262,9 @@ class _GuidedCall:
         if self.region_tokens is not None:
             layout = named_layout(self.region_tokens, self.prompts, length, sink)
         elif self.scfg.segmentor == "s-cfg":
-            layout = token_layout(self.pipe.tokenizer, self.ids.cpu())
+            layout = token_layout(self.pipe.tokenizer, self.ids)
         else:
-            layout = prompt_layout(self.pipe.tokenizer, self.ids.cpu(), self.goca.drop_stop_words, sink)
+            layout = prompt_layout(self.pipe.tokenizer, self.ids, self.goca.drop_stop_words, sink)
         return layout.repeat(batch // len(layout.labels))
 
     def _new_segmentor(self):

@@ -19,7 +19,7 @@ from goca_guidance.goca import GoCASegmentor
 from goca_guidance.maps import resize
 from goca_guidance.observer import AttentionObserver, check_seen
 from goca_guidance.records import Segmentation
-from goca_guidance.tokens import class_layout
+from goca_guidance.tokens import class_layout, encoder_ids
 
 
 SMALLEST = 8  # pixels on a side
@@ -69,7 +69,8 @@ def segment(
     if not pictures:
         raise ValueError("Expected at least one image, but got an empty list.")
     prompts = _prompts(prompt, names, len(pictures))
-    timesteps = _timesteps(timestep, pipe)
+    family = family_of(pipe.unet)
+    timesteps = _timesteps(timestep, family.preset.timestep, pipe.scheduler.config.num_train_timesteps - 1)
     if pipe.unet.config.encoder_hid_dim_type == "ip_image_proj":
         raise ValueError("Expected no IP-Adapter for segmentation: call `pipe.unload_ip_adapter()` first.")
     latents = encode(pipe, pictures, *_size(pipe, height, width))
@@ -80,11 +81,12 @@ def segment(
             f"Expected one generator, or one for each of the {len(pictures)} images, but got {len(generator)}."
         )
     embeds, layout = _read(pipe, prompts, names, latents.device)
-    scores = []
+    noiser, scores = DDPMScheduler.from_config(pipe.scheduler.config), []
     for t in timesteps:
         for _ in range(num_noises):
-            noisy = _noisy(pipe, latents, t, generator)
-            scores.append(_forward(pipe, stock_call, noisy, t, embeds, layout, goca or GoCAConfig()))
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            noisy = noiser.add_noise(latents, noise, torch.tensor([t], device=latents.device))
+            scores.append(_forward(pipe, family, stock_call, noisy, t, embeds, layout, goca or GoCAConfig()))
     return _result(torch.stack(scores).mean(0), pictures, tuple(classes), rule)
 
 
@@ -150,10 +152,9 @@ def _prompts(prompt, names, count):
     return prompts
 
 
-def _timesteps(timestep, pipe):
-    chosen = family_of(pipe.unet).preset.timestep if timestep is None else timestep
+def _timesteps(timestep, default, last):
+    chosen = default if timestep is None else timestep
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-    last = pipe.scheduler.config.num_train_timesteps - 1
     if not chosen or not all(0 <= t <= last for t in chosen):
         raise ValueError(f"Expected timesteps from 0 to {last}, but got {chosen}.")
     return chosen
@@ -182,7 +183,7 @@ def _read(pipe, prompts, names, device):
     ids = []
 
     def keep_ids(module, args, kwargs):
-        ids.append((args[0] if args else kwargs["input_ids"]).cpu())
+        ids.append(encoder_ids(args, kwargs))
 
     hook = pipe.text_encoder.register_forward_pre_hook(keep_ids, with_kwargs=True)
     try:
@@ -192,15 +193,9 @@ def _read(pipe, prompts, names, device):
     return embeds, class_layout(pipe.tokenizer, ids[0], names).to(device)
 
 
-def _noisy(pipe, latents, timestep, generator):
-    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-    noiser = DDPMScheduler.from_config(pipe.scheduler.config)
-    return noiser.add_noise(latents, noise, torch.tensor([timestep], device=latents.device))
-
-
-def _forward(pipe, stock_call, noisy, timestep, embeds, layout, config) -> Float[Tensor, "b k H W"]:
+def _forward(pipe, family, stock_call, noisy, timestep, embeds, layout, config) -> Float[Tensor, "b k H W"]:
     """Region scores of one noise sample at one timestep: the stock pipeline runs exactly one conditional step."""
-    family, latent = family_of(pipe.unet), tuple(noisy.shape[-2:])
+    latent = tuple(noisy.shape[-2:])
     segmentor = GoCASegmentor(config, family.preset, layout, guided=False)
     observer = AttentionObserver(
         {name: module for name, module in family.attention_modules.items() if name in segmentor.layers},

@@ -14,20 +14,25 @@ from goca_guidance.records import TokenLayout
 SINK = "<sos>"  # label of the region that CLIP's start token owns
 
 
+def encoder_ids(args: tuple, kwargs: dict) -> Int[Tensor, "b n"]:
+    """The token ids of a text encoder's call, as a forward pre-hook sees it."""
+    return (args[0] if args else kwargs["input_ids"]).cpu()
+
+
 def words(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
     """The prompt's words, in order, with the positions of their tokens. Special tokens belong to none.
 
     CLIP closes each word with `</w>`. The sequence ends at the first end token, because CLIP pads with that token.
     """
     found: list[tuple[str, list[int]]] = []
-    text, positions = "", list[int]()
+    text, positions, added = "", list[int](), tokenizer.get_added_vocab()
     for position, token in enumerate(tokenizer.convert_ids_to_tokens(list(ids))):
         if token == tokenizer.eos_token:
             break
         if token == tokenizer.bos_token:
             continue
         text, positions = text + token.removesuffix("</w>"), [*positions, position]
-        if token.endswith("</w>") or token in tokenizer.get_added_vocab():
+        if token.endswith("</w>") or token in added:
             found.append((_readable(tokenizer, text), positions))
             text, positions = "", []
     return [*found, (_readable(tokenizer, text), positions)] if positions else found
@@ -93,27 +98,24 @@ def named_layout(
 
 def class_layout(tokenizer: CLIPTokenizer, ids: Int[Tensor, "b n"], names: Sequence[str]) -> TokenLayout:
     """One region for each class name, wherever its words stand in each prompt (segmentation)."""
-    return layout([[(name, _find(tokenizer, row, name, names)) for name in names] for row in ids.tolist()], sink=None)
+    spellings = {name: [word for word, _ in words(tokenizer, tokenizer(name).input_ids)] for name in names}
+    prompts = [words(tokenizer, row) for row in ids.tolist()]
+    found = [[(name, _find(prompt, name, spellings, ids.shape[1])) for name in names] for prompt in prompts]
+    return layout(found, sink=None)
 
 
-def _find(tokenizer, ids, name, names):
+def _find(prompt, name, spellings, length):
     """Positions of every whole-word occurrence of a name that is not part of a longer name."""
-    prompt = words(tokenizer, ids)
-    wanted = _spelling(tokenizer, name)
-    longer = [s for other in names if len(s := _spelling(tokenizer, other)) > len(wanted)]
-    spelled = [word for word, _ in prompt]
+    wanted, spelled = spellings[name], [word for word, _ in prompt]
+    longer = [other for other in spellings.values() if len(other) > len(wanted)]
     taken = {i + j for other in longer for i in _occurrences(spelled, other) for j in range(len(other))}
     starts = [i for i in _occurrences(spelled, wanted) if i not in taken]
     if not starts:
         raise ValueError(
             f"Expected the class {name!r} among the words that the text encoder reads, but it reads {' '.join(spelled)!r}. "
-            f"Name it in the prompt, or shorten the prompt: the encoder keeps {len(ids)} tokens."
+            f"Name it in the prompt, or shorten the prompt: the encoder keeps {length} tokens."
         )
     return [p for i in starts for _, positions in prompt[i : i + len(wanted)] for p in positions]
-
-
-def _spelling(tokenizer, name):
-    return [word for word, _ in words(tokenizer, tokenizer(name).input_ids)]
 
 
 def _occurrences(words_, wanted):
