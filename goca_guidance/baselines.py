@@ -15,46 +15,52 @@ class SCFGSegmentor:
 
     Head-mean cross maps of the two coarsest grids that a step has (16x16 and 8x8 for Stable Diffusion at 512 pixels),
     refined by (S + 3 S^2) / 4 of the sibling self-attention S, smoothed, divided by their spatial mean, averaged over
-    layers. The argmax runs over the layout's tokens, which should be all of them. The foreground is where, in the
-    unconditional half, the start token is not the larger of itself and the sum of all other tokens.
+    layers. The argmax runs over the layout's tokens, which must be all of them. The foreground is where, in the prediction
+    that the sink token belongs to (see `GoCASegmentor`), it is not the larger of itself and the sum of all other tokens.
     """
 
     layers_read = 2  # coarsest grids
+    projected: frozenset[str] = frozenset()
 
-    def __init__(self, preset: LayerPreset, layout: TokenLayout, sink: int = 0):
-        self.preset, self.layout, self.sink = preset, layout, sink
-        self._records: dict[str, AttentionRecord] = {}
+    def __init__(self, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
+        self.preset, self.layout, self.unconditional_sink = preset, layout, unconditional_sink
+        self._conditional: dict[str, AttentionRecord] = {}
+        self._unconditional: dict[str, AttentionRecord] = {}
 
     @property
     def layers(self) -> frozenset[str]:
         """Names of the layers that must be observed."""
-        return frozenset((*self.preset.cross, *self.preset.self_layers))
+        return frozenset((*self.preset.cross, *self.preset.own))
 
     def keep(self, record: AttentionRecord) -> None:
-        """Keep a record until the step's grids are known."""
-        self._records[record.name] = record
+        """Keep a record of the conditional prediction until the step's grids are known."""
+        self._conditional[record.name] = record.queries_and_keys()
+
+    def keep_unconditional(self, record: AttentionRecord) -> None:
+        """Keep a record of the unconditional prediction, where the sink token is its."""
+        if self.unconditional_sink:
+            self._unconditional[record.name] = record.queries_and_keys()
 
     def regions(self, size: tuple[int, int]) -> Regions:
         """The argmax over tokens, and the foreground, at `size`."""
-        grids = sorted({self._records[name].grid for name in self.preset.cross})[: self.layers_read]
-        tokens = self._maps(1, self.layout.columns, grids)
+        tokens = self._maps(self._conditional)
         masks = one_hot(
             torch.einsum("bmhw,bmk->bkhw", _mean_of_relative(tokens), self.layout.groups), self.layout.present
         )
-        start = self._maps(0, torch.full_like(self.layout.columns[:, :1], self.sink), grids)
-        others = [1 - m for m in start]  # a pixel's shares sum to one, and refining and smoothing keep that
+        both = self._maps(self._unconditional) if self.unconditional_sink else tokens
+        start = [maps.take_along_dim(self.layout.sink[..., None, None], 1) for maps in both]
+        others = [maps.sum(1, keepdim=True) - own for maps, own in zip(both, start, strict=True)]
         foreground = _mean_of_relative(start) <= _mean_of_relative(others)
         return Regions(nearest(masks, size), nearest(foreground, size), self.layout.labels)
 
-    def _maps(self, branch, columns, grids) -> list[Float[Tensor, "b m H W"]]:
+    def _maps(self, records) -> list[Float[Tensor, "b m H W"]]:
         """Refined, resized and smoothed maps of each layer read."""
+        grids = sorted({records[name].grid for name in self.preset.cross})[: self.layers_read]
         maps = []
-        for cross, own in zip(self.preset.cross, self.preset.self_layers, strict=True):
-            if (record := self._records[cross]).grid in grids:
-                x = token_maps(record.branch(branch), columns, None)
-                affinity = self._records[own].branch(branch)
-                once = affinity_product(affinity, x)
-                refined = (once + 3 * affinity_product(affinity, once)) / 4
+        for cross, own in zip(self.preset.cross, self.preset.own, strict=True):
+            if (record := records[cross]).grid in grids:
+                once = affinity_product(records[own], token_maps(record, self.layout.columns, None))
+                refined = (once + 3 * affinity_product(records[own], once)) / 4
                 maps.append(blur(resize(as_maps(refined, record.grid), grids[-1]), 3, 0.5**0.5))
         return maps
 

@@ -16,7 +16,8 @@ class GoCAConfig:
     """How attention becomes regions (GoCA, arXiv 2603.06178). The defaults are the paper's method.
 
     Args:
-        heads: "contribution" weights each head by its share of the layer's output; "uniform" is the plain mean.
+        heads: "contribution" weights each head by its share of the layer's output; "uniform" is the plain mean. None takes
+            the family's preset: "uniform" for Flux and HunyuanDiT, as released, else "contribution".
         clamp_heads: clamp negative head shares at zero (neither the paper nor the released code does).
         layers: "agreement" weights each layer by its likeness to the pseudo self-attention; "uniform" is the plain mean.
         row_normalise: let every resized self-attention row sum to one before the layers are compared. Off in the
@@ -29,7 +30,7 @@ class GoCAConfig:
         blur_size, blur_sigma: the Gaussian before min-max; sigma in pixels of a 64 x 64 map, as the paper's maps are.
     """
 
-    heads: str = "contribution"
+    heads: str | None = None
     clamp_heads: bool = False
     layers: str = "agreement"
     row_normalise: bool | None = None
@@ -41,7 +42,7 @@ class GoCAConfig:
     blur_sigma: float = 1.1
 
     def __post_init__(self):
-        _among("heads", self.heads, ("contribution", "uniform"))
+        _among("heads", self.heads, (None, "contribution", "uniform"))
         _among("layers", self.layers, ("agreement", "uniform"))
         if self.blur_size % 2 == 0 or self.blur_size < 1 or self.blur_sigma <= 0:
             raise ValueError(
@@ -76,6 +77,8 @@ class SCFGConfig:
         ceiling: no pixel's guidance (scale times rate) exceeds it.
         smooth_size, smooth_sigma: Gaussian over the rate map, in latent pixels.
         segmentor: "goca", or "s-cfg" for the segmentor of the S-CFG paper itself.
+        variance_channels: let the norm of the guidance run over a learned variance too, where the denoiser predicts one
+            (PixArt), as the released code of GoCA does.
     """
 
     rate_min: float = 0.8
@@ -84,6 +87,7 @@ class SCFGConfig:
     smooth_size: int = 3
     smooth_sigma: float = 0.5**0.5
     segmentor: str = "goca"
+    variance_channels: bool = False
 
     def __post_init__(self):
         _among("segmentor", self.segmentor, ("goca", "s-cfg"))
@@ -135,32 +139,27 @@ class Background:
 class LayerPreset:
     """Which layers of a denoiser GoCA reads (method, presets), by full module name.
 
-    `cross`: cross-attention layers, in network order. `reference`: the layer whose queries, heads side by side, are the
-    dense features. `fine`: self-attention layers of the finest grid, which refine `order` times. `timestep`: of 1000, for
-    the segmentation of real images. `row_normalise`: see `GoCAConfig`.
+    `cross`: layers with text keys, in network order. `own`: for each of them the layer with pixel keys beside it, which in
+    joint attention is the same one. `reference`: the layer of the dense features, which are its `features`: "query" (before
+    norm and rotary embeddings) or "output" (before the projection), heads side by side. `fine`: self-attention layers of
+    the finest grid, which refine `order` times. `timestep`: of 1000, for the segmentation of real images. `heads`,
+    `row_normalise`: see `GoCAConfig`.
     """
 
     cross: tuple[str, ...]
+    own: tuple[str, ...]
     reference: str
     fine: tuple[str, ...]
-    order: int
-    timestep: int
+    order: int = 2
+    timestep: int = 100
+    heads: str = "contribution"
+    features: str = "query"
     row_normalise: bool = False
-
-    @property
-    def self_layers(self) -> tuple[str, ...]:
-        """The self-attention sibling of each cross layer, in the same order."""
-        return tuple(map(sibling, self.cross))
 
     @property
     def layers(self) -> frozenset[str]:
         """Every layer that may be read."""
-        return frozenset((*self.cross, *self.self_layers, *self.fine, self.reference))
-
-
-def sibling(cross: str) -> str:
-    """The self-attention layer beside a cross-attention layer: `...attn2` to `...attn1`."""
-    return cross.removesuffix("attn2") + "attn1"
+        return frozenset((*self.cross, *self.own, *self.fine, self.reference))
 
 
 def _among(name, value, choices):

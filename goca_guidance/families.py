@@ -1,63 +1,73 @@
 """What differs between denoisers: names of attention layers, token order, token grid, presets. Nothing else knows families."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
-from goca_guidance.config import LayerPreset, sibling
+from goca_guidance.config import LayerPreset
+from goca_guidance.family import DenoiserCall, Family, argument, own_layer
+from goca_guidance.records import AttentionView
 
 
+# ---- U-Nets ----------------------------------------------------------------------------------------------------------
 _SD_BLOCKS = (  # Stable Diffusion 1.x and 2.x: three levels with attention down, two layers each; the middle; three up
     *(f"down_blocks.{level}.attentions.{layer}" for level in (0, 1, 2) for layer in (0, 1)),
     "mid_block.attentions.0",
     *(f"up_blocks.{level}.attentions.{layer}" for level in (1, 2, 3) for layer in (0, 1, 2)),
 )
-_SD_FINE = ("down_blocks.0.attentions.1", "up_blocks.3.attentions.0", "up_blocks.3.attentions.1")
+_SD_FINE = ("down_blocks.0.attentions.1.0", "up_blocks.3.attentions.0.0", "up_blocks.3.attentions.1.0")
+_SDXL_DEPTHS = {  # Stable Diffusion XL: transformer blocks of each attention
+    **{f"down_blocks.{level}.attentions.{layer}": depth for level, depth in ((1, 2), (2, 10)) for layer in (0, 1)},
+    "mid_block.attentions.0": 10,
+    **{f"up_blocks.{level}.attentions.{layer}": depth for level, depth in ((0, 10), (1, 2)) for layer in (0, 1, 2)},
+}
+_SDXL_FINE = (
+    *(f"down_blocks.1.attentions.0.{block}" for block in (0, 1)),
+    *(f"up_blocks.1.attentions.{layer}" for layer in ("0.0", "0.1", "1.0", "1.1", "2.0")),
+)
 
 
-@dataclass(frozen=True)
-class UNetFamily:
-    """Adapter of `UNet2DConditionModel`: Stable Diffusion 1.x and 2.x, and other U-Nets with text cross-attention."""
+class UNetFamily(Family):
+    """`UNet2DConditionModel`: Stable Diffusion 1.x and 2.x, and other U-Nets with text cross-attention."""
 
-    denoiser: UNet2DConditionModel
-
-    sink_token = 0  # `<sos>`, which CLIP puts first: the token that looks at the background
+    pipeline = "StableDiffusionPipeline"
 
     @cached_property
-    def attention_modules(self) -> dict[str, torch.nn.Module]:
-        """Every attention module by its full name, in network order."""
-        blocks = (
-            "down_blocks",
-            "mid_block",
-            "up_blocks",
-        )  # others, such as an image prompt's projection, are no layers
-        named = [(name, m) for name, m in self.denoiser.named_modules() if isinstance(m, Attention)]
-        return {name: m for block in blocks for name, m in named if name.startswith(block)}
+    def attention_modules(self) -> dict[str, Any]:
+        """Every attention module by its full name, in network order: a U-Net registers its middle last."""
+        order = ("down_blocks", "mid_block", "up_blocks")
+        found = super().attention_modules
+        return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
     @cached_property
     def preset(self) -> LayerPreset:
-        """Stable Diffusion 1.x / 2.x by their layout, else the generic preset."""
-        cross = tuple(name for name in self.attention_modules if name.endswith(".attn2"))
-        if not cross:
-            raise ValueError("Expected a U-Net with text cross-attention layers (`attn2`), but this one has none.")
-        if tuple(name.partition(".transformer_blocks.0.attn2")[0] for name in cross) != _SD_BLOCKS:
-            return self._generic_preset(cross)
-        fine = tuple(f"{block}.transformer_blocks.0.attn1" for block in _SD_FINE)
-        return LayerPreset(cross, "up_blocks.2.attentions.1.transformer_blocks.0.attn2", fine, order=2, timestep=100)
+        """Stable Diffusion's by its layout, else a preset that is fitted to the U-Net's grids."""
+        if self._cross() != tuple(f"{block}.transformer_blocks.0.attn2" for block in _SD_BLOCKS):
+            return self._generic_preset()
+        return self._named_preset("up_blocks.2.attentions.1.0", _SD_FINE)
 
-    def _generic_preset(self, cross: tuple[str, ...]) -> LayerPreset:
-        """Ours, for a U-Net that no preset names: the finest grid refines, and its middle layer is the reference.
+    def _named_preset(self, reference, fine):
+        cross = self._cross()
+        reference, *fine = (_unet_layer(block) for block in (reference, *fine))
+        return LayerPreset(cross, tuple(map(own_layer, cross)), reference, tuple(map(own_layer, fine)))
 
-        Its grids may lie further apart than Stable Diffusion's, so rows are normalised: else the coarsest layers win. Order
-        and timestep are those that served the embedded model best on validation scenes.
+    def _generic_preset(self) -> LayerPreset:
+        """Ours: the finest grid refines, and its middle layer is the reference.
+
+        Grids may lie further apart than Stable Diffusion's, so rows are normalised: else the coarsest layers win. Order and
+        timestep are those that served the embedded model best on validation scenes.
         """
+        cross = self._cross()
         finest = min(map(self._level, cross))
         names = [name for name in cross if self._level(name) == finest]
-        fine = tuple(map(sibling, names[: max(1, len(cross) // 3)]))
-        return LayerPreset(cross, names[len(names) // 2], fine, order=1, timestep=50, row_normalise=True)
+        fine = tuple(map(own_layer, names[: max(1, len(cross) // 3)]))
+        own, reference = tuple(map(own_layer, cross)), names[len(names) // 2]
+        return LayerPreset(cross, own, reference, fine, order=1, timestep=50, row_normalise=True)
 
     def _level(self, name: str) -> int:
         """How often the grid is halved between the latent and a layer."""
@@ -77,17 +87,176 @@ class UNetFamily:
         return height, width
 
 
-def family_of(denoiser: torch.nn.Module) -> UNetFamily:
+class XLFamily(UNetFamily):
+    """`UNet2DConditionModel` with size embeddings: Stable Diffusion XL. Two encoders share the token positions."""
+
+    pipeline = "StableDiffusionXLPipeline"
+    encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    side_by_side = True
+    unconditional_sink = False  # without a negative prompt the unconditional text is all zeros, and no token differs
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        """Stable Diffusion XL's by its layout, else a preset that is fitted to the U-Net's grids."""
+        layout = tuple(_unet_layer(f"{block}.{i}") for block, depth in _SDXL_DEPTHS.items() for i in range(depth))
+        if self._cross() != layout:
+            return self._generic_preset()
+        return self._named_preset("up_blocks.1.attentions.0.0", _SDXL_FINE)
+
+
+# ---- transformers with cross-attention -------------------------------------------------------------------------------
+class PixArtFamily(Family):
+    """`PixArtTransformer2DModel`: PixArt-alpha and PixArt-Sigma."""
+
+    pipeline = "PixArtSigmaPipeline"
+    sink = "end"
+    unconditional_sink = False
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        """The papers' for 28 layers, else the generic one."""
+        cross = self._cross()
+        if len(cross) != 28:
+            return self._generic_preset()
+        own = tuple(map(own_layer, cross))
+        return LayerPreset(cross, own, cross[13], own[10:18], order=5)
+
+
+class HunyuanFamily(Family):
+    """`HunyuanDiT2DModel`: the text is BERT's tokens, then T5's."""
+
+    pipeline = "HunyuanDiTPipeline"
+    encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        """The released configuration for 40 layers, else the generic one."""
+        cross = self._cross()
+        if len(cross) != 40:
+            return self._generic_preset()
+        own = tuple(map(own_layer, cross[20:30]))
+        return LayerPreset(cross[20:30], own, cross[25], own, order=4, heads="uniform")
+
+    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
+        call = super().call(args, kwargs)
+        return DenoiserCall(call.batch, call.latent, call.text + kwargs["encoder_hidden_states_t5"].shape[1])
+
+
+# ---- transformers with joint attention -------------------------------------------------------------------------------
+class FluxFamily(Family):
+    """`FluxTransformer2DModel`: joint attention, text first; latents are packed into tokens of 2 x 2 latent pixels."""
+
+    pipeline = "FluxPipeline"
+    encoders = (("text_encoder_2", "tokenizer_2"),)  # the other one makes no tokens
+    sink = "end"
+    unconditional_sink = False
+    patch = 2
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        """The released configuration for Flux.1's 19 + 38 blocks, else a generic one."""
+        names = tuple(self.attention_modules)
+        double = sum(name.startswith("transformer_blocks") for name in names)
+        fine: tuple[str, ...]
+        if (double, len(names)) == (19, 57):
+            reference, fine = names[19 + 8], (names[12], names[18])
+        else:
+            reference, fine = names[len(names) // 2], names[len(names) // 3 : 2 * len(names) // 3]
+        return LayerPreset(names, names, reference, fine, timestep=150, heads="uniform", features="output")
+
+    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
+        """The latent's size is read off the image tokens' positions."""
+        sample = argument(args, kwargs, 0, "hidden_states")
+        rows, columns = (int(n) + 1 for n in kwargs["img_ids"][:, 1:].amax(0))
+        if rows * columns != sample.shape[1]:
+            raise ValueError(
+                f"Expected the {rows} x {columns} tokens of one image, but the denoiser got {sample.shape[1]}. Pipelines "
+                "that put a second image into the sequence (Kontext) are not supported: pass use_scfg=False."
+            )
+        return DenoiserCall(sample.shape[0], (2 * rows, 2 * columns), kwargs["encoder_hidden_states"].shape[1])
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView:
+        grid = call.latent[0] // 2, call.latent[1] // 2
+        return AttentionView(grid, slice(0, call.text), slice(call.text, keys))
+
+    def project(self, name: str) -> Callable[[Tensor], Tensor]:
+        """A single block projects attention and feed-forward at once: the latter's part is fed zeros."""
+        if not name.startswith("single"):
+            return super().project(name)
+        block = self.denoiser.get_submodule(name.removesuffix(".attn"))
+        return lambda x: block.proj_out(F.pad(x, (0, block.mlp_hidden_dim)))
+
+    def pack(self, maps: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n e"]:
+        """b c (h 2) (w 2) to b (h w) (c 2 2)."""
+        return F.pixel_unshuffle(maps, 2).flatten(2).mT
+
+    def unpack(self, prediction: Float[Tensor, "b n e"], call: DenoiserCall) -> Float[Tensor, "b c H W"]:
+        return F.pixel_shuffle(prediction.mT.unflatten(2, (call.latent[0] // 2, -1)), 2)
+
+
+class SD3Family(Family):
+    """`SD3Transformer2DModel`: joint attention, image first; the text is CLIP's tokens, then T5's.
+
+    No paper has a preset for it: the generic one, ours. The second attention of dual blocks sees no text and is not read.
+    """
+
+    pipeline = "StableDiffusion3Pipeline"
+    encoders = (("text_encoder", "tokenizer"), ("text_encoder_3", "tokenizer_3"))
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        return self._generic_preset()
+
+    def _generic_preset(self) -> LayerPreset:
+        names = tuple(name for name in self.attention_modules if name.endswith(".attn"))
+        third = len(names) // 3
+        return LayerPreset(names, names, names[len(names) // 2], names[third : max(third + 1, 2 * third)])
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView:
+        pixels = keys - call.text
+        return AttentionView(self.grid(pixels, call.latent), slice(pixels, keys), slice(0, pixels))
+
+
+# ---- choice ----------------------------------------------------------------------------------------------------------
+ADAPTERS: dict[str, type[Family]] = {
+    "PixArtTransformer2DModel": PixArtFamily,
+    "HunyuanDiT2DModel": HunyuanFamily,
+    "FluxTransformer2DModel": FluxFamily,
+    "SD3Transformer2DModel": SD3Family,
+}
+
+
+def family_of(denoiser: Any) -> Family:
     """The adapter of a denoiser, a compiled one looked through."""
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
-    if not isinstance(denoiser, UNet2DConditionModel):
+    names = [cls.__name__ for cls in type(denoiser).__mro__]
+    if "UNet2DConditionModel" in names:
+        return (UNetFamily if denoiser.config.addition_embed_type is None else XLFamily)(denoiser)
+    if "ModelMixin" not in names:
         raise ValueError(
-            "Expected the denoiser to be a UNet2DConditionModel (Stable Diffusion 1.x or 2.x), but got "
-            f"{type(denoiser).__name__}."
+            f"Expected a denoiser of diffusers, but got {names[0]}: pass the model itself, not a wrapper."
         )
-    if denoiser.config.addition_embed_type is not None:
-        raise ValueError(
-            "Expected a U-Net of Stable Diffusion 1.x or 2.x, but got one with additional embeddings "
-            f"({denoiser.config.addition_embed_type!r}, as Stable Diffusion XL has)."
-        )
-    return UNetFamily(denoiser)
+    return next((ADAPTERS[name] for name in names if name in ADAPTERS), Family)(denoiser)
+
+
+def denoiser_of(components: Mapping) -> torch.nn.Module:
+    """The denoiser among a pipeline's components, `unet` or `transformer`."""
+    for name in ("unet", "transformer"):
+        if components.get(name) is not None:  # truth is no test: a compiled module has none
+            return components[name]
+    raise ValueError(
+        f"Expected a `unet` or a `transformer` among the components, but got {', '.join(sorted(components))}."
+    )
+
+
+def readers_of(pipe, family: Family) -> list[tuple[Any, Any]]:
+    """The text encoders whose tokens the denoiser sees, with their tokenizers; None for an encoder that is not loaded."""
+    found = [(getattr(pipe, model, None), getattr(pipe, tokenizer, None)) for model, tokenizer in family.encoders]
+    found = [(model, tokenizer) for model, tokenizer in found if tokenizer is not None]
+    return found[:1] if family.side_by_side else found
+
+
+def _unet_layer(place: str) -> str:
+    """`up_blocks.1.attentions.0.1` to the full name of that transformer block's cross-attention."""
+    attention, _, block = place.rpartition(".")
+    return f"{attention}.transformer_blocks.{block}.attn2"

@@ -48,12 +48,15 @@ def shares(values: Tensor, dim: int) -> Tensor:
 def token_maps(
     record: AttentionRecord, columns: Int[Tensor, "b m"], weights: Float[Tensor, "b h p"] | None
 ) -> Float[Tensor, "b p m"]:
-    """A[p, n] = sum_h w[h, p] softmax(q_h k_h^T)[p, n] for the observed text tokens only; uniform heads without weights."""
+    """A[p, n] = sum_h w[h, p] softmax(q_h k_h^T)[p, n] for the observed text tokens only; uniform heads without weights.
+
+    `columns` count from the first text key; in joint attention the softmax runs over the pixels' keys too.
+    """
     b, heads, pixels, _ = record.query.shape
     merged = torch.empty(b, pixels, columns.shape[1], device=record.query.device)
     index = columns[:, None, None, :].expand(b, heads, 1, -1)
     for rows in blocks(record, pixels):
-        probs = attention(record, rows)
+        probs = attention(record, rows)[..., record.view.text]
         wanted = probs.gather(-1, index.expand(-1, -1, probs.shape[2], -1))
         if weights is None:
             merged[:, rows] = wanted.mean(1)
@@ -81,7 +84,7 @@ def agreement(
     """
     total = reference.new_zeros(len(reference))
     for block in blocks(record, len(rows)):
-        probs = attention(record, rows[block]).mean(1)
+        probs = attention(record, rows[block])[..., record.view.image].mean(1)
         match = (probs * reference[:, block]).sum(-1)
         total += (match if row_mass is None else match / (probs @ row_mass)).sum(-1)
     return total
@@ -131,9 +134,14 @@ def refine(maps: Float[Tensor, "b k H W"], records: list[AttentionRecord], order
 
 
 def affinity_product(record: AttentionRecord, x: Float[Tensor, "b p k"]) -> Float[Tensor, "b p k"]:
-    """mean_h softmax(q_h k_h^T) x by fused attention, whose kernels want values as wide as a head: x is padded to that."""
+    """mean_h softmax(q_h k_h^T) x by fused attention, whose kernels want values as wide as a head: x is padded to that.
+
+    In joint attention the text keys' values are zero: a pixel's row sums to the share of the pixels' keys.
+    """
     query, key, width = record.query.float(), record.key.float(), record.query.shape[-1]
     mask = None if record.mask is None else record.mask.float()
+    first, keys, _ = record.view.image.indices(key.shape[2])
+    x = F.pad(x, (0, 0, first, key.shape[2] - keys))
     products = []
     for part in x.split(width, dim=-1):
         value = F.pad(part, (0, width - part.shape[-1]))[:, None].expand(-1, query.shape[1], -1, -1)
@@ -167,21 +175,23 @@ def one_hot(scores: Float[Tensor, "b k H W"], present: Bool[Tensor, "b k"]) -> B
 
 # ---- the method on one denoiser call ---------------------------------------------------------------------------------
 class GoCASegmentor:
-    """One denoiser call's attention to region scores: `keep` each record as it comes, then ask.
+    """One denoiser call's attention to region scores: `keep` each record of the conditional prediction, then ask.
 
-    Kept between the two: the observed tokens' map of each cross layer, and the queries and keys of the self layers. With
-    `guided`, the batch is [unconditional, conditional]: the conditional half makes the regions, and of the unconditional
-    half only the `sink` token's map is taken, which makes the foreground. The layer weights of the conditional half serve
-    both.
+    Kept between the two: the observed tokens' map of each cross layer, and the queries and keys of the self layers. The
+    foreground comes from the map of the layout's sink token: of the conditional prediction, or, with
+    `unconditional_sink`, of the unconditional one, whose records go to `keep_unconditional`. The layer weights of the
+    conditional prediction serve both.
     """
 
-    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, guided: bool, sink: int = 0):
-        self.config, self.preset, self.layout, self.guided, self.sink = config, preset, layout, guided, sink
+    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
+        self.config, self.preset, self.layout = config, preset, layout
+        self.unconditional_sink = unconditional_sink
+        self.heads = config.heads or preset.heads
         self.order = preset.order if config.refine_order is None else config.refine_order
         self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise
         self._kept = set(preset.fine) if self.order else set()
         if config.layers == "agreement":
-            self._kept |= {*preset.self_layers, preset.reference}
+            self._kept |= {*preset.own, preset.reference}
         self._records: dict[str, AttentionRecord] = {}
         self._maps: dict[str, Tensor] = {}
         self._sinks: dict[str, Tensor] = {}
@@ -191,35 +201,50 @@ class GoCASegmentor:
         """Names of the layers that must be observed."""
         return frozenset(self._kept | set(self.preset.cross))
 
+    @property
+    def projected(self) -> frozenset[str]:
+        """Names of the layers whose output projection is needed."""
+        return frozenset(self.preset.cross if self.heads == "contribution" else ())
+
     def keep(self, record: AttentionRecord) -> None:
-        """Reduce one record to what the sums need."""
-        conditional = record.branch(1) if self.guided else record
+        """Reduce one record of the conditional prediction to what the sums need."""
         if record.name in self._kept:
-            self._records[record.name] = conditional.queries_and_keys()
+            self._records[record.name] = record.queries_and_keys()
+            if record.name == self.preset.reference:
+                self._grid, self._features = record.grid, self._dense_features(record)
         if record.name in self.preset.cross:
-            self._maps[record.name] = self._cross_map(conditional, self.layout.columns)
-            if self.guided:
-                sink = torch.full_like(self.layout.columns[:, :1], self.sink)
-                self._sinks[record.name] = self._cross_map(record.branch(0), sink)
+            if self.unconditional_sink:
+                self._maps[record.name] = self._cross_map(record, self.layout.columns)
+            else:
+                maps = self._cross_map(record, torch.cat([self.layout.columns, self.layout.sink], 1))
+                parts = maps.split([self.layout.columns.shape[1], self.layout.sink.shape[1]], 1)
+                self._maps[record.name], self._sinks[record.name] = parts
+
+    def keep_unconditional(self, record: AttentionRecord) -> None:
+        """Reduce one record of the unconditional prediction to the map of its sink token."""
+        if self.unconditional_sink and record.name in self.preset.cross:
+            self._sinks[record.name] = self._cross_map(record, self.layout.sink)
 
     def _cross_map(self, record, columns):
         weights = None
-        if self.config.heads == "contribution":
+        if self.heads == "contribution":
             weights = head_weights(record.output, record.projection, self.config.clamp_heads)
         return as_maps(token_maps(record, columns, weights), record.grid)
+
+    def _dense_features(self, record):
+        tensor = record.output if self.preset.features == "output" else record.features
+        return (record.query if tensor is None else tensor).transpose(1, 2).flatten(2)
 
     def weights(self) -> Float[Tensor, "b l"]:
         """Weight of each cross layer, in the preset's order."""
         if self.config.layers == "uniform":
             return self.layout.groups.new_ones(len(self.layout.labels), len(self._maps)) / len(self._maps)
-        reference = self._records[self.preset.reference]
-        features = reference.query.transpose(1, 2).flatten(2)
-        affinity = pseudo_attention(features, self.config.reference_channels)
-        pulled, ones, found = {}, features.new_ones(1, 1, *reference.grid, dtype=torch.float32), []
-        for record in (self._records[name] for name in self.preset.self_layers):
+        affinity = pseudo_attention(self._features, self.config.reference_channels)
+        pulled, ones, found = {}, affinity.new_ones(1, 1, *self._grid), []
+        for record in (self._records[name] for name in self.preset.own):
             if record.grid not in pulled:
                 mass = resize_adjoint(ones, record.grid).flatten() if self.row_normalise else None
-                pulled[record.grid] = (*pull_affinity(affinity, reference.grid, record.grid), mass)
+                pulled[record.grid] = (*pull_affinity(affinity, self._grid, record.grid), mass)
             found.append(agreement(record, *pulled[record.grid]))
         return layer_weights(torch.stack(found, -1))
 
@@ -242,7 +267,7 @@ class GoCASegmentor:
         return merged.clamp(min=0)
 
     def regions(self, size: tuple[int, int]) -> Regions:
-        """The argmax over regions, and the foreground: where the unconditional sink token's map is below one half."""
+        """The argmax over regions, and the foreground: where the sink token's map is below one half."""
         weights = self.weights()
         masks = one_hot(self._scores(weights), self.layout.present)
         sink = normalise(self._merge(self._sinks, weights), self.config)

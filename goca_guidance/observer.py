@@ -5,13 +5,15 @@ Processors are never replaced and outputs stay bit-equal. Hooks live for one `wi
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from goca_guidance.records import AttentionRecord
+from goca_guidance.records import AttentionRecord, AttentionView
 
 
 PROBE = 64  # length of the probing vectors: the bias added to their images then costs few bits in half precision
@@ -23,80 +25,122 @@ class AttentionObserver:
     Args:
         modules: the attention modules to observe, by name.
         sink: receives each record as the network runs; it must not keep more than it needs.
-        grid: number of pixel tokens to (height, width).
-        projected: names of the layers whose records carry the output projection, probed once per block: the weight may
-            be adapted (LoRA), cast (fp8) or elsewhere (offload), so it is never read.
+        view: name, number of query tokens and number of key tokens to what they are.
+        project: name to the layer's output projection, a function of b n h*d; asked only for `projected` layers.
+        raw: names of the layers whose records carry the query before norm and rotary embeddings.
 
-    `paused` stops recording without removing hooks. `seen` holds the names recorded since it was last cleared.
+    `projected` names the layers whose records carry the output projection, probed once per block: the weight may be adapted
+    (LoRA), cast (fp8) or elsewhere (offload), so it is never read. `paused` stops recording without removing hooks. `seen`
+    holds the names recorded since it was last cleared.
     """
 
     def __init__(
         self,
-        modules: Mapping[str, torch.nn.Module],
+        modules: Mapping[str, Any],
         sink: Callable[[AttentionRecord], None],
-        grid: Callable[[int], tuple[int, int]],
-        projected: frozenset[str] = frozenset(),
+        view: Callable[[str, int, int], AttentionView],
+        project: Callable[[str], Callable[[Tensor], Tensor]],
+        raw: frozenset[str] = frozenset(),
     ):
-        self.modules, self.sink, self.grid, self.projected = modules, sink, grid, projected
+        self.modules, self.sink, self.view, self.project, self.raw = modules, sink, view, project, raw
+        self.projected: frozenset[str] = frozenset()
         self.paused = False
         self.seen: set[str] = set()
         self._projections: dict[str, Tensor] = {}
-        self._open: list[tuple[_KernelCalls, ExitStack]] = []
+        self._open: list[_Call] = []
 
     def __enter__(self) -> "AttentionObserver":
-        self._handles = []
+        self._installed = ExitStack()
         for name, module in self.modules.items():
-            self._handles.append(module.register_forward_pre_hook(lambda *_: self._enter_module()))
-            self._handles.append(module.register_forward_hook(self._leave_module(name), always_call=True))
+            self._install(module.register_forward_pre_hook(lambda *_: self._enter_module()))
+            self._install(module.register_forward_hook(self._leave_module(name), always_call=True))
+            if name in self.raw and getattr(module, "norm_q", None) is not None:
+                self._install(module.norm_q.register_forward_pre_hook(self._before_norm))
+        self._installed.callback(_restore_backends, self._wrap_backends())
         return self
 
     def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._installed.close()
         while self._open:
-            self._open.pop()[1].close()
+            self._open.pop().stack.close()
         self._projections.clear()
 
+    # ---- hooks -------------------------------------------------------------------------------------------------------
+    def _install(self, handle):
+        self._installed.callback(handle.remove)
+
     def _enter_module(self) -> None:
-        stack, kernel = ExitStack(), _KernelCalls()
+        call = _Call()
         if not self.paused:
-            stack.enter_context(kernel)
-        self._open.append((kernel, stack))
+            call.stack.enter_context(call.mode)
+        self._open.append(call)
+
+    def _before_norm(self, module, args) -> None:
+        if self._open:
+            self._open[-1].raw = args[0]
 
     def _leave_module(self, name: str):
         def leave(module, args, output):
-            kernel, stack = self._open.pop()
-            stack.close()
-            if output is not None and kernel.first is not None:
+            call = self._open.pop()
+            call.stack.close()
+            if output is not None and call.first is not None and not self.paused:
                 self.seen.add(name)
-                record = self._record(name, module, *kernel.first)
+                record = self._record(name, call)
                 with torch.autocast(record.query.device.type, enabled=False):
                     self.sink(record)
 
         return leave
 
-    def _record(self, name, module, call, output) -> AttentionRecord:
-        query, key, scale, mask = call["query"], call["key"], call.get("scale"), call.get("attn_mask")
+    def _wrap_backends(self) -> dict:
+        """Kernels that are not torch's (flash, sage, xformers; Flux) never reach torch's function: their table is wrapped."""
+        table = _AttentionBackendRegistry._backends
+        originals = dict(table)
+        table.update({name: self._watched(kernel) for name, kernel in originals.items()})
+        return originals
+
+    def _watched(self, kernel):
+        def watched(*args, **kwargs):
+            output = kernel(*args, **kwargs)
+            if self._open and not self.paused:
+                tokens_first = {
+                    k: v.transpose(1, 2) if k in ("query", "key", "value") else v for k, v in kwargs.items()
+                }
+                result = output[0] if isinstance(output, tuple) else output
+                self._open[-1].keep(tokens_first, result.transpose(1, 2))
+            return output
+
+        return watched
+
+    # ---- records -----------------------------------------------------------------------------------------------------
+    def _record(self, name, call) -> AttentionRecord:
+        arguments, output = call.first
+        query, key, mask = arguments["query"], arguments["key"], arguments.get("attn_mask")
+        view = self.view(name, query.shape[2], key.shape[2])
+        pixels = view.image if view.joint else slice(None)
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., pixels, :]
+        scale = arguments.get("scale")
         return AttentionRecord(
             name=name,
-            query=query,
+            query=query[:, :, pixels],
             key=key,
-            value=call["value"],
-            output=output,
+            value=arguments["value"],
+            output=output[:, :, pixels],
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            grid=self.grid(query.shape[2]),
+            view=view,
             mask=mask,
-            projection=self._projection(name, module, query) if name in self.projected else None,
+            projection=self._projection(name, query) if name in self.projected else None,
+            features=call.raw,
         )
 
-    def _projection(self, name, module, like) -> Tensor:
+    def _projection(self, name, like) -> Tensor:
         """The output projection as a matrix [h*d, c] without bias: what it does to zero and to each unit vector."""
         if name not in self._projections:
             width = like.shape[1] * like.shape[3]
             probe = torch.eye(width + 1, width, dtype=like.dtype, device=like.device).roll(1, 0) * PROBE
-            answer = module.to_out[0](probe[None])[0].float()
+            answer = self.project(name)(probe[None])[0].float()
             self._projections[name] = (answer[1:] - answer[:1]) / PROBE
         return self._projections[name]
 
@@ -112,16 +156,33 @@ def check_seen(expected: frozenset[str], seen: set[str]) -> None:
         )
 
 
-class _KernelCalls(TorchFunctionMode):
-    """Keeps the first scaled-dot-product call of an attention module; later ones are image prompts (IP-Adapter)."""
+def _restore_backends(originals) -> None:
+    _AttentionBackendRegistry._backends.update(originals)
+
+
+class _Call:
+    """One running attention module: its first kernel call (later ones are image prompts, IP-Adapter), and its raw query."""
 
     def __init__(self):
+        self.stack, self.mode = ExitStack(), _KernelCalls(self.keep)
+        self.first: tuple[dict, Tensor] | None = None
+        self.raw: Tensor | None = None
+
+    def keep(self, arguments, output) -> None:
+        if self.first is None:
+            self.first = arguments, output
+
+
+class _KernelCalls(TorchFunctionMode):
+    """Reports every scaled-dot-product call of torch."""
+
+    def __init__(self, report):
         super().__init__()
-        self.first = None
+        self.report = report
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention and self.first is None:
+        if func is F.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            self.first = ({**dict(zip(names, args, strict=False)), **(kwargs or {})}, output)
+            self.report({**dict(zip(names, args, strict=False)), **(kwargs or {})}, output)
         return output

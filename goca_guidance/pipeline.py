@@ -1,56 +1,86 @@
-"""GoCA + S-CFG inside a stock diffusers pipeline: one call observed, its guidance scale made spatial, nothing copied."""
+"""GoCA + S-CFG inside stock diffusers pipelines: one call observed, its guidance scale made spatial, no loop copied."""
 
+import dataclasses
+import functools
 import inspect
+import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from goca_guidance.baselines import SCFGSegmentor
+from goca_guidance.call import GuidedCall
 from goca_guidance.config import GoCAConfig, SCFGConfig
-from goca_guidance.families import family_of
-from goca_guidance.goca import GoCASegmentor
-from goca_guidance.observer import AttentionObserver, check_seen
-from goca_guidance.records import Regions, Segmentation
-from goca_guidance.scfg import SpatialGuidanceScale, rate_map
+from goca_guidance.families import denoiser_of, family_of, readers_of
+from goca_guidance.loading import PREFIX, check_folder, is_text_to_image, named_pipeline, scale_name, stock_class
+from goca_guidance.records import Regions, Segmentation, WordMaps
+from goca_guidance.scfg import SpatialGuidanceScale
 from goca_guidance.segment import segment
-from goca_guidance.tokens import encoder_ids, named_layout, prompt_layout, token_layout
+from goca_guidance.tokens import END, Encoded, sentence
 
 
-@dataclass
+@dataclasses.dataclass
 class GoCASCFGPipelineOutput(BaseOutput):
-    """Output of a guided call: the stock fields, then ours.
+    """Output of a guided call: the stock fields, then ours, which are None unless asked for.
 
     Args:
         images: as the stock pipeline returns them.
-        nsfw_content_detected: as the stock pipeline returns it.
-        regions: one [`Regions`] for each guided step, on the CPU, at the latent's size; None unless asked for.
-        guidance_maps: float32 [steps b 1 H W], guidance scale times rate of each guided step; None unless asked for.
+        nsfw_content_detected: as the stock pipeline returns it, where it does.
+        regions: one [`Regions`] for each guided step, on the CPU, at the latent's size.
+        guidance_maps: float32 [steps b 1 H W], guidance scale times rate of each guided step.
+        negative_maps: one [`WordMaps`] for each guided step: where the words of the negative prompt act.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
     nsfw_content_detected: list[bool] | None = None
     regions: list[Regions] | None = None
     guidance_maps: Tensor | None = None
+    negative_maps: list[WordMaps] | None = None
 
 
-class GoCASCFGMixin:
-    """Adds GoCA regions and S-CFG to a pipeline whose loop reads `self.guidance_scale` and calls `self.unet` once a step."""
+class GoCASCFGPipeline(DiffusionPipeline):
+    r"""
+    Any stock text-to-image pipeline that mixes two predictions, with S-CFG guided by GoCA regions at every denoising step.
 
-    _goca_call: "_GuidedCall | None" = None  # the call in progress; None outside one, and then everything is stock
-    unet: Any
+    [`~GoCASCFGPipeline.from_pretrained`] (a hub repository or a folder; `goca_guidance.TINY_SD` is the embedded model) and
+    [`~GoCASCFGPipeline.from_pipe`] (a loaded pipeline, whose modules are shared) give a subclass of both this class and the
+    stock one, image-to-image, inpainting and ControlNet pipelines included. Denoisers: those of Stable Diffusion 1.x, 2.x,
+    XL and 3, PixArt-alpha and -Sigma, Flux.1, HunyuanDiT; others with cross-attention get a generic preset and a warning.
+    Papers: GoCA (arXiv 2603.06178), S-CFG (arXiv 2404.05384).
+    """
+
+    _goca_call: GuidedCall | None = None  # the call in progress; None outside one, and then everything is stock
+
+    def __new__(cls, *args, **components):
+        """`GoCASCFGPipeline(**components)` is the family's text-to-image pipeline."""
+        if cls is GoCASCFGPipeline:
+            cls = guided(named_pipeline(family_of(denoiser_of(components))))
+        return super().__new__(cls)
+
+    def __init_subclass__(cls, **kwargs):
+        """Give the subclass's `__call__` the stock arguments and ours to show: in help() and to tools."""
+        super().__init_subclass__(**kwargs)
+        stock, ours = inspect.signature(_stock(cls).__call__), inspect.signature(GoCASCFGPipeline.__call__)
+
+        @functools.wraps(GoCASCFGPipeline.__call__)
+        def __call__(self, *args, **kwargs):  # noqa: N807
+            return GoCASCFGPipeline.__call__(self, *args, **kwargs)
+
+        last = [p for p in stock.parameters.values() if p.kind is p.VAR_KEYWORD]
+        added = [p for p in ours.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        first = [p for p in stock.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        __call__.__signature__ = stock.replace(parameters=[*first, *added, *last])
+        cls.__call__ = __call__
 
     @property
     def guidance_scale(self):
-        """The scale of the call in progress, spatial while one is guided."""
-        if self._goca_call is None:
+        """The scale of the call in progress, spatial while one is guided (true guidance has a scale of another name)."""
+        if self._goca_call is None or self._goca_call.separate:
             return self._guidance_scale
         return SpatialGuidanceScale(self._guidance_scale, self._goca_call.rate)
 
@@ -65,6 +95,7 @@ class GoCASCFGMixin:
         scfg_stop: float = 1.0,
         region_tokens: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
         output_regions: bool = False,
+        output_negative_maps: bool = False,
         **kwargs,
     ):
         r"""
@@ -72,7 +103,8 @@ class GoCASCFGMixin:
 
         Args:
             use_scfg (`bool`, *optional*, defaults to `True`):
-                Off is the stock pipeline, bit for bit. So is a `guidance_scale` of at most 1, where nothing is guided.
+                Off is the stock pipeline, bit for bit. So is a `guidance_scale` of at most 1, where nothing is guided
+                (Flux: a `true_cfg_scale` of at most 1 that you pass yourself).
             goca ([`GoCAConfig`], *optional*):
                 How attention becomes regions; the token rule (`drop_stop_words`) is here.
             scfg ([`SCFGConfig`], *optional*):
@@ -83,47 +115,127 @@ class GoCASCFGMixin:
                 Fraction of the steps after which guidance is plain again.
             region_tokens (`dict[str, list[int]]` or a list of them, *optional*):
                 Regions by name and token positions, for all prompts or for each. By default every word of the prompt is
-                one. Needed with `prompt_embeds`, where no tokens are seen.
+                one. Needed with `prompt_embeds`, where no tokens are seen; [`~GoCASCFGPipeline.words`] finds positions.
             output_regions (`bool`, *optional*, defaults to `False`):
                 Return the regions and guidance maps of every guided step.
+            output_negative_maps (`bool`, *optional*, defaults to `False`):
+                Return where the words of the negative prompt act at every guided step.
 
         Returns:
             [`GoCASCFGPipelineOutput`], or with `return_dict=False` the stock tuple, followed by `(regions,
-            guidance_maps)` where `output_regions`.
+            guidance_maps)` where `output_regions` and by `negative_maps` where `output_negative_maps`.
         """
         stock = super().__call__
         call = inspect.signature(stock).bind(*args, **kwargs)
+        given = set(call.arguments)
         call.apply_defaults()
         if not 0 <= scfg_start <= scfg_stop <= 1:
             raise ValueError(f"Expected 0 <= `scfg_start` <= `scfg_stop` <= 1, but got {scfg_start} and {scfg_stop}.")
-        guided = use_scfg and call.arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
+        arguments = {**{k: v for k, v in call.arguments.items() if k != "kwargs"}, **call.arguments.get("kwargs", {})}
         state = None
-        if guided:
-            self._check_guided(call.arguments, region_tokens)
-            configs = _config(goca, GoCAConfig, "goca"), _config(scfg, SCFGConfig, "scfg")
-            prompts = _prompt_count(call.arguments)
-            state = _GuidedCall(self, *configs, (scfg_start, scfg_stop), prompts, region_tokens, output_regions)
-        with nullcontext() if state is None else state.installed():
-            output = stock(**{**_flat(call.arguments), "return_dict": True})
-        if state is not None:
-            state.check()
-        return _output(output, state, call.arguments["return_dict"], output_regions)
-
-    def _check_guided(self, arguments, region_tokens) -> None:
-        prompt, latents = arguments["prompt"], arguments.get("latents")
-        if prompt is None and arguments.get("prompt_embeds") is None:
-            raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
-        if prompt is None and region_tokens is None:
-            raise ValueError(
-                "Expected `region_tokens` beside `prompt_embeds`, because no tokens are seen: pass, for example, "
-                '`region_tokens={"cat": [2], "grass": [5]}` (positions in the text sequence), or `use_scfg=False`.'
+        if use_scfg and self._is_guided(arguments, given):
+            _check_input(arguments)
+            state = self._guided_call(
+                arguments,
+                _config(goca, GoCAConfig, "goca"),
+                _config(scfg, SCFGConfig, "scfg"),
+                is_guided=lambda step: scfg_start <= step / self._step_count() < scfg_stop,
+                region_tokens=region_tokens,
+                keep_regions=output_regions,
+                keep_negative=output_negative_maps,
             )
-        if latents is not None and not torch.isfinite(latents).all():
-            raise ValueError("Expected finite `latents`, but got NaN or infinity among them.")
+        output = self._run(stock, arguments, state)
+        return _output(output, state, arguments.get("return_dict", True), output_regions, output_negative_maps)
 
+    def _is_guided(self, arguments, given) -> bool:
+        scale = arguments[scale_name(_stock(type(self)))]
+        if getattr(family_of(denoiser_of(self.components)).denoiser.config, "time_cond_proj_dim", None) is not None:
+            return False  # a latent consistency model: the scale is embedded, and nothing is mixed
+        if scale_name(_stock(type(self))) == "guidance_scale":
+            return scale > 1
+        if "true_cfg_scale" in given and scale <= 1:
+            return False
+        if scale <= 1 or all(arguments.get(name) is None for name in ("negative_prompt", "negative_prompt_embeds")):
+            raise ValueError(
+                "Expected two predictions to mix, but this call of a guidance-distilled model makes one: pass "
+                '`negative_prompt=""` and a `true_cfg_scale` above 1, for example 4.0, or `use_scfg=False`.'
+            )
+        return True
+
+    def _guided_call(self, arguments, goca, scfg, **kwargs) -> GuidedCall:
+        denoiser = denoiser_of(self.components)
+        prompt, embeds = arguments["prompt"], arguments.get("prompt_embeds")
+        return GuidedCall(
+            denoiser,
+            readers_of(self, family_of(denoiser)),
+            goca,
+            scfg,
+            prompts=1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt),
+            images_per_prompt=arguments.get("num_images_per_prompt") or 1,
+            prompt_read=prompt is not None,
+            separate=scale_name(_stock(type(self))) == "true_cfg_scale",
+            **kwargs,
+        )
+
+    def _step_count(self) -> int:
+        return max(1, getattr(self, "num_timesteps", None) or len(self.scheduler.timesteps))
+
+    def _run(self, stock, arguments, state):
+        """The stock call; with a state, observed, and its scale spatial: as argument, and as property (`guidance_scale`)."""
+        if state is None:
+            return stock(**{**arguments, "return_dict": True})
+        name = scale_name(_stock(type(self)))
+        spatial = SpatialGuidanceScale(arguments[name], state.rate)
+        with state.installed(), self._in_call(state):
+            output = stock(**{**arguments, name: spatial, "return_dict": True})
+        if not getattr(self, "interrupt", False):
+            state.check()
+        return output
+
+    @contextmanager
+    def _in_call(self, state):
+        self._goca_call = state
+        try:
+            yield
+        finally:
+            self._goca_call = None
+            if isinstance(getattr(self, "_guidance_scale", None), SpatialGuidanceScale):
+                self._guidance_scale = float(self._guidance_scale)
+
+    # ---- beside generation -------------------------------------------------------------------------------------------
     def segment(self, images, classes: Sequence[str], **kwargs) -> Segmentation:
         """Segment real images by class names; see [`goca_guidance.segment.segment`] for the arguments."""
-        return segment(self, super().__call__, images, classes, **kwargs)
+        stock = _stock(type(self))
+        if not is_text_to_image(stock):
+            stock = named_pipeline(family_of(denoiser_of(self.components)))
+        return segment(self, stock, images, classes, **kwargs)
+
+    def words(self, prompt: str) -> dict[str, list[int]]:
+        """The words of a prompt with their token positions, in the form that `region_tokens` takes."""
+        family, start = family_of(denoiser_of(self.components)), 0
+        encoded: list[Encoded] = []
+        for _, tokenizer in readers_of(self, family):
+            padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+            ids = tokenizer([prompt], return_tensors="pt", **(padding if not encoded else {})).input_ids
+            encoded.append(Encoded(tokenizer, ids, start))
+            start += ids.shape[1]
+        found: dict[str, list[int]] = {}
+        for word, positions in sentence(encoded, 0):
+            found.setdefault(word, []).extend(positions)
+        ends = encoded[-1].ids[0].tolist()
+        return (
+            {**found, END: [encoded[-1].start + ends.index(tokenizer.eos_token_id)]} if family.sink == "end" else found
+        )
+
+    # ---- loading and saving ------------------------------------------------------------------------------------------
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load as `DiffusionPipeline.from_pretrained` does; the repository says which pipeline it is."""
+        if cls is not GoCASCFGPipeline:
+            check_folder(pretrained_model_name_or_path, kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        stock = stock_class(pretrained_model_name_or_path, **kwargs)
+        return guided(stock).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
@@ -131,43 +243,57 @@ class GoCASCFGMixin:
         A pipeline that shares every module of `pipeline` and leaves its dtype and device alone.
 
         Args:
-            pipeline: a loaded pipeline of the same family.
+            pipeline: a loaded pipeline of any supported family and task.
             kwargs: components or settings that replace the ones of `pipeline`; `dtype` converts the shared modules.
         """
+        if cls is GoCASCFGPipeline:
+            family_of(denoiser_of(pipeline.components)).attention_modules  # noqa: B018
+            return guided(_stock(type(pipeline))).from_pipe(pipeline, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        family = next(base for base in cls.__mro__ if base.__module__.startswith("diffusers.pipelines"))
-        parameters = inspect.signature(family.__init__).parameters
+        parameters = inspect.signature(cls.__init__).parameters
         settings = {name: value for name, value in pipeline.config.items() if name in parameters}
         arguments = {**settings, **{n: c for n, c in pipeline.components.items() if n in parameters}, **kwargs}
         needed = {name for name, p in parameters.items() if p.default is p.empty and name != "self"}
         if missing := sorted(needed - set(arguments)):
             raise ValueError(
-                f"Expected a pipeline with the components of {family.__name__}, but {type(pipeline).__name__} has no "
+                f"Expected a pipeline with the components of {_stock(cls).__name__}, but {type(pipeline).__name__} has no "
                 f"{', '.join(missing)}. Use a pipeline of that family."
             )
         ours = cls(**arguments)
         return ours if dtype is None else ours.to(dtype=dtype)
 
-
-class GoCASCFGPipeline(GoCASCFGMixin, StableDiffusionPipeline):
-    r"""
-    Stable Diffusion 1.x / 2.x with S-CFG guided by GoCA regions at every denoising step.
-
-    Use it as [`~diffusers.StableDiffusionPipeline`]: load with `from_pretrained` (a hub repository or a folder;
-    `goca_guidance.TINY_SD` is the embedded model), or share a loaded pipeline's modules with `from_pipe`. Papers: GoCA
-    (arXiv 2603.06178), S-CFG (arXiv 2404.05384).
-    """
+    def to_json_string(self) -> str:
+        """What is saved names the stock pipeline: anyone can load it, with us or without."""
+        saved = {**json.loads(super().to_json_string()), "_class_name": _stock(type(self)).__name__}
+        return json.dumps(saved, indent=2, sort_keys=True) + "\n"
 
 
-def _signature():
-    """The stock arguments, then ours: what help() and tools show."""
-    stock = inspect.signature(StableDiffusionPipeline.__call__)
-    ours = [p for p in inspect.signature(GoCASCFGMixin.__call__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    *named, extra = stock.parameters.values()
-    return stock.replace(parameters=[*named, *ours, extra])
+@functools.cache
+def guided(stock: type[DiffusionPipeline]) -> type[GoCASCFGPipeline]:
+    """The subclass of a stock pipeline class and of ours."""
+    if issubclass(stock, GoCASCFGPipeline):
+        return stock
+    if "prompt" not in inspect.signature(stock.__call__).parameters or scale_name(stock) is None:
+        raise ValueError(
+            "Expected a text-to-image pipeline whose loop mixes two predictions by a `guidance_scale` or a `true_cfg_scale`, "
+            f"but {stock.__name__} is none."
+        )
+    return type(
+        f"{PREFIX}{stock.__name__}", (GoCASCFGPipeline, stock), {"__module__": __name__, "__doc__": stock.__doc__}
+    )
 
 
-GoCASCFGMixin.__call__.__signature__ = _signature()  # type: ignore[attr-defined]
+def _stock(cls: type) -> type[DiffusionPipeline]:
+    """The class that does the work: the first one that is not ours."""
+    return next(base for base in cls.__mro__ if not issubclass(base, GoCASCFGPipeline))
+
+
+def _check_input(arguments) -> None:
+    if arguments["prompt"] is None and arguments.get("prompt_embeds") is None:
+        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    latents = arguments.get("latents")
+    if latents is not None and not torch.isfinite(latents).all():
+        raise ValueError("Expected finite `latents`, but got NaN or infinity among them.")
 
 
 def _config(value, cls, name):
@@ -176,123 +302,10 @@ def _config(value, cls, name):
     return value or cls()
 
 
-def _prompt_count(arguments) -> int:
-    prompt, embeds = arguments["prompt"], arguments.get("prompt_embeds")
-    return 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
-
-
-def _flat(arguments):
-    """Bound arguments as keywords, the `**kwargs` of the stock signature spread."""
-    return {**{k: v for k, v in arguments.items() if k != "kwargs"}, **arguments.get("kwargs", {})}
-
-
-def _output(stock, state, return_dict, output_regions):
-    ours = (([], None) if state is None else state.results()) if output_regions else ()
-    if not return_dict:
-        return (stock.images, stock.nsfw_content_detected, *ours)
-    return GoCASCFGPipelineOutput(stock.images, stock.nsfw_content_detected, *ours)
-
-
-class _GuidedCall:
-    """State of one pipeline call: opens each step's observation, and answers the loop's question for the rate."""
-
-    def __init__(self, pipe, goca, scfg, span, prompts, region_tokens, keep_regions):
-        self.pipe, self.goca, self.scfg, self.span = pipe, goca, scfg, span
-        self.prompts, self.region_tokens, self.keep_regions = prompts, region_tokens, keep_regions
-        self.family = family_of(pipe.unet)
-        self.step, self.segmentor, self.latent, self.ids, self.layout = 0, None, None, None, None
-        self.regions: list[Regions] = []
-        self.maps: list[Tensor] = []
-        self.finite: list[Tensor] = []  # one flag a guided step, read after the loop: no synchronisation inside it
-
-    # ---- life of the call --------------------------------------------------------------------------------------------
-    @contextmanager
-    def installed(self):
-        """Hooks on the denoiser and the text encoder, and the spatial scale; all gone afterwards, whatever happens."""
-        modules, preset = self.family.attention_modules, self.family.preset
-        read = {name: module for name, module in modules.items() if name in preset.layers}
-        self.observer = AttentionObserver(read, self._keep, self._grid, projected=frozenset(preset.cross))
-        with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            hooked = {self.family.denoiser: self._before_denoiser, self.pipe.text_encoder: self._before_text_encoder}
-            for module, hook in hooked.items():
-                if module is not None:  # prompt embeddings need no text encoder
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.enter_context(self.observer)
-            stack.callback(setattr, self.pipe, "_goca_call", None)
-            self.pipe._goca_call = self
-            yield
-
-    def check(self) -> None:
-        """After the call: guidance was really applied, and stayed finite."""
-        if self.step == 0 and not self.pipe.interrupt:
-            raise RuntimeError(
-                f"{type(self.pipe).__name__} never multiplied its guidance difference by the guidance scale."
-            )
-        if self.finite and not torch.stack(self.finite).all():
-            first = torch.stack(self.finite).logical_not().nonzero()[0].item()
-            raise ValueError(
-                f"Expected finite predictions, but those of guided step {first} hold NaN or infinity: use float32 or "
-                "bfloat16, or check the model and the latents."
-            )
-
-    def results(self) -> tuple[list[Regions], Tensor | None]:
-        """Regions of each guided step, and guidance maps [steps b 1 H W], on the CPU."""
-        return [regions.to("cpu") for regions in self.regions], torch.stack(self.maps).cpu() if self.maps else None
-
-    # ---- what the hooks bring ----------------------------------------------------------------------------------------
-    def _before_text_encoder(self, module, args, kwargs):
-        if self.ids is None:  # the prompt comes first, the negative prompt after it
-            self.ids = encoder_ids(args, kwargs)
-
-    def _before_denoiser(self, module, args, kwargs):
-        sample = args[0] if args else kwargs["sample"]
-        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
-        self.latent = tuple(sample.shape[-2:])
-        fraction = self.step / max(1, self.pipe.num_timesteps)
-        active = self.pipe.do_classifier_free_guidance and self.span[0] <= fraction < self.span[1]
-        self.observer.paused = not active
-        self.observer.seen.clear()
-        if active and self.layout is None:
-            self.layout = self._layout(sample.shape[0] // 2, text.shape[1]).to(sample.device)
-        self.segmentor = self._new_segmentor() if active else None
-
-    def _layout(self, batch, length):
-        sink = self.family.sink_token
-        if self.region_tokens is not None:
-            layout = named_layout(self.region_tokens, self.prompts, length, sink)
-        elif self.scfg.segmentor == "s-cfg":
-            layout = token_layout(self.pipe.tokenizer, self.ids)
-        else:
-            layout = prompt_layout(self.pipe.tokenizer, self.ids, self.goca.drop_stop_words, sink)
-        return layout.repeat(batch // len(layout.labels))
-
-    def _new_segmentor(self):
-        preset = self.family.preset
-        if self.scfg.segmentor == "s-cfg":
-            return SCFGSegmentor(preset, self.layout, self.family.sink_token)
-        return GoCASegmentor(self.goca, preset, self.layout, guided=True, sink=self.family.sink_token)
-
-    def _grid(self, pixels):
-        return self.family.grid(pixels, self.latent)
-
-    def _keep(self, record):
-        if record.name in self.segmentor.layers:
-            self.segmentor.keep(record)
-
-    # ---- what the loop asks ------------------------------------------------------------------------------------------
-    def rate(self, delta: Tensor, scale: float) -> Tensor | None:
-        """Rate map of this step, or None where guidance is plain."""
-        self.step += 1
-        segmentor, self.segmentor = self.segmentor, None
-        if segmentor is None:
-            return None
-        check_seen(segmentor.layers, self.observer.seen)
-        with torch.autocast(delta.device.type, enabled=False):
-            regions = segmentor.regions(tuple(delta.shape[-2:]))
-            rate = rate_map(delta, regions, scale, self.scfg)
-        self.finite.append(torch.isfinite(delta).all())
-        if self.keep_regions:
-            self.regions.append(regions)
-            self.maps.append(scale * rate)
-        return rate
+def _output(stock, state, return_dict, regions, negative_maps):
+    """The stock output's fields, then ours."""
+    found = ([], None, []) if state is None else state.results()
+    ours = {"regions": found[0], "guidance_maps": found[1]} if regions else {}
+    ours |= {"negative_maps": found[2]} if negative_maps else {}
+    fields = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
+    return GoCASCFGPipelineOutput(**fields, **ours) if return_dict else (*fields.values(), *ours.values())

@@ -1,21 +1,41 @@
 """What travels between the rooms: frozen, shape-typed dataclasses.
 
-One axis legend for the project: `b` image, `h` head, `p` pixel token (row-major H*W), `n` key token (text or pixel),
+One axis legend for the project: `b` image, `h` head, `p` pixel token (row-major H*W), `n` key token (text, pixel or both),
 `m` observed text token, `d` head channel, `c` channel, `l` layer, `k` region, `H W` map size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True)
+class AttentionView:
+    """What the tokens of one attention call are.
+
+    `grid`: height and width of the pixel queries. `text`, `image`: which keys are text and which are pixels. A call with
+    both is joint attention, whose queries are laid out as its keys.
+    """
+
+    grid: tuple[int, int]
+    text: slice = field(default_factory=lambda: slice(0, 0))
+    image: slice = field(default_factory=lambda: slice(0, 0))
+
+    @property
+    def joint(self) -> bool:
+        """Whether text and pixels attend to each other in one call."""
+        return self.text.stop > self.text.start and self.image.stop > self.image.start
+
+
+@dataclass(frozen=True)
 class AttentionRecord:
     """One attention call of a denoiser, exactly as the kernel saw it (after query/key norms and rotary embeddings).
 
-    Shapes: `query` b h p d, `key` and `value` b h n d, `output` b h p d (before the output projection), `mask` additive,
-    broadcastable to b h p n, or None. The probabilities are never stored: they are recomputed where they are needed.
+    Shapes: `query` b h p d (pixel queries only), `key` and `value` b h n d, `output` b h p d (before the output
+    projection), `mask` additive, broadcastable to b h p n, or None. `features` b h p d: the query before norm and rotary
+    embeddings, where the observer was asked for it, else None. The probabilities are never stored: they are recomputed
+    where they are needed, and their softmax runs over all keys.
     """
 
     name: str
@@ -24,23 +44,29 @@ class AttentionRecord:
     value: Float[Tensor, "b h n d"] | None
     output: Float[Tensor, "b h p d"] | None
     scale: float
-    grid: tuple[int, int]
+    view: AttentionView
     mask: Float[Tensor, "..."] | None = None
     projection: Float[Tensor, "c e"] | None = None
+    features: Float[Tensor, "b h p d"] | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the pixel queries."""
+        return self.view.grid
 
     def branch(self, index: int) -> "AttentionRecord":
         """The unconditional (0) or conditional (1) half of a classifier-free-guidance batch."""
 
         def half(x):
-            return x.chunk(2)[index]
+            return None if x is None else x.chunk(2)[index]
 
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else half(self.mask)
-        tensors = {field: half(getattr(self, field)) for field in ("query", "key", "value", "output")}
+        tensors = {name: half(getattr(self, name)) for name in ("query", "key", "value", "output", "features")}
         return replace(self, mask=mask, **tensors)
 
     def queries_and_keys(self) -> "AttentionRecord":
-        """What the attention map depends on; value, output and projection are let go."""
-        return replace(self, value=None, output=None, projection=None)
+        """What the attention map depends on; everything else is let go."""
+        return replace(self, value=None, output=None, projection=None, features=None)
 
 
 @dataclass(frozen=True)
@@ -49,13 +75,15 @@ class TokenLayout:
 
     `columns` b m: positions of the observed tokens in the text sequence. `groups` b m k: column k averages the tokens of
     region k; an all-zero column is padding, for prompts of the batch with fewer regions. `content` b m: tokens whose sum
-    divides in per-pixel rescaling (a special token such as `<sos>` can be a region without being content).
+    divides in per-pixel rescaling (a special token such as `<sos>` can be a region without being content). `sink` b s:
+    position of the token that looks at the background, or nothing (s = 0) where no foreground is asked for.
     """
 
     labels: tuple[tuple[str, ...], ...]
     columns: Int[Tensor, "b m"]
     groups: Float[Tensor, "b m k"]
     content: Bool[Tensor, "b m"]
+    sink: Int[Tensor, "b s"]
 
     @property
     def present(self) -> Bool[Tensor, "b k"]:
@@ -63,13 +91,15 @@ class TokenLayout:
         return self.groups.sum(1) > 0
 
     def to(self, device) -> "TokenLayout":
-        return TokenLayout(self.labels, *(x.to(device) for x in (self.columns, self.groups, self.content)))
+        return self._map(self.labels, lambda x: x.to(device))
 
     def repeat(self, times: int) -> "TokenLayout":
         """Each image `times` times in a row, as `num_images_per_prompt` does."""
         labels = tuple(names for names in self.labels for _ in range(times))
-        tensors = (x.repeat_interleave(times, 0) for x in (self.columns, self.groups, self.content))
-        return TokenLayout(labels, *tensors)
+        return self._map(labels, lambda x: x.repeat_interleave(times, 0))
+
+    def _map(self, labels, change) -> "TokenLayout":
+        return TokenLayout(labels, *(change(x) for x in (self.columns, self.groups, self.content, self.sink)))
 
 
 @dataclass(frozen=True)
@@ -86,6 +116,17 @@ class Regions:
 
     def to(self, device) -> "Regions":
         return Regions(self.masks.to(device), self.foreground.to(device), self.labels)
+
+
+@dataclass(frozen=True)
+class WordMaps:
+    """Where the words of a prompt act: `scores` b k H W, float32 in [0, 1]; `labels[i][k]` names map k of image i.
+
+    A map beyond the end of `labels[i]` is padding.
+    """
+
+    scores: Float[Tensor, "b k H W"]
+    labels: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,32 @@
-"""Segmentation of real images: one conditional forward of the stock pipeline on a noised image (GoCA, section on setup)."""
+"""Segmentation of real images: conditional forwards of the stock pipeline on a noised image (GoCA, section on setup)."""
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+import inspect
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import ConfigMixin, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from goca_guidance.config import Background, GoCAConfig
-from goca_guidance.families import family_of
+from goca_guidance.families import denoiser_of, family_of, readers_of
 from goca_guidance.goca import GoCASegmentor
+from goca_guidance.images import load_image
 from goca_guidance.maps import resize
-from goca_guidance.observer import AttentionObserver, check_seen
-from goca_guidance.records import Segmentation
-from goca_guidance.tokens import class_layout, encoder_ids
-
-
-SMALLEST = 8  # pixels on a side
+from goca_guidance.observer import check_seen
+from goca_guidance.records import Segmentation, TokenLayout
+from goca_guidance.tokens import class_layout
+from goca_guidance.watch import Watch
 
 
 @torch.no_grad()
 def segment(
-    pipe,
-    stock_call: Callable,
+    pipe: DiffusionPipeline,
+    stock: type[DiffusionPipeline],
     images,
     classes: Sequence[str],
     *,
@@ -44,13 +42,14 @@ def segment(
     """Segment real images by class names (GoCA, arXiv 2603.06178): noise at `timestep`, one forward, regions, argmax.
 
     Args:
-        pipe: the pipeline; `stock_call` is its stock `__call__`.
+        pipe: the pipeline whose components are used; `stock` is the text-to-image class that runs them.
         images: an image or a list: PIL, path, or H W 3 array (uint8, or float in [0, 1]). Any size; every PIL mode of 8 or
             16 bits a channel is read as RGB, transparency over white.
         classes: names, of one word or more. Each pixel gets one of them (or the background).
         prompt: what the model reads, for all images or one for each; it must hold every class (and background) name. By
             default the names joined by commas.
-        timestep: of the scheduler's training steps; None takes the preset's. Several are averaged.
+        timestep: of the scheduler's training steps; None takes the preset's. Several are averaged. A flow-matching
+            schedule is shifted for the image's size, as in generation.
         num_noises: noise samples to average.
         generator: one, or one for each image. None is a fixed seed, 0, so that a call repeats itself.
         background: None for no background; a number is a constant threshold; names are background entities; see
@@ -69,66 +68,21 @@ def segment(
     if not pictures:
         raise ValueError("Expected at least one image, but got an empty list.")
     prompts = _prompts(prompt, names, len(pictures))
-    family = family_of(pipe.unet)
+    family = family_of(denoiser_of(pipe.components))
     timesteps = _timesteps(timestep, family.preset.timestep, pipe.scheduler.config.num_train_timesteps - 1)
-    if pipe.unet.config.encoder_hid_dim_type == "ip_image_proj":
+    if getattr(family.denoiser, "encoder_hid_proj", None) is not None and hasattr(pipe, "unload_ip_adapter"):
         raise ValueError("Expected no IP-Adapter for segmentation: call `pipe.unload_ip_adapter()` first.")
-    latents = encode(pipe, pictures, *_size(pipe, height, width))
-    if generator is None:
-        generator = [torch.Generator().manual_seed(0) for _ in pictures]
+    latents = encode(pipe, pictures, *_size(pipe, family, height, width))
     if isinstance(generator, list) and len(generator) != len(pictures):
         raise ValueError(
             f"Expected one generator, or one for each of the {len(pictures)} images, but got {len(generator)}."
         )
-    embeds, layout = _read(pipe, prompts, names, latents.device)
-    noiser, scores = DDPMScheduler.from_config(pipe.scheduler.config), []
-    for t in timesteps:
-        for _ in range(num_noises):
-            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-            noisy = noiser.add_noise(latents, noise, torch.tensor([t], device=latents.device))
-            scores.append(_forward(pipe, family, stock_call, noisy, t, embeds, layout, goca or GoCAConfig()))
-    return _result(torch.stack(scores).mean(0), pictures, tuple(classes), rule)
+    noisy = _noisy(pipe, latents, timesteps, num_noises, generator)
+    scores = _Forwards(pipe, family, names, goca or GoCAConfig()).run(stock, prompts, noisy)
+    return _result(scores, pictures, tuple(classes), rule)
 
 
-# ---- input -----------------------------------------------------------------------------------------------------------
-def load_image(image) -> Image.Image:
-    """An RGB picture from a path, PIL image or array; transparency is laid over white, and the camera's rotation applied."""
-    if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as file:
-                file.load()
-                image = file.copy()
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"Expected a readable image file, but {str(image)!r} is not one: {error}") from error
-    if isinstance(image, np.ndarray):
-        image = _from_array(image)
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"Expected an image as a path, PIL image or H W 3 array, but got {type(image).__name__}.")
-    if min(image.size) < SMALLEST:
-        raise ValueError(
-            f"Expected an image of at least {SMALLEST} x {SMALLEST} pixels, but got {image.width} x {image.height}."
-        )
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits to eight
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"Expected 8 or 16 bits a channel, but got mode {image.mode!r}: scale it to 0..255 first.")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
-
-
-def _from_array(array):
-    if array.ndim != 3 or array.shape[-1] != 3:
-        raise ValueError(f"Expected an array of shape H W 3, but got {array.shape}.")
-    if array.dtype != np.uint8:
-        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise ValueError("Expected a uint8 array, or a float array of finite values in [0, 1].")
-        array = (array * 255).round().astype(np.uint8)
-    return Image.fromarray(array)
-
-
+# ---- input ---------------------------------------------------------------------------------------------------------
 def _checked_names(classes, rule):
     if isinstance(classes, str):
         raise TypeError(f'Expected a list of class names, but got the string {classes!r}: use ["{classes}"].')
@@ -160,93 +114,149 @@ def _timesteps(timestep, default, last):
     return chosen
 
 
-def _size(pipe, height, width):
-    native = pipe.unet.config.sample_size
+def _size(pipe, family, height, width):
+    config = family.denoiser.config
+    native = getattr(pipe, "default_sample_size", None) or config.sample_size
     native = (native, native) if isinstance(native, int) else tuple(native)
     size = tuple(own or side * pipe.vae_scale_factor for own, side in zip((height, width), native, strict=True))
-    if any(side % 8 for side in size):  # the stock pipeline's rule, before any work is done
-        raise ValueError(f"Expected height and width divisible by 8, but got {size[0]} x {size[1]}.")
+    step = pipe.vae_scale_factor * family.patch
+    if any(side % step for side in size):  # before any work is done
+        raise ValueError(f"Expected height and width divisible by {step}, but got {size[0]} x {size[1]}.")
     return size
 
 
-# ---- the forward -----------------------------------------------------------------------------------------------------
+# ---- the forwards ----------------------------------------------------------------------------------------------------
 def encode(pipe, pictures: Sequence[Image.Image], height: int, width: int) -> Float[Tensor, "b c H W"]:
     """Scaled latents, the mean of the posterior; every picture is squeezed to the same height and width."""
     pixels = pipe.image_processor.preprocess(list(pictures), height=height, width=width)
-    device = pipe._execution_device
+    device, config = pipe._execution_device, pipe.vae.config
     mean = pipe.vae.encode(pixels.to(device, pipe.vae.dtype)).latent_dist.mode()
-    return mean * pipe.vae.config.scaling_factor
+    return (mean - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
 
 
-def _read(pipe, prompts, names, device):
-    """Text embeddings, and where the names stand in the tokens that the encoder really read."""
-    ids = []
-
-    def keep_ids(module, args, kwargs):
-        ids.append(encoder_ids(args, kwargs))
-
-    hook = pipe.text_encoder.register_forward_pre_hook(keep_ids, with_kwargs=True)
-    try:
-        embeds, _ = pipe.encode_prompt(prompts, device, 1, False)
-    finally:
-        hook.remove()
-    return embeds, class_layout(pipe.tokenizer, ids[0], names).to(device)
+def _noisy(pipe, latents, timesteps, num_noises, generator) -> list[tuple[float, Float[Tensor, "b c H W"]]]:
+    """Noise samples of the latents at each timestep, with the timestep as the denoiser is told it."""
+    if generator is None:
+        generator = [torch.Generator().manual_seed(0) for _ in latents]
+    noise_at = _flow_noise if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler) else _diffusion_noise
+    found = []
+    for t in timesteps:
+        for _ in range(num_noises):
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            found.append(noise_at(pipe, latents, noise, t))
+    return found
 
 
-def _forward(pipe, family, stock_call, noisy, timestep, embeds, layout, config) -> Float[Tensor, "b k H W"]:
-    """Region scores of one noise sample at one timestep: the stock pipeline runs exactly one conditional step."""
-    latent = tuple(noisy.shape[-2:])
-    segmentor = GoCASegmentor(config, family.preset, layout, guided=False)
-    observer = AttentionObserver(
-        {name: module for name, module in family.attention_modules.items() if name in segmentor.layers},
-        segmentor.keep,
-        lambda pixels: family.grid(pixels, latent),
-        projected=frozenset(family.preset.cross),
-    )
-    with _frozen(pipe, timestep), torch.compiler.set_stance("force_eager"), observer:
-        stock_call(
-            prompt_embeds=embeds,
-            height=latent[0] * pipe.vae_scale_factor,
-            width=latent[1] * pipe.vae_scale_factor,
-            latents=noisy,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-            output_type="latent",
-        )
-    check_seen(segmentor.layers, observer.seen)
-    with torch.autocast(noisy.device.type, enabled=False):
-        return segmentor.scores()
+def _diffusion_noise(pipe, latents, noise, t):
+    noiser = DDPMScheduler.from_config(pipe.scheduler.config)
+    return t, noiser.add_noise(latents, noise, torch.tensor([t], device=latents.device))
 
 
-class FrozenScheduler(SchedulerMixin):
-    """A schedule of one step that changes nothing: the pipeline's denoiser sees exactly the latents it was given."""
+def _flow_noise(pipe, latents, noise, t):
+    """On the scheduler's own schedule, shifted for this size: (1 - s) x + s noise."""
+    flow = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    config, tokens, shift = flow.config, latents.shape[-2] * latents.shape[-1] // 4, {}
+    if config.use_dynamic_shifting:
+        bounds = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        shift = {"mu": calculate_shift(tokens, *bounds)}
+    flow.set_timesteps(sigmas=[t / config.num_train_timesteps], **shift)
+    sigma = flow.sigmas[0].item()
+    return sigma * config.num_train_timesteps, ((1 - sigma) * latents + sigma * noise).to(latents.dtype)
+
+
+class _Forwards(Watch):
+    """One conditional forward for each noise sample, in one run of a stock pipeline; their mean scores.
+
+    The pipeline is a fresh one on the same components: its scheduler hands out the samples, one a step, and nothing of the
+    caller's pipeline is touched.
+    """
+
+    def __init__(self, pipe, family, names, goca):
+        super().__init__(family, readers_of(pipe, family))
+        self.pipe, self.names, self.goca = pipe, names, goca
+        self.scores: list[Tensor] = []
+        self.layout: TokenLayout | None = None
+        self.segmentor: Any = None
+
+    def run(self, stock, prompts, noisy) -> Float[Tensor, "b k H W"]:
+        """Mean scores of the noise samples: (timestep, latents b c H W) each."""
+        height, width = noisy[0][1].shape[-2:]
+        handed = [(t, self.family.pack(latents)) for t, latents in noisy]
+        runner = _fresh(stock, self.pipe, HandingScheduler(self.pipe.scheduler.config, handed))
+        off = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "use_resolution_binning": False}
+        known = inspect.signature(stock.__call__).parameters
+        with self.installed():
+            runner(
+                prompts,
+                height=height * self.pipe.vae_scale_factor,
+                width=width * self.pipe.vae_scale_factor,
+                latents=handed[0][1],
+                num_inference_steps=len(handed),
+                output_type="latent",
+                **{name: value for name, value in off.items() if name in known},
+            )
+        self._finish()
+        self.pipe.maybe_free_model_hooks()
+        return torch.stack(self.scores).mean(0)
+
+    def open(self, call, device) -> None:
+        self._finish()
+        if self.layout is None:
+            self.layout = class_layout(self.encoded(0), self.names).to(device)
+        self.segmentor = GoCASegmentor(self.goca, self.family.preset, self.layout)
+        self.observer.projected = self.segmentor.projected
+        self.observer.seen.clear()
+
+    def keep(self, record) -> None:
+        if record.name in self.segmentor.layers:
+            self.segmentor.keep(record)
+
+    def _finish(self):
+        """Scores of the forward that just ended, if one did."""
+        if self.segmentor is not None:
+            check_seen(self.segmentor.layers, self.observer.seen)
+            with torch.autocast(self.layout.groups.device.type, enabled=False):
+                self.scores.append(self.segmentor.scores())
+        self.segmentor = None
+
+
+def _fresh(stock, pipe, scheduler) -> DiffusionPipeline:
+    """A silent stock pipeline on the components of another."""
+    parameters = inspect.signature(stock.__init__).parameters
+    settings = {name: value for name, value in pipe.config.items() if name in parameters}
+    components = {name: part for name, part in pipe.components.items() if name in parameters}
+    if "safety_checker" in parameters:
+        components |= {"safety_checker": None, "requires_safety_checker": False}
+    runner = stock(**{**settings, **components, "scheduler": scheduler})
+    runner.set_progress_bar_config(disable=True)
+    return runner
+
+
+class HandingScheduler(SchedulerMixin, ConfigMixin):
+    """A schedule whose steps hand out given latents: the denoiser sees exactly these, at these timesteps."""
 
     order, init_noise_sigma = 1, 1.0
 
-    def __init__(self, config, timestep: int):
-        self.config, self._timestep = config, timestep
+    def __init__(self, config, handed: Sequence[tuple[float, Tensor]]):
+        self._internal_dict, self._handed = config, handed
 
-    def set_timesteps(self, num_inference_steps=None, device=None, **_):
-        self.timesteps = torch.tensor([self._timestep], device=device)
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
+        """The given timesteps, whatever is asked."""
+        self.timesteps = torch.tensor([t for t, _ in self._handed], device=device)
+        self._step = 0
+
+    def set_begin_index(self, begin_index=0):
+        """There is nothing to begin."""
 
     def scale_model_input(self, sample, timestep=None):
+        """The latents are what the denoiser is to see."""
         return sample
 
     def step(self, model_output, timestep, sample, return_dict=True, **_):
-        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
-
-
-@contextmanager
-def _frozen(pipe, timestep):
-    """The frozen scheduler and a silent progress bar, for one call."""
-    scheduler, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
-    pipe.scheduler = FrozenScheduler(scheduler.config, timestep)
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.scheduler = scheduler
-        pipe.set_progress_bar_config(**bar)
+        """The next latents; after the last ones, those again."""
+        self._step += 1
+        following = self._handed[min(self._step, len(self._handed) - 1)][1]
+        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------

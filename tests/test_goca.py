@@ -161,8 +161,11 @@ def test_no_refinement_changes_nothing():
 
 
 # ---- together --------------------------------------------------------------------------------------------------------
+PRESET = LayerPreset(("fine.attn2", "coarse.attn2"), ("fine.attn1", "coarse.attn1"), "fine.attn2", ("fine.attn1",))
+SINK = torch.tensor([[0]])
+
+
 def segmentor_and_records(guided, config=None, b=1):
-    preset = LayerPreset(("fine.attn2", "coarse.attn2"), "fine.attn2", ("fine.attn1",), 2, 100)
     full = 2 * b if guided else b
     records = [
         record("fine.attn1", full, seed=1),
@@ -172,10 +175,13 @@ def segmentor_and_records(guided, config=None, b=1):
     ]
     groups = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])[None].repeat(b, 1, 1)
     content = torch.tensor([[True, True, False]]).repeat(b, 1)
-    layout = TokenLayout((("cat", "bus", "<sos>"),) * b, torch.tensor([[2, 3, 0]]).repeat(b, 1), groups, content)
-    segmentor = goca.GoCASegmentor(config or GoCAConfig(), preset, layout, guided)
+    columns, sink = torch.tensor([[2, 3, 0]]).repeat(b, 1), SINK.repeat(b, 1) if guided else SINK[:, :0]
+    layout = TokenLayout((("cat", "bus", "<sos>"),) * b, columns, groups, content, sink)
+    segmentor = goca.GoCASegmentor(config or GoCAConfig(), PRESET, layout, unconditional_sink=guided)
     for r in records:
-        segmentor.keep(r)
+        segmentor.keep(r.branch(1) if guided else r)
+        if guided:
+            segmentor.keep_unconditional(r.branch(0))
     return segmentor, records
 
 
@@ -244,13 +250,13 @@ def test_scfg_segmentor_equals_the_naive_form():
     """(S + 3 S^2) / 4 of head means, smoothed, over the spatial mean, averaged over layers; all tokens compete."""
     _, records = segmentor_and_records(guided=True)
     own_f, fine, own_c, coarse = records
-    preset = LayerPreset(("fine.attn2", "coarse.attn2"), "fine.attn2", ("fine.attn1",), 2, 100)
     layout = TokenLayout(
-        (tuple("abcdef"),), torch.arange(6)[None], torch.eye(6)[None], torch.ones(1, 6, dtype=torch.bool)
+        (tuple("abcdef"),), torch.arange(6)[None], torch.eye(6)[None], torch.ones(1, 6, dtype=torch.bool), SINK
     )
-    segmentor = SCFGSegmentor(preset, layout)
+    segmentor = SCFGSegmentor(PRESET, layout, unconditional_sink=True)
     for r in records:
-        segmentor.keep(r)
+        segmentor.keep(r.branch(1))
+        segmentor.keep_unconditional(r.branch(0))
 
     def naive(branch):
         maps = []

@@ -1,0 +1,192 @@
+"""One guided generation: hooks on the denoiser and the text encoders, regions at every step, and the rate they give."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from goca_guidance.baselines import SCFGSegmentor
+from goca_guidance.config import GoCAConfig, SCFGConfig
+from goca_guidance.families import family_of
+from goca_guidance.goca import GoCASegmentor
+from goca_guidance.observer import check_seen
+from goca_guidance.records import Regions, TokenLayout, WordMaps
+from goca_guidance.scfg import rate_map
+from goca_guidance.tokens import named_layout, prompt_layout, token_layout
+from goca_guidance.watch import Watch
+
+
+class GuidedCall(Watch):
+    """Sees what a pipeline's loop does, and answers its question for the rate. Works inside `with call.installed():`.
+
+    Args:
+        denoiser: predicts twice a step: unconditional and conditional halves of one batch, or, if `separate`, the
+            conditional prediction and then the unconditional one.
+        readers: text encoders with their tokenizers, in the order of the denoiser's text sequence.
+        goca, scfg: the choices.
+        prompts, images_per_prompt: of the call; their product is the number of images.
+        prompt_read: whether an encoder reads the prompt; with prompt embeddings it reads the negative prompt at most.
+        separate: see `denoiser`.
+        is_guided: number of a step to whether regions guide it.
+        region_tokens: regions named by the caller.
+        keep_regions, keep_negative: what `results` returns: regions and guidance maps; the negative prompt's word maps.
+    """
+
+    def __init__(
+        self,
+        denoiser: torch.nn.Module,
+        readers: Sequence[tuple[Any, Any]],
+        goca: GoCAConfig,
+        scfg: SCFGConfig,
+        *,
+        prompts: int,
+        images_per_prompt: int = 1,
+        prompt_read: bool = True,
+        separate: bool = False,
+        is_guided: Callable[[int], bool] = lambda step: True,
+        region_tokens: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
+        keep_regions: bool = False,
+        keep_negative: bool = False,
+    ):
+        super().__init__(family_of(denoiser), readers)
+        self.goca, self.scfg = goca, scfg
+        self.prompts, self.images_per_prompt, self.separate, self.is_guided = (
+            prompts,
+            images_per_prompt,
+            separate,
+            is_guided,
+        )
+        self.prompt_read = prompt_read
+        self.region_tokens, self.keep_regions, self.keep_negative = region_tokens, keep_regions, keep_negative
+        if region_tokens is None and not (prompt_read and self.readers):
+            raise ValueError(
+                "Expected `region_tokens` beside `prompt_embeds`, because no tokens are seen: pass, for example, "
+                '`region_tokens={"cat": [2], "grass": [5]}` (positions in the text sequence; `pipe.words(prompt)` finds '
+                "them), or `use_scfg=False`."
+            )
+        self.step = 0
+        self.segmentor: Any = None  # of the step in progress, where it is guided
+        self.negative: GoCASegmentor | None = None
+        self._layouts: list[TokenLayout] = []  # the prompt's, then the negative prompt's
+        self._regions: list[Regions] = []
+        self._maps: list[Tensor] = []
+        self._negative_maps: list[WordMaps] = []
+        self._finite: list[Tensor] = []  # one flag a guided step, read after the loop: no synchronisation inside it
+
+    # ---- life of the call --------------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """After the loop: guidance was really applied, and stayed finite."""
+        if self.step == 0:
+            raise RuntimeError(
+                "Expected a product of guidance scale and guidance difference in the loop, but saw none."
+            )
+        if self._finite and not torch.stack(self._finite).all():
+            first = torch.stack(self._finite).logical_not().nonzero()[0].item()
+            raise ValueError(
+                f"Expected finite predictions, but those of guided step {first} hold NaN or infinity: use float32 or "
+                "bfloat16, or check the model and the latents."
+            )
+
+    def results(self) -> tuple[list[Regions], Tensor | None, list[WordMaps]]:
+        """Regions of each guided step, guidance maps [steps b 1 H W], word maps of the negative prompt, on the CPU."""
+        maps = torch.stack(self._maps).cpu() if self._maps else None
+        words = [WordMaps(found.scores.cpu(), found.labels) for found in self._negative_maps]
+        return [regions.to("cpu") for regions in self._regions], maps, words
+
+    # ---- what the hooks bring ----------------------------------------------------------------------------------------
+    def open(self, call, device) -> None:
+        self._branches = self._predicted()
+        if 1 in self._branches:
+            self.observer.seen.clear()
+            self.segmentor = self.negative = None
+            if self.is_guided(self.step):
+                self._open_step(device)
+        unread = self._branches == (0,) and not (self.negative or self.family.unconditional_sink)
+        self.observer.paused = self.segmentor is None or not self._branches or unread
+
+    def keep(self, record) -> None:
+        for branch in self._branches:
+            part = record.branch(branch) if len(self._branches) == 2 else record
+            if branch == 1:
+                if part.name in self.segmentor.layers:
+                    self.segmentor.keep(part)
+            else:
+                self.segmentor.keep_unconditional(part)
+                if self.negative is not None:
+                    self.negative.keep(part)
+
+    def begin_step(self) -> None:
+        """The next call of the denoiser is the first one of a step (where a loop tells; `rate` says so too)."""
+        self.segmentor = None
+
+    def _predicted(self) -> tuple[int, ...]:
+        """Which predictions this call of the denoiser makes: 0 unconditional, 1 conditional; none where nothing is mixed."""
+        images = self.prompts * self.images_per_prompt
+        if self.separate and self.call.batch == images:
+            return (1,) if self.segmentor is None else (0,)
+        if not self.separate and self.call.batch in (images, 2 * images):
+            return (0, 1) if self.call.batch == 2 * images else ()
+        raise ValueError(
+            f"Expected unconditional and conditional predictions of {images} images, but the denoiser got a batch of "
+            f"{self.call.batch}. Pipelines that mix three predictions (PAG, InstructPix2Pix) are not supported: pass "
+            "use_scfg=False."
+        )
+
+    def _open_step(self, device):
+        if not self._layouts:
+            self._layouts = [layout.repeat(self.images_per_prompt).to(device) for layout in self._new_layouts()]
+        preset, unconditional_sink = self.family.preset, self.family.unconditional_sink
+        if self.scfg.segmentor == "s-cfg":
+            self.segmentor = SCFGSegmentor(preset, self._layouts[0], unconditional_sink)
+        else:
+            self.segmentor = GoCASegmentor(self.goca, preset, self._layouts[0], unconditional_sink)
+        if self.keep_negative:
+            self.negative = GoCASegmentor(self.goca, preset, self._layouts[1])
+        self.observer.projected = self.segmentor.projected | (
+            self.negative.projected if self.negative else frozenset()
+        )
+
+    def _new_layouts(self):
+        sink, drop = self.family.sink, self.goca.drop_stop_words
+        encoded = self._prompt(0)
+        if self.region_tokens is not None:
+            yield named_layout(self.region_tokens, self.prompts, self.call.text, sink, encoded)
+        elif self.scfg.segmentor == "s-cfg":
+            yield token_layout(encoded, sink)
+        else:
+            yield prompt_layout(encoded, sink, drop)
+        if self.keep_negative:
+            if not (negative := self._prompt(1)):
+                raise ValueError("Expected a `negative_prompt` for its word maps, but the text encoder read none.")
+            yield _one_for_each(prompt_layout(negative, None, drop), self.prompts)
+
+    def _prompt(self, which):
+        """What the encoders read: the prompt (0), which comes first, or the negative prompt (1)."""
+        return self.encoded(which - (not self.prompt_read))
+
+    # ---- what the loop asks ------------------------------------------------------------------------------------------
+    def rate(self, delta: Tensor, scale: float) -> Tensor | None:
+        """Factor of this step's guidance difference, or None where guidance is plain."""
+        self.step += 1
+        segmentor, self.segmentor = self.segmentor, None
+        if segmentor is None:
+            return None
+        check_seen(segmentor.layers, self.observer.seen)
+        with torch.autocast(delta.device.type, enabled=False):
+            maps = self.family.unpack(delta, self.call)
+            predicted = maps if self.scfg.variance_channels else maps[:, : self.family.denoiser.config.in_channels]
+            regions = segmentor.regions(self.call.latent)
+            rate = rate_map(predicted, regions, scale, self.scfg)
+            if self.negative is not None:
+                self._negative_maps.append(WordMaps(self.negative.scores(), self.negative.layout.labels))
+        self._finite.append(torch.isfinite(delta).all())
+        if self.keep_regions:
+            self._regions.append(regions)
+            self._maps.append(scale * rate)
+        return self.family.pack(rate.expand_as(maps))
+
+
+def _one_for_each(layout: TokenLayout, prompts: int) -> TokenLayout:
+    """One negative prompt serves all prompts."""
+    return layout if len(layout.labels) == prompts else layout.repeat(prompts)

@@ -1,0 +1,146 @@
+"""What an adapter of a denoiser answers, with the answers for a transformer that no adapter names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+from diffusers.utils import logging
+from jaxtyping import Float
+from torch import Tensor
+
+from goca_guidance.config import LayerPreset
+from goca_guidance.records import AttentionView
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """What one call of a denoiser predicts: so many images, of this latent size, from so many text tokens."""
+
+    batch: int
+    latent: tuple[int, int]
+    text: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """Adapter of a denoiser with text cross-attention layers `...attn2` beside self-attention layers `...attn1`.
+
+    As it stands, it serves a transformer that no other adapter names; the others change what differs.
+    """
+
+    denoiser: Any  # a torch module of diffusers
+
+    pipeline: ClassVar[str | None] = None  # the stock text-to-image pipeline, where its name follows from the denoiser
+    encoders: ClassVar[tuple[tuple[str, str], ...]] = (("text_encoder", "tokenizer"),)  # in the order of the text
+    side_by_side: ClassVar[bool] = False  # encoders share token positions, and the first one is read
+    sink: ClassVar[str] = "start"  # the token that looks at the background: "start" or "end"
+    unconditional_sink: ClassVar[bool] = True  # in which prediction it does
+
+    # ---- layers ------------------------------------------------------------------------------------------------------
+    @cached_property
+    def attention_modules(self) -> dict[str, Any]:
+        """Every attention module of the denoiser's blocks by its full name, in network order.
+
+        Modules outside the blocks, such as an image prompt's projection, are no layers.
+        """
+        kinds, named = (Attention, AttentionModuleMixin), self.denoiser.named_modules()
+        return {name: m for name, m in named if isinstance(m, kinds) and "block" in name.partition(".")[0]}
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        """The layers that GoCA reads."""
+        logger.warning(
+            f"No preset is known for {type(self.denoiser).__name__}: a generic one reads all its text attention layers. Look "
+            "at the regions before you rely on them."
+        )
+        return self._generic_preset()
+
+    def _cross(self) -> tuple[str, ...]:
+        names = self.attention_modules
+        cross = tuple(name for name in names if name.endswith(".attn2") and own_layer(name) in names)
+        if not cross:
+            raise ValueError(
+                "Expected text cross-attention layers (`attn2` beside `attn1`) in the denoiser's blocks, but "
+                f"{type(self.denoiser).__name__} has none. Joint attention is read for Flux.1 and Stable Diffusion 3 only: "
+                "pass use_scfg=False, or use one of the supported families."
+            )
+        return cross
+
+    def _generic_preset(self) -> LayerPreset:
+        """Ours, for one grid: all layers; the middle one is the reference, and the middle third refines."""
+        cross = self._cross()
+        own, count = tuple(map(own_layer, cross)), len(cross)
+        return LayerPreset(cross, own, cross[count // 2], own[count // 3 : max(count // 3 + 1, 2 * count // 3)])
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
+        """Sizes of a call of the denoiser, from what a forward pre-hook sees."""
+        sample = argument(args, kwargs, 0, "sample", "hidden_states")
+        text = argument(args, kwargs, 2, "encoder_hidden_states")
+        if sample.ndim != 4:
+            raise ValueError(f"Expected image latents of shape b c H W, but the denoiser got {tuple(sample.shape)}.")
+        return DenoiserCall(sample.shape[0], (sample.shape[2], sample.shape[3]), text.shape[1])
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView:
+        """What the tokens of an attention call are."""
+        grid = self.grid(queries, call.latent)
+        every = slice(0, keys)
+        return AttentionView(grid, **{"text" if name.endswith("attn2") else "image": every})
+
+    def grid(self, pixels: int, latent: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a layer with so many pixel tokens: the latent's in patches."""
+        height, width = latent[0] // self.patch, latent[1] // self.patch
+        if height * width != pixels:
+            raise ValueError(f"Expected the {height} x {width} pixel tokens of a {latent} latent, but got {pixels}.")
+        return height, width
+
+    def project(self, name: str) -> Callable[[Tensor], Tensor]:
+        """The output projection of a layer, bias included."""
+        return self.attention_modules[name].to_out[0]
+
+    # ---- latents as the denoiser takes them --------------------------------------------------------------------------
+    @property
+    def patch(self) -> int:
+        """Latent pixels on a side of a pixel token, at the least."""
+        return getattr(self.denoiser.config, "patch_size", None) or 1
+
+    def pack(self, maps: Float[Tensor, "b c H W"]) -> Tensor:
+        """Maps in the form of the denoiser's input and prediction."""
+        return maps
+
+    def unpack(self, prediction: Tensor, call: DenoiserCall) -> Float[Tensor, "b c H W"]:
+        """The inverse of `pack`."""
+        return prediction
+
+
+def check_whole(family: Family) -> None:
+    """Refuse a denoiser whose attention calls are skipped or split: they would be seen in part."""
+    denoiser = family.denoiser
+    if getattr(denoiser, "is_cache_enabled", False):
+        raise ValueError(
+            "Expected a denoiser that runs every block at every step, but a cache is enabled on it: call "
+            "`denoiser.disable_cache()`, or pass use_scfg=False."
+        )
+    processors = [getattr(module, "processor", None) for module in family.attention_modules.values()]
+    split = any(getattr(processor, "_parallel_config", None) is not None for processor in processors)
+    if split or any(type(parameter).__name__ == "DTensor" for parameter in denoiser.parameters()):
+        raise ValueError(
+            "Expected a whole denoiser on each device, but this one is split (context or tensor parallel): run one process "
+            "for each image instead, or pass use_scfg=False."
+        )
+
+
+def argument(args: tuple, kwargs: Mapping, position: int, *names: str):
+    """An argument of a call, by any of its names or by its position."""
+    return next((kwargs[name] for name in names if name in kwargs), args[position] if len(args) > position else None)
+
+
+def own_layer(cross: str) -> str:
+    """The self-attention layer beside a cross-attention layer: `...attn2` to `...attn1`."""
+    return cross.removesuffix("attn2") + "attn1"

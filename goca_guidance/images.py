@@ -1,0 +1,47 @@
+"""Reading real images: a path, a PIL picture or an array to RGB."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+SMALLEST = 8  # pixels on a side
+
+
+def load_image(image) -> Image.Image:
+    """An RGB picture from a path, PIL image or array; transparency is laid over white, and the camera's rotation applied."""
+    if isinstance(image, (str, Path)):
+        try:
+            with Image.open(image) as file:
+                file.load()
+                image = file.copy()
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"Expected a readable image file, but {str(image)!r} is not one: {error}") from error
+    if isinstance(image, np.ndarray):
+        image = _from_array(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"Expected an image as a path, PIL image or H W 3 array, but got {type(image).__name__}.")
+    if min(image.size) < SMALLEST:
+        raise ValueError(
+            f"Expected an image of at least {SMALLEST} x {SMALLEST} pixels, but got {image.width} x {image.height}."
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits to eight
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"Expected 8 or 16 bits a channel, but got mode {image.mode!r}: scale it to 0..255 first.")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def _from_array(array):
+    if array.ndim != 3 or array.shape[-1] != 3:
+        raise ValueError(f"Expected an array of shape H W 3, but got {array.shape}.")
+    if array.dtype != np.uint8:
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise ValueError("Expected a uint8 array, or a float array of finite values in [0, 1].")
+        array = (array * 255).round().astype(np.uint8)
+    return Image.fromarray(array)

@@ -1,0 +1,77 @@
+"""Hooks on a denoiser and its text encoders for the time of one pipeline call, and what they tell."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from goca_guidance.family import DenoiserCall, Family, argument, check_whole
+from goca_guidance.observer import AttentionObserver
+from goca_guidance.records import AttentionRecord
+from goca_guidance.tokens import Encoded, encoder_ids
+
+
+class Watch:
+    """What one pipeline call shows while `installed`; a subclass says what a forward and a record mean.
+
+    `readers`: the text encoders, each with its tokenizer, in the order of the denoiser's text sequence; None for an encoder
+    that is not loaded.
+    """
+
+    def __init__(self, family: Family, readers: Sequence[tuple[Any, Any]]):
+        check_whole(family)
+        self.family = family
+        self.readers = [(module, tokenizer) for module, tokenizer in readers if module is not None]
+        self._ids: list[list[Tensor]] = [[] for _ in self.readers]
+        self._calls: dict[torch.Size, DenoiserCall] = {}
+
+    def open(self, call: DenoiserCall, device: torch.device) -> None:
+        """A forward of the denoiser begins."""
+        raise NotImplementedError
+
+    def keep(self, record: AttentionRecord) -> None:
+        """An attention call of it was seen."""
+        raise NotImplementedError
+
+    @contextmanager
+    def installed(self):
+        """All hooks, gone afterwards, whatever happens. A compiled denoiser runs eagerly, because it would ignore them."""
+        preset = self.family.preset
+        modules = {name: m for name, m in self.family.attention_modules.items() if name in preset.layers}
+        raw = frozenset({preset.reference}) if preset.features == "query" else frozenset()
+        self.observer = AttentionObserver(modules, self.keep, self._view, self.family.project, raw)
+        hooked = [(self.family.denoiser, self._before_denoiser)]
+        hooked += [(module, self._before_reading(i)) for i, (module, _) in enumerate(self.readers)]
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for module, hook in hooked:
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(self.observer)
+            yield
+
+    def encoded(self, turn: int) -> list[Encoded]:
+        """What each encoder read the first time (0) or the second time (1); nothing where it did not."""
+        found, start = [], 0
+        for (_, tokenizer), ids in zip(self.readers, self._ids, strict=True):
+            if 0 <= turn < len(ids):
+                found.append(Encoded(tokenizer, ids[turn], start))
+                start += ids[turn].shape[1]
+        return found
+
+    def _before_reading(self, index):
+        def before_text_encoder(module, args, kwargs):
+            self._ids[index].append(encoder_ids(args, kwargs))
+
+        return before_text_encoder
+
+    def _before_denoiser(self, module, args, kwargs):
+        sample = argument(args, kwargs, 0, "sample", "hidden_states")
+        if sample.shape not in self._calls:
+            self._calls[sample.shape] = self.family.call(args, kwargs)
+        self.call = self._calls[sample.shape]
+        self.open(self.call, sample.device)
+
+    def _view(self, name, queries, keys):
+        return self.family.view(self.call, name, queries, keys)
