@@ -1,6 +1,6 @@
 """GoCA segmentation and S-CFG guidance for diffusers: training-free regions, region-wise guidance.
 
-The pipeline classes are imported when they are first asked for, so that importing the package stays light.
+The classes that need diffusers' pipelines are imported when they are first asked for: importing the package stays light.
 """
 
 from importlib import import_module
@@ -12,9 +12,11 @@ from goca_guidance.config import GoCAConfig as GoCAConfig
 from goca_guidance.config import SCFGConfig as SCFGConfig
 from goca_guidance.records import Regions as Regions
 from goca_guidance.records import Segmentation as Segmentation
+from goca_guidance.records import WordMaps as WordMaps
 
 
 if TYPE_CHECKING:
+    from goca_guidance.guider import GoCAGuidance as GoCAGuidance
     from goca_guidance.pipeline import GoCASCFGPipeline as GoCASCFGPipeline
     from goca_guidance.pipeline import GoCASCFGPipelineOutput as GoCASCFGPipelineOutput
 
@@ -27,15 +29,18 @@ __all__ = [
     "TINY_SD",
     "Background",
     "GoCAConfig",
+    "GoCAGuidance",
     "GoCASCFGPipeline",
     "GoCASCFGPipelineOutput",
     "Regions",
     "SCFGConfig",
     "Segmentation",
+    "WordMaps",
 ]
 
 
 def __getattr__(name: str):
-    if name in ("GoCASCFGPipeline", "GoCASCFGPipelineOutput"):
-        return getattr(import_module("goca_guidance.pipeline"), name)
+    rooms = {"GoCASCFGPipeline": "pipeline", "GoCASCFGPipelineOutput": "pipeline", "GoCAGuidance": "guider"}
+    if name in rooms:
+        return getattr(import_module(f"goca_guidance.{rooms[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ class GuidedCall(Watch):
             conditional prediction and then the unconditional one.
         readers: text encoders with their tokenizers, in the order of the denoiser's text sequence.
         goca, scfg: the choices.
-        prompts, images_per_prompt: of the call; their product is the number of images.
+        images, prompts: how many; None, where predictions are `separate`, takes what denoiser and text encoder get.
         prompt_read: whether an encoder reads the prompt; with prompt embeddings it reads the negative prompt at most.
         separate: see `denoiser`.
         is_guided: number of a step to whether regions guide it.
@@ -40,8 +40,8 @@ class GuidedCall(Watch):
         goca: GoCAConfig,
         scfg: SCFGConfig,
         *,
-        prompts: int,
-        images_per_prompt: int = 1,
+        images: int | None = None,
+        prompts: int | None = None,
         prompt_read: bool = True,
         separate: bool = False,
         is_guided: Callable[[int], bool] = lambda step: True,
@@ -50,14 +50,8 @@ class GuidedCall(Watch):
         keep_negative: bool = False,
     ):
         super().__init__(family_of(denoiser), readers)
-        self.goca, self.scfg = goca, scfg
-        self.prompts, self.images_per_prompt, self.separate, self.is_guided = (
-            prompts,
-            images_per_prompt,
-            separate,
-            is_guided,
-        )
-        self.prompt_read = prompt_read
+        self.goca, self.scfg, self.images, self.prompts = goca, scfg, images, prompts
+        self.separate, self.prompt_read, self.is_guided = separate, prompt_read, is_guided
         self.region_tokens, self.keep_regions, self.keep_negative = region_tokens, keep_regions, keep_negative
         if region_tokens is None and not (prompt_read and self.readers):
             raise ValueError(
@@ -122,36 +116,36 @@ class GuidedCall(Watch):
 
     def _predicted(self) -> tuple[int, ...]:
         """Which predictions this call of the denoiser makes: 0 unconditional, 1 conditional; none where nothing is mixed."""
-        images = self.prompts * self.images_per_prompt
-        if self.separate and self.call.batch == images:
+        batch, images = self.call.batch, self.images or self.call.batch
+        if self.separate and batch == images:
             return (1,) if self.segmentor is None else (0,)
-        if not self.separate and self.call.batch in (images, 2 * images):
-            return (0, 1) if self.call.batch == 2 * images else ()
+        if not self.separate and batch in (images, 2 * images):
+            return (0, 1) if batch == 2 * images else ()
         raise ValueError(
-            f"Expected unconditional and conditional predictions of {images} images, but the denoiser got a batch of "
-            f"{self.call.batch}. Pipelines that mix three predictions (PAG, InstructPix2Pix) are not supported: pass "
-            "use_scfg=False."
+            f"Expected unconditional and conditional predictions of {images} images, but the denoiser got a batch of {batch}. "
+            "Pipelines that mix three predictions (PAG, InstructPix2Pix) are not supported: pass use_scfg=False."
         )
 
     def _open_step(self, device):
         if not self._layouts:
-            self._layouts = [layout.repeat(self.images_per_prompt).to(device) for layout in self._new_layouts()]
+            images, layouts = self.call.batch // len(self._branches), self._new_layouts()
+            self._layouts = [layout.repeat(images // len(layout.labels)).to(device) for layout in layouts]
         preset, unconditional_sink = self.family.preset, self.family.unconditional_sink
         if self.scfg.segmentor == "s-cfg":
             self.segmentor = SCFGSegmentor(preset, self._layouts[0], unconditional_sink)
         else:
             self.segmentor = GoCASegmentor(self.goca, preset, self._layouts[0], unconditional_sink)
+        self.observer.projected = self.segmentor.projected
         if self.keep_negative:
             self.negative = GoCASegmentor(self.goca, preset, self._layouts[1])
-        self.observer.projected = self.segmentor.projected | (
-            self.negative.projected if self.negative else frozenset()
-        )
+            self.observer.projected = self.segmentor.projected | self.negative.projected
 
     def _new_layouts(self):
         sink, drop = self.family.sink, self.goca.drop_stop_words
         encoded = self._prompt(0)
         if self.region_tokens is not None:
-            yield named_layout(self.region_tokens, self.prompts, self.call.text, sink, encoded)
+            prompts = self.prompts or (len(encoded[0].ids) if encoded else 1)
+            yield named_layout(self.region_tokens, prompts, self.call.text, sink, encoded)
         elif self.scfg.segmentor == "s-cfg":
             yield token_layout(encoded, sink)
         else:
@@ -159,7 +153,7 @@ class GuidedCall(Watch):
         if self.keep_negative:
             if not (negative := self._prompt(1)):
                 raise ValueError("Expected a `negative_prompt` for its word maps, but the text encoder read none.")
-            yield _one_for_each(prompt_layout(negative, None, drop), self.prompts)
+            yield prompt_layout(negative, None, drop)
 
     def _prompt(self, which):
         """What the encoders read: the prompt (0), which comes first, or the negative prompt (1)."""
@@ -185,8 +179,3 @@ class GuidedCall(Watch):
             self._regions.append(regions)
             self._maps.append(scale * rate)
         return self.family.pack(rate.expand_as(maps))
-
-
-def _one_for_each(layout: TokenLayout, prompts: int) -> TokenLayout:
-    """One negative prompt serves all prompts."""
-    return layout if len(layout.labels) == prompts else layout.repeat(prompts)

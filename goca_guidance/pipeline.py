@@ -165,13 +165,14 @@ class GoCASCFGPipeline(DiffusionPipeline):
     def _guided_call(self, arguments, goca, scfg, **kwargs) -> GuidedCall:
         denoiser = denoiser_of(self.components)
         prompt, embeds = arguments["prompt"], arguments.get("prompt_embeds")
+        prompts = 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
         return GuidedCall(
             denoiser,
             readers_of(self, family_of(denoiser)),
             goca,
             scfg,
-            prompts=1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt),
-            images_per_prompt=arguments.get("num_images_per_prompt") or 1,
+            images=prompts * (arguments.get("num_images_per_prompt") or 1),
+            prompts=prompts,
             prompt_read=prompt is not None,
             separate=scale_name(_stock(type(self))) == "true_cfg_scale",
             **kwargs,

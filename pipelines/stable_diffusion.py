@@ -3,8 +3,10 @@
 DiffusionPipeline.from_pretrained(repo, custom_pipeline="pipelines/stable_diffusion.py", trust_remote_code=True)
 """
 
+import diffusers
+
 import goca_guidance
 
 
-class GoCASCFGStableDiffusionPipeline(goca_guidance.GoCASCFGPipeline):
-    """[`GoCASCFGPipeline`], found by diffusers because it is the one pipeline class that this file names."""
+class GoCASCFGStableDiffusionPipeline(goca_guidance.GoCASCFGPipeline, diffusers.StableDiffusionPipeline):
+    """[`GoCASCFGPipeline`] of Stable Diffusion 1.x / 2.x."""
