@@ -15,8 +15,9 @@ class SCFGSegmentor:
 
     Head-mean cross maps of the two coarsest grids that a step has (16x16 and 8x8 for Stable Diffusion at 512 pixels),
     refined by (S + 3 S^2) / 4 of the sibling self-attention S, smoothed, divided by their spatial mean, averaged over
-    layers. The argmax runs over the layout's tokens, which must be all of them. The foreground is where, in the prediction
-    that the sink token belongs to (see `GoCASegmentor`), it is not the larger of itself and the sum of all other tokens.
+    layers. The argmax runs over the layout's regions: all single tokens, unless the caller named some. The foreground is
+    where, in the prediction that the sink token belongs to (see `GoCASegmentor`), it is not the larger of itself and the
+    sum of all other tokens.
     """
 
     layers_read = 2  # coarsest grids
@@ -43,23 +44,26 @@ class SCFGSegmentor:
 
     def regions(self, size: tuple[int, int]) -> Regions:
         """The argmax over tokens, and the foreground, at `size`."""
-        tokens = self._maps(self._conditional)
+        tokens = self._maps(self._conditional, self.layout.columns)
         masks = one_hot(
             torch.einsum("bmhw,bmk->bkhw", _mean_of_relative(tokens), self.layout.groups), self.layout.present
         )
-        both = self._maps(self._unconditional) if self.unconditional_sink else tokens
-        start = [maps.take_along_dim(self.layout.sink[..., None, None], 1) for maps in both]
-        others = [maps.sum(1, keepdim=True) - own for maps, own in zip(both, start, strict=True)]
+        text = self._conditional[self.preset.cross[0]].view.text
+        every = torch.arange(text.stop - text.start, device=self.layout.sink.device).expand(len(self.layout.sink), -1)
+        if self.unconditional_sink or every.shape != self.layout.columns.shape:
+            tokens = self._maps(self._unconditional if self.unconditional_sink else self._conditional, every)
+        start = [maps.take_along_dim(self.layout.sink[..., None, None], 1) for maps in tokens]
+        others = [maps.sum(1, keepdim=True) - own for maps, own in zip(tokens, start, strict=True)]
         foreground = _mean_of_relative(start) <= _mean_of_relative(others)
         return Regions(nearest(masks, size), nearest(foreground, size), self.layout.labels)
 
-    def _maps(self, records) -> list[Float[Tensor, "b m H W"]]:
+    def _maps(self, records, columns) -> list[Float[Tensor, "b m H W"]]:
         """Refined, resized and smoothed maps of each layer read."""
         grids = sorted({records[name].grid for name in self.preset.cross})[: self.layers_read]
         maps = []
         for cross, own in zip(self.preset.cross, self.preset.own, strict=True):
             if (record := records[cross]).grid in grids:
-                once = affinity_product(records[own], token_maps(record, self.layout.columns, None))
+                once = affinity_product(records[own], token_maps(record, columns, None))
                 refined = (once + 3 * affinity_product(records[own], once)) / 4
                 maps.append(blur(resize(as_maps(refined, record.grid), grids[-1]), 3, 0.5**0.5))
         return maps

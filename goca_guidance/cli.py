@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, default=Path(out), help="folder for the pictures")
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument(
-            "--model", default=TINY_SD, help="diffusers repo or folder; the embedded tiny model by default"
+            "--model", default=TINY_SD, help="diffusers repo or folder of any supported family; the embedded tiny model by default"
         )
         sub.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
         sub.add_argument("--dtype", help="float32, bfloat16 or float16; float32 by default")
@@ -194,12 +194,17 @@ def _generator(seed):
 
 
 def _generate(pipe, prompt, seed, steps=30, guidance_scale=5.0, **kwargs):
+    from goca_guidance.loading import scale_name
+
+    scale = scale_name(type(pipe)) or "guidance_scale"
+    if scale == "true_cfg_scale":  # without a negative prompt nothing would be mixed
+        kwargs = {"negative_prompt": "", **kwargs}
     pipe.set_progress_bar_config(disable=False, desc=prompt[:40])
     try:
         return pipe(
             prompt,
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            **{scale: guidance_scale},
             generator=_generator(seed),
             output_regions=True,
             **kwargs,

@@ -17,7 +17,7 @@ WEIGHTS = (".safetensors", ".bin")
 
 def stock_class(repository: str | Path, **kwargs) -> type[DiffusionPipeline]:
     """The pipeline class of diffusers that a repository's `model_index.json` names."""
-    check_folder(Path(repository), given=kwargs)
+    check_folder(repository, given=kwargs)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     name = DiffusionPipeline.load_config(repository, **hub)["_class_name"]
     name = (name[-1] if isinstance(name, list) else name).removeprefix(PREFIX)
@@ -30,8 +30,9 @@ def stock_class(repository: str | Path, **kwargs) -> type[DiffusionPipeline]:
     return found
 
 
-def check_folder(folder: Path, given) -> None:
+def check_folder(repository: str | Path, given) -> None:
     """Name what a local checkpoint folder lacks, before anything of it is loaded; a hub repository passes."""
+    folder = Path(repository)
     if not folder.is_dir():
         return
     index = folder / "model_index.json"
