@@ -13,7 +13,7 @@ from goca_guidance.goca import GoCASegmentor
 from goca_guidance.observer import check_seen
 from goca_guidance.records import Regions, TokenLayout, WordMaps
 from goca_guidance.scfg import rate_map
-from goca_guidance.tokens import named_layout, prompt_layout, token_layout
+from goca_guidance.tokens import named_layout, prompt_layout, sentence, token_layout
 from goca_guidance.watch import Watch
 
 
@@ -120,6 +120,11 @@ class GuidedCall(Watch):
         if self.separate and batch == images:
             return (1,) if self.segmentor is None else (0,)
         if not self.separate and batch in (images, 2 * images):
+            if batch == images and self.step == 0:
+                raise ValueError(
+                    f"Expected two predictions of {images} images in one batch, but the denoiser got one of them: this "
+                    "pipeline's guidance is distilled, or its predictions come one by one. Pass use_scfg=False."
+                )
             return (0, 1) if batch == 2 * images else ()
         raise ValueError(
             f"Expected unconditional and conditional predictions of {images} images, but the denoiser got a batch of {batch}. "
@@ -151,8 +156,12 @@ class GuidedCall(Watch):
         else:
             yield prompt_layout(encoded, sink, drop)
         if self.keep_negative:
-            if not (negative := self._prompt(1)):
-                raise ValueError("Expected a `negative_prompt` for its word maps, but the text encoder read none.")
+            negative = self._prompt(1)
+            if not negative or not all(sentence(negative, image) for image in range(len(negative[0].ids))):
+                raise ValueError(
+                    "Expected a `negative_prompt` of at least one word for its word maps, but the text encoders read none: "
+                    "write one, or leave `output_negative_maps` off."
+                )
             yield prompt_layout(negative, None, drop)
 
     def _prompt(self, which):

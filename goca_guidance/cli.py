@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, default=Path(out), help="folder for the pictures")
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument(
-            "--model", default=TINY_SD, help="diffusers repo or folder of any supported family; the embedded tiny model by default"
+            "--model",
+            default=TINY_SD,
+            help="diffusers repo or folder of any supported family; the embedded tiny model by default",
         )
         sub.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
         sub.add_argument("--dtype", help="float32, bfloat16 or float16; float32 by default")

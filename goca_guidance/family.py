@@ -55,11 +55,12 @@ class Family:
     @cached_property
     def preset(self) -> LayerPreset:
         """The layers that GoCA reads."""
+        preset = self._generic_preset()
         logger.warning(
             f"No preset is known for {type(self.denoiser).__name__}: a generic one reads all its text attention layers. Look "
             "at the regions before you rely on them."
         )
-        return self._generic_preset()
+        return preset
 
     def _cross(self) -> tuple[str, ...]:
         names = self.attention_modules

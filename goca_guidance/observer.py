@@ -151,7 +151,8 @@ def check_seen(expected: frozenset[str], seen: set[str]) -> None:
         raise RuntimeError(
             f"Expected attention of {len(expected)} layers, but {len(missing)} of them (first: {missing[0]}) called no "
             "scaled-dot-product attention. Attention slicing, xformers and legacy processors hide it, and caches skip "
-            "layers: call `pipe.disable_attention_slicing()` or `pipe.unet.set_default_attn_processor()` and switch "
+            "layers: call `pipe.disable_attention_slicing()`, or set the processors that the model was loaded with "
+            "(`pipe.unet.set_attn_processor(AttnProcessor2_0())`; `set_default_attn_processor` sets legacy ones), and switch "
             "caches off, or pass `use_scfg=False`."
         )
 

@@ -21,7 +21,7 @@ from goca_guidance.loading import PREFIX, check_folder, is_text_to_image, named_
 from goca_guidance.records import Regions, Segmentation, WordMaps
 from goca_guidance.scfg import SpatialGuidanceScale
 from goca_guidance.segment import segment
-from goca_guidance.tokens import END, Encoded, sentence
+from goca_guidance.tokens import named_words, read
 
 
 @dataclasses.dataclass
@@ -213,20 +213,10 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     def words(self, prompt: str) -> dict[str, list[int]]:
         """The words of a prompt with their token positions, in the form that `region_tokens` takes."""
-        family, start = family_of(denoiser_of(self.components)), 0
-        encoded: list[Encoded] = []
-        for _, tokenizer in readers_of(self, family):
-            padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-            ids = tokenizer([prompt], return_tensors="pt", **(padding if not encoded else {})).input_ids
-            encoded.append(Encoded(tokenizer, ids, start))
-            start += ids.shape[1]
-        found: dict[str, list[int]] = {}
-        for word, positions in sentence(encoded, 0):
-            found.setdefault(word, []).extend(positions)
-        ends = encoded[-1].ids[0].tolist()
-        return (
-            {**found, END: [encoded[-1].start + ends.index(tokenizer.eos_token_id)]} if family.sink == "end" else found
-        )
+        family = family_of(denoiser_of(self.components))
+        tokenizers = [tokenizer for _, tokenizer in readers_of(self, family)]
+        convert = getattr(self, "maybe_convert_prompt", lambda text, tokenizer: text)  # textual inversion
+        return named_words(read(prompt, tokenizers, convert), family.sink)
 
     # ---- loading and saving ------------------------------------------------------------------------------------------
     @classmethod
@@ -292,6 +282,11 @@ def _stock(cls: type) -> type[DiffusionPipeline]:
 def _check_input(arguments) -> None:
     if arguments["prompt"] is None and arguments.get("prompt_embeds") is None:
         raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    if arguments.get("pag_scale"):  # refused before the loop, which would leave its processors behind
+        raise ValueError(
+            "Expected two predictions to mix, but perturbed-attention guidance makes a third: pass `pag_scale=0.0`, or "
+            "`use_scfg=False`."
+        )
     latents = arguments.get("latents")
     if latents is not None and not torch.isfinite(latents).all():
         raise ValueError("Expected finite `latents`, but got NaN or infinity among them.")

@@ -253,10 +253,10 @@ class HandingScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def step(self, model_output, timestep, sample, return_dict=True, **_):
-        """The next latents; after the last ones, those again."""
+        """The next latents; after the last ones, those again. PixArt-alpha takes the second field of a single step."""
         self._step += 1
         following = self._handed[min(self._step, len(self._handed) - 1)][1]
-        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+        return SchedulerOutput(prev_sample=following) if return_dict else (following, following)
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ what continues it with `##`.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from jaxtyping import Int
@@ -43,12 +44,12 @@ def words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Words:
     The sequence ends at the first end token: CLIP pads with that token. The vectors of one textual inversion (`<cat>`,
     `<cat>_1`, ...) are one word, and a sign of punctuation is one.
     """
-    pieces, end = _rule(tokenizer), (tokenizer.eos_token or tokenizer.sep_token)
+    end = tokenizer.eos_token or tokenizer.sep_token
     special = {tokenizer.bos_token, tokenizer.cls_token, tokenizer.pad_token} - {tokenizer.unk_token}
     tokens = tokenizer.convert_ids_to_tokens(list(ids))
     content = tokens[: tokens.index(end)] if end in tokens else tokens
     found: Words = []
-    for text, first, position in pieces(tokenizer, content):
+    for text, first, position in _pieces(tokenizer, content):
         if content[position] in special:
             continue
         if first or not found:
@@ -58,8 +59,26 @@ def words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Words:
     return [(_readable(tokenizer, text), positions) for text, positions in found if text]
 
 
+def _pieces(tokenizer, tokens) -> Iterator[tuple[str, bool, int]]:
+    """Each token's text, whether it begins a word, and its position; added tokens are words whatever the tokenizer."""
+    rule, added, start = _rule(tokenizer), set(tokenizer.get_added_vocab()) - {tokenizer.unk_token}, 0
+    for is_added, together in groupby(tokens, added.__contains__):
+        run = list(together)
+        for text, first, position in (_added_pieces if is_added else rule)(tokenizer, run):
+            yield text, first, start + position
+        start += len(run)
+
+
+def _added_pieces(tokenizer, tokens):
+    base = None
+    for position, token in enumerate(tokens):
+        further = base is not None and re.fullmatch(rf"{re.escape(base)}_\d+", token) is not None
+        yield "" if further else token, not further, position
+        base = base if further else token
+
+
 def _rule(tokenizer) -> Callable[..., Iterator[tuple[str, bool, int]]]:
-    """The rule that yields each token's text, whether it begins a word, and its position."""
+    """What `_pieces` asks about tokens that were not added."""
     rules = {CLIPTokenizer: _clip_pieces, T5Tokenizer: _t5_pieces, BertTokenizer: _bert_pieces}
     rule = next((rule for kind, rule in rules.items() if isinstance(tokenizer, kind)), None)
     if rule is None:
@@ -71,15 +90,10 @@ def _rule(tokenizer) -> Callable[..., Iterator[tuple[str, bool, int]]]:
 
 
 def _clip_pieces(tokenizer, tokens):
-    added, opens, base = tokenizer.get_added_vocab(), True, None
+    opens = True
     for position, token in enumerate(tokens):
-        if token in added:
-            further = base is not None and re.fullmatch(rf"{re.escape(base)}_\d+", token) is not None
-            yield "" if further else token, not further, position
-            base, opens = base if further else token, True
-        else:
-            yield token.removesuffix("</w>"), opens, position
-            base, opens = None, token.endswith("</w>")
+        yield token.removesuffix("</w>"), opens, position
+        opens = token.endswith("</w>")
 
 
 def _t5_pieces(tokenizer, tokens):
@@ -87,12 +101,10 @@ def _t5_pieces(tokenizer, tokens):
     for position, token in enumerate(tokens):
         text = token.removeprefix("▁")
         sign = bool(text) and not any(map(str.isalnum, text)) and token != tokenizer.unk_token
-        yield (
-            text,
-            previous != "▁" and (opens or sign or token.startswith("▁")),
-            position,
-        )  # a lone mark is followed by its word
-        opens, previous = sign and text not in "'’", token
+        first = previous != "▁" and (opens or sign or token.startswith("▁"))  # a lone mark is followed by its word
+        yield text, first, position
+        within = token in ("'", "’") and previous not in ("▁", "'", "’")  # an apostrophe, no quotation mark
+        opens, previous = sign and not within, token
 
 
 def _bert_pieces(tokenizer, tokens):
@@ -117,6 +129,25 @@ def sentence(encoded: Sequence[Encoded], image: int) -> Words:
             _, known = found.setdefault((word.lower(), occurrence), (word, []))
             known.extend(part.start + position for position in positions)
     return list(found.values())
+
+
+def read(prompt: str, tokenizers: Sequence, convert: Callable[[str, object], str]) -> list[Encoded]:
+    """What text encoders would read of a prompt one after another; all but the last are padded to their full length."""
+    encoded: list[Encoded] = []
+    for number, tokenizer in enumerate(tokenizers):
+        full = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        text = [convert(prompt, tokenizer)]
+        ids = tokenizer(text, return_tensors="pt", **(full if number + 1 < len(tokenizers) else {})).input_ids
+        encoded.append(Encoded(tokenizer, ids, sum(part.ids.shape[1] for part in encoded)))
+    return encoded
+
+
+def named_words(encoded: Sequence[Encoded], sink: str) -> dict[str, list[int]]:
+    """The words of a prompt, in the form that `named_layout` takes; a word that stands twice is one region."""
+    found: dict[str, list[int]] = {}
+    for word, positions in sentence(encoded, 0):
+        found.setdefault(word, []).extend(positions)
+    return {**found, END: _sinks(encoded, sink)} if sink == "end" else found
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------

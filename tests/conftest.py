@@ -13,6 +13,7 @@ from goca_guidance import GoCASCFGPipeline
 from tests.tiny import tiny_components
 
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 

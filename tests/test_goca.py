@@ -1,5 +1,7 @@
 """The fast forms of GoCA equal the naive ones, which are written here as the paper says them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,18 +9,29 @@ from goca_guidance import goca
 from goca_guidance.baselines import SCFGSegmentor
 from goca_guidance.config import GoCAConfig, LayerPreset
 from goca_guidance.maps import blur, min_max
-from goca_guidance.records import AttentionRecord, TokenLayout
+from goca_guidance.records import AttentionRecord, AttentionView, TokenLayout
 from tests.test_maps import resized_affinity
 
 
-def record(name="layer", b=2, heads=3, grid=(4, 4), keys=None, d=5, seed=0, channels=7):
+def record(name="layer", b=2, heads=3, grid=(4, 4), keys=None, d=5, seed=0, channels=7, view=None):
+    """Text keys, so many as `keys`, or else the pixels' own; a view says otherwise."""
     g = torch.Generator().manual_seed(seed)
     pixels = grid[0] * grid[1]
+    view = view or AttentionView(grid, **{"text" if keys else "image": slice(0, keys or pixels)})
     keys = keys or pixels
     q, k, v = (torch.randn(b, heads, n, d, generator=g) for n in (pixels, keys, keys))
     z = (q @ k.mT * d**-0.5).softmax(-1) @ v
     projection = torch.randn(heads * d, channels, generator=g)
-    return AttentionRecord(name, q, k, v, z, d**-0.5, grid, None, projection)
+    return AttentionRecord(name, q, k, v, z, d**-0.5, view, None, projection)
+
+
+TEXT_FIRST = AttentionView((4, 4), slice(0, 6), slice(6, 22))
+IMAGE_FIRST = AttentionView((4, 4), slice(16, 22), slice(0, 16))
+
+
+def joint_record(view, **kwargs):
+    """Pixel queries, and the keys of six words and sixteen pixels."""
+    return record(keys=22, view=view, **kwargs)
 
 
 def naive_probs(r):
@@ -79,8 +92,17 @@ def test_token_maps_equal_the_naive_form(block, weighted, monkeypatch):
 def test_mask_is_respected():
     r = record(keys=6)
     mask = torch.zeros(2, 1, 1, 6).masked_fill(torch.arange(6) > 3, -10000.0)
-    masked = AttentionRecord(r.name, r.query, r.key, r.value, r.output, r.scale, r.grid, mask, r.projection)
+    masked = replace(r, mask=mask)
     assert goca.token_maps(masked, torch.tensor([[4, 5]] * 2), None).abs().max() == 0
+
+
+@pytest.mark.parametrize("view", [TEXT_FIRST, IMAGE_FIRST])
+def test_joint_token_maps_divide_by_all_keys_and_read_text_only(view):
+    r, columns = joint_record(view), torch.tensor([[0, 5], [1, 2]])
+    words = naive_probs(r).mean(1)[..., view.text]
+    expected = torch.stack([words[b][:, columns[b]] for b in range(2)])
+    assert torch.allclose(goca.token_maps(r, columns, None), expected, atol=1e-6)
+    assert (words.sum(-1) < 1).all()
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -104,6 +126,17 @@ def test_row_normalised_agreement(grid):
     mass = goca.resize_adjoint(torch.ones(1, 1, 4, 4), grid).flatten()
     rows, pulled = goca.pull_affinity(reference, (4, 4), grid)
     assert torch.allclose(goca.agreement(r, rows, pulled, mass), (reference * resized).sum((1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("view", [TEXT_FIRST, IMAGE_FIRST])
+def test_joint_agreement_and_refinement_read_pixels_only(view):
+    """A row of pixel keys sums to less than one, and nothing makes up for the words' share."""
+    r, x = joint_record(view), torch.rand(2, 16, 7, generator=torch.Generator().manual_seed(3))
+    own = naive_probs(r).mean(1)[..., view.image]
+    reference = goca.pseudo_attention(torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(1)))
+    rows, pulled = goca.pull_affinity(reference, (4, 4), (4, 4))
+    assert torch.allclose(goca.agreement(r, rows, pulled), (reference * own).sum((1, 2)), atol=1e-5)
+    assert torch.allclose(goca.affinity_product(r, x), own @ x, atol=1e-6)
 
 
 def test_pseudo_attention_channels():
@@ -246,14 +279,53 @@ def test_foreground_is_where_the_unconditional_start_token_is_low():
     assert 0 < expected.float().mean() < 1
 
 
-def test_scfg_segmentor_equals_the_naive_form():
-    """(S + 3 S^2) / 4 of head means, smoothed, over the spatial mean, averaged over layers; all tokens compete."""
+@pytest.mark.parametrize("source", ["raw query", "query", "output"])
+def test_joint_segmentor_is_the_method_in_one_piece(source):
+    """One call for words and pixels, uniform heads, the sink in the conditional prediction, each source of dense features."""
+    raw = torch.randn(1, 3, 16, 5, generator=torch.Generator().manual_seed(9))
+    a, b = (joint_record(TEXT_FIRST, name=name, b=1, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+    a = replace(a, features=raw) if source == "raw query" else a
+    features = {"raw query": raw, "query": a.query, "output": a.output}[source].transpose(1, 2).flatten(2)
+    kind = "output" if source == "output" else "query"
+    preset = LayerPreset(("a", "b"), ("a", "b"), "a", ("b",), heads="uniform", features=kind)
+    every = torch.ones(1, 2, dtype=torch.bool)
+    layout = TokenLayout((("cat", "bus"),), torch.tensor([[2, 3]]), torch.eye(2)[None], every, torch.tensor([[5]]))
+    segmentor = goca.GoCASegmentor(GoCAConfig(), preset, layout)
+    for r in (a, b):
+        segmentor.keep(r)
+        segmentor.keep_unconditional(joint_record(TEXT_FIRST, name=r.name, b=1, seed=5))  # whose sink is not asked for
+    assert (segmentor.layers, segmentor.projected) == ({"a", "b"}, frozenset())
+
+    probs, reference = [naive_probs(r).mean(1) for r in (a, b)], goca.pseudo_attention(features)
+    agreements = torch.stack([(reference * p[..., 6:]).sum((1, 2)) for p in probs], -1)
+    weights = agreements / agreements.sum(-1, keepdim=True)
+    assert torch.allclose(segmentor.weights(), weights, atol=1e-6)
+    merged = sum(weights[:, i, None, None] * p[..., :6] for i, p in enumerate(probs)).mT.unflatten(-1, (4, 4))
+    words, end = merged[:, [2, 3]], min_max(blur(merged[:, [5]], 3, 1.1 * 4 / 64))
+    scores = min_max(blur(words / words.sum(1, keepdim=True), 3, 1.1 * 4 / 64))
+    own = probs[1][..., 6:]
+    refined = min_max((own @ own @ scores.flatten(2).mT).mT.unflatten(-1, (4, 4)))
+    regions = segmentor.regions((4, 4))
+    assert torch.allclose(segmentor.scores(), refined, atol=1e-3)
+    assert torch.equal(regions.masks[:, 0], refined[:, 0] >= refined[:, 1])
+    assert torch.equal(regions.foreground, end < 0.5)
+    assert 0 < regions.foreground.float().mean() < 1
+
+
+@pytest.mark.parametrize("unconditional", [True, False])
+@pytest.mark.parametrize("columns", [[0, 1, 2, 3, 4, 5], [2, 3]])
+def test_scfg_segmentor_equals_the_naive_form(columns, unconditional):
+    """(S + 3 S^2) / 4 of head means, smoothed, over the spatial mean, averaged over layers.
+
+    The layout's tokens compete for pixels; for the foreground the sink always competes with all others.
+    """
     _, records = segmentor_and_records(guided=True)
     own_f, fine, own_c, coarse = records
+    m = len(columns)
     layout = TokenLayout(
-        (tuple("abcdef"),), torch.arange(6)[None], torch.eye(6)[None], torch.ones(1, 6, dtype=torch.bool), SINK
+        (tuple("abcdef"[:m]),), torch.tensor([columns]), torch.eye(m)[None], torch.ones(1, m, dtype=torch.bool), SINK
     )
-    segmentor = SCFGSegmentor(PRESET, layout, unconditional_sink=True)
+    segmentor = SCFGSegmentor(PRESET, layout, unconditional_sink=unconditional)
     for r in records:
         segmentor.keep(r.branch(1))
         segmentor.keep_unconditional(r.branch(0))
@@ -271,8 +343,9 @@ def test_scfg_segmentor_equals_the_naive_form():
         return torch.stack([m / m.mean((-2, -1), keepdim=True) for m in maps]).mean(0)
 
     regions = segmentor.regions((4, 4))
-    assert torch.equal(regions.masks[0].int().argmax(0), relative(naive(1))[0].argmax(0))
-    start, others = [m[:, :1] for m in naive(0)], [m[:, 1:].sum(1, keepdim=True) for m in naive(0)]
+    assert torch.equal(regions.masks[0].int().argmax(0), relative(naive(1))[0, columns].argmax(0))
+    sink = naive(0 if unconditional else 1)
+    start, others = [m[:, :1] for m in sink], [m[:, 1:].sum(1, keepdim=True) for m in sink]
     assert torch.equal(regions.foreground, relative(start) <= relative(others))
 
 

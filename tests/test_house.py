@@ -13,10 +13,12 @@ import goca_guidance
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # a module may import modules of lower floors only
     {"records", "config", "maps"},
-    {"observer", "tokens", "goca", "scfg"},
-    {"baselines", "families"},
-    {"segment"},
-    {"pipeline"},
+    {"observer", "tokens", "goca", "scfg", "images"},
+    {"baselines", "family"},
+    {"families", "loading"},
+    {"watch"},
+    {"call", "segment"},
+    {"pipeline", "guider"},
     {"pictures", "cli"},
 ]
 
@@ -48,9 +50,17 @@ def test_imports_go_down(module):
     assert ours - public <= allowed
 
 
+def test_contributing_says_the_same():
+    text = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+    stated = text.partition("(`tests/test_house.py` holds this): ")[2].partition(".")[0]
+    assert [set(floor.strip("` ").split()) for floor in stated.split("<")] == FLOORS
+
+
 def test_goca_and_scfg_meet_in_regions_only():
-    assert not {"goca_guidance.scfg", "goca_guidance.families"} & imports_of(ROOT / "goca_guidance" / "goca.py")
-    assert not {"goca_guidance.goca", "goca_guidance.families"} & imports_of(ROOT / "goca_guidance" / "scfg.py")
+    goca, scfg = (imports_of(ROOT / "goca_guidance" / f"{module}.py") for module in ("goca", "scfg"))
+    families = {"goca_guidance.family", "goca_guidance.families"}
+    assert not {"goca_guidance.scfg", *families} & goca
+    assert not {"goca_guidance.goca", *families} & scfg
 
 
 def test_the_library_never_imports_programs():
@@ -72,11 +82,13 @@ def test_public_names():
         "TINY_SD",
         "Background",
         "GoCAConfig",
+        "GoCAGuidance",
         "GoCASCFGPipeline",
         "GoCASCFGPipelineOutput",
         "Regions",
         "SCFGConfig",
         "Segmentation",
+        "WordMaps",
     }
     assert all(getattr(goca_guidance, name) for name in goca_guidance.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
