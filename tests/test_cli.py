@@ -6,6 +6,7 @@ from PIL import Image
 
 from goca_guidance import pictures
 from goca_guidance.cli import SAMPLE, main
+from tests.families import stock_pipeline
 
 
 def names_in(folder):
@@ -23,6 +24,18 @@ def test_generate(tmp_path, capsys):
 def test_generate_plain(tmp_path):
     assert main(["generate", "a cat", "--out", str(tmp_path), "--steps", "2", "--no-scfg"]) == 0
     assert names_in(tmp_path) == {"image.png"}
+
+
+def test_another_family(tmp_path):
+    """Flux guides by another scale, and needs a negative prompt for it."""
+    model, small = tmp_path / "model", ["--height", "32", "--width", "32", "--steps", "2"]
+    stock_pipeline("flux").save_pretrained(model)
+    generated, segmented = tmp_path / "generated", tmp_path / "segmented"
+    assert main(["generate", "a cat on grass", *small, "--model", str(model), "--out", str(generated)]) == 0
+    assert names_in(generated) == {"image.png", "regions.png", "strip.png", "guidance.gif"}
+    classes = ["--classes", "cat", "potted plant"]
+    assert main(["segment", str(SAMPLE), *classes, "--model", str(model), "--out", str(segmented)]) == 0
+    assert Image.open(segmented / "labels.png").size == (64, 64)
 
 
 def test_segment(tmp_path, capsys):

@@ -145,8 +145,12 @@ def test_save_and_load(name, tmp_path):
     assert distance(latents(loaded, name), latents(ours, name)) < 1e-5
     assert distance(latents(theirs, name), latents(stock, name)) < 1e-5
     stock.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
-    assert len(list((tmp_path / "shards" / FAMILIES[name].denoiser).glob("*-of-*.safetensors"))) > 1
+    first, *others = (tmp_path / "shards" / FAMILIES[name].denoiser).glob("*-of-*.safetensors")
+    assert others
     assert distance(latents(GoCASCFGPipeline.from_pretrained(tmp_path / "shards"), name), latents(ours, name)) < 1e-5
+    first.unlink()
+    with pytest.raises(ValueError, match=f"lacks {FAMILIES[name].denoiser}/{first.name}"):
+        GoCASCFGPipeline.from_pretrained(tmp_path / "shards")
 
 
 @every_family

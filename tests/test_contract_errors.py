@@ -24,8 +24,9 @@ from tests.tiny import tiny_components
 
 
 # ---- nothing is left -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])  # torch's hooks see the former only
 @every_family
-def test_nothing_is_left_after_an_error_in_the_denoiser(name):
+def test_nothing_is_left_after_an_error_in_the_denoiser(name, error):
     ours = guided(stock_pipeline(name))
     before, calls = latents(ours, name), []
     last = [m for n, m in denoiser_of(ours).named_modules() if n.endswith("to_out.0")][-1]
@@ -33,10 +34,10 @@ def test_nothing_is_left_after_an_error_in_the_denoiser(name):
     def fail(module, args):
         calls.append(module)
         if len(calls) == 3:  # inside an attention layer of a later call
-            raise RuntimeError("a full memory")
+            raise error("a full memory")
 
     hook = last.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="a full memory"):
+    with pytest.raises(error, match="a full memory"):
         run(ours, name)
     hook.remove()
     assert_clean(ours)

@@ -13,10 +13,12 @@ from PIL import Image
 
 from goca_guidance import GoCAConfig, SCFGConfig
 from goca_guidance.families import family_of
+from goca_guidance.goca import normalise
 from goca_guidance.scfg import rate_map
 from goca_guidance.segment import _Forwards
 from tests.families import FAMILIES, run, stock_pipeline
 from tests.test_contract import (
+    END_SINK,
     LABELS,
     NEUTRAL,
     PROMPT,
@@ -118,10 +120,10 @@ def test_the_rate_reaches_the_scheduler(name, scfg):
 @every_family
 def test_guidance_is_plain_before_the_start_and_after_the_stop(name):
     ours, scale = guided(stock_pipeline(name)), FAMILIES[name].call[FAMILIES[name].scale]
-    between = {"num_inference_steps": 4, "scfg_start": 0.25, "scfg_stop": 0.75}
+    between = {"num_inference_steps": 4, "scfg_start": 0.3, "scfg_stop": 0.75}
     output, predictions, received = watched(ours, name, **between)
     assert len(received) == 4
-    for i, regions in enumerate([None, *output.regions, None]):
+    for i, regions in enumerate([None, None, *output.regions, None]):
         uncond, cond = predictions[i]
         scfg = NEUTRAL if regions is None else DEFAULT
         wanted, _ = expected(name, uncond, cond, regions or output.regions[0], scale, scfg)
@@ -157,6 +159,52 @@ def test_regions_are_a_partition_at_the_latents_size(name):
         assert regions.masks.shape == (2, len(regions.labels[0]), *latent)
         assert regions.foreground.shape == (2, 1, *latent)
         assert (regions.masks.sum(1) == 1).all()
+
+
+def attention_by_hand(name: str) -> list[torch.Tensor]:
+    """Head means over the text of the first step's text layers, [uncond, cond] p n each, in a run of the stock pipeline."""
+    stock, calls, steps, attend = stock_pipeline(name), [], [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, *args, **kwargs):
+        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+        calls.append((query @ key.mT * scale + (0 if attn_mask is None else attn_mask)).softmax(-1).mean(1))
+        return attend(query, key, value, attn_mask, *args, **kwargs)
+
+    before = denoiser_of(stock).register_forward_pre_hook(lambda *_: calls.clear())
+    after = denoiser_of(stock).register_forward_hook(lambda *_: steps.append(list(calls)))
+    with patch("torch.nn.functional.scaled_dot_product_attention", attention):
+        run(stock, name, **wide(name))
+    before.remove(), after.remove()
+    if name == "flux":  # the conditional prediction comes first; text comes before pixels
+        return [torch.cat(both)[:, -96:, :-96] for both in zip(steps[1], steps[0], strict=True)]
+    if name == "sd3":
+        return [probs[:, :96, 96:] for probs in steps[0] if probs.shape[-1] > 96]
+    return [probs for probs in steps[0] if probs.shape[1] in (96, 384) and probs.shape[1] != probs.shape[2]]
+
+
+@every_family
+def test_regions_and_foreground_from_attention_by_hand(name):
+    """Plain means over heads and layers, no refinement: the words' tokens, the sink token and its prediction."""
+    plain = GoCAConfig.vanilla(refine_order=0)
+    regions = run(guided(stock_pipeline(name)), name, **wide(name), goca=plain, output_regions=True).regions[0]
+    grids = {384: (16, 24), 96: (8, 12)}
+    layers = [probs.mT.unflatten(-1, grids[probs.shape[1]]) for probs in attention_by_hand(name)]
+    size = (16, 24) if name == "sd" else (8, 12)
+    maps = [torch.nn.functional.interpolate(layer, size, mode="bilinear") for layer in layers]
+    uncond, cond = torch.stack(maps).mean(0)[:, None]
+    second = {"sd3": 24, "hunyuan": 77}.get(name)  # where a second encoder's tokens start, which are T5's
+    words = [[1], [3]] if name in END_SINK else [[2], [4], [0]]
+    words = [[2, second + 1], [4, second + 3], [0]] if second else words
+    scores = normalise(torch.stack([cond[:, word].mean(1) for word in words], 1), plain)
+    sink = cond[:, 4:5] if name in END_SINK else (cond if name == "sdxl" else uncond)[:, :1]
+    masks = torch.nn.functional.one_hot(scores.argmax(1), len(words)).movedim(-1, 1)
+    expected_masks, expected_foreground = (
+        torch.nn.functional.interpolate(found.float(), (16, 24)).bool()
+        for found in (masks, normalise(sink, plain) < 0.5)
+    )
+    assert (regions.masks == expected_masks).float().mean() > 0.99
+    assert (regions.foreground == expected_foreground).float().mean() > 0.99
+    assert 0.05 < regions.foreground.float().mean() < 0.95
 
 
 @every_family

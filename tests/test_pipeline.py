@@ -1,7 +1,6 @@
 """Off equals stock, rate one equals stock, on differs; batches, lives of hooks, saving and loading."""
 
 import inspect
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from tests.tiny import assert_clean, generate, hooks_of, stock_of, tiny_componen
 
 
 PROMPTS = ["a cat and a bus on grass", "potted plant"]
-ROOT = Path(__file__).parents[1]
 NEUTRAL = SCFGConfig(rate_min=1, rate_max=1)
 
 

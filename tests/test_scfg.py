@@ -66,9 +66,10 @@ def half_rate(delta, scale):
     return torch.full_like(delta[:, :1], 0.5, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 2, 2), (1, 6, 16)])  # latents, and latents that are packed into tokens
 @pytest.mark.parametrize("product", [lambda s, d: s * d, lambda s, d: d * s, lambda s, d: torch.mul(d, s)])
-def test_products_with_a_difference_are_spatial(product):
-    delta = torch.randn(1, 4, 2, 2)
+def test_products_with_a_difference_are_spatial(product, shape):
+    delta = torch.randn(shape)
     assert torch.allclose(product(SpatialGuidanceScale(4.0, half_rate), delta), 2 * delta)
 
 

@@ -1,5 +1,7 @@
 """Segmentation of real images: shapes, rules, seeds, batches, every kind of picture, every error."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 
 from goca_guidance import Background, GoCAConfig
 from goca_guidance.families import family_of
-from goca_guidance.segment import load_image
+from goca_guidance.images import load_image
 from tests.tiny import WORDS, hooks_of
 
 
@@ -29,17 +31,23 @@ def test_shapes_and_range(pipe, image):
     assert result.classes == tuple(CLASSES)
 
 
-def test_everything_is_restored(pipe, image):
-    scheduler, config = pipe.scheduler, dict(pipe.config)
+def test_nothing_of_the_callers_is_touched(pipe, image):
+    """Not even the schedule that the last generation left."""
+    pipe("a cat", num_inference_steps=3, output_type="latent")
+    scheduler, config, schedule = pipe.scheduler, dict(pipe.config), copy.deepcopy(vars(pipe.scheduler))
+    components = dict(pipe.components)
     pipe.set_progress_bar_config(disable=False, desc="mine")
     pipe.segment(image, CLASSES)
-    assert pipe.scheduler is scheduler
+    assert all(part is components[name] for name, part in pipe.components.items())
     assert dict(pipe.config) == config
     assert pipe._progress_bar_config == {"disable": False, "desc": "mine"}
     assert hooks_of(pipe.unet) == hooks_of(pipe.text_encoder) == 0
     with pytest.raises(ValueError, match="among the words"):
         pipe.segment(image, CLASSES, prompt="a dog")
     assert pipe.scheduler is scheduler
+    assert repr(vars(scheduler)) == repr(schedule)
+    assert torch.equal(scheduler.timesteps, schedule["timesteps"])
+    assert hooks_of(pipe.unet) == hooks_of(pipe.text_encoder) == 0
 
 
 def test_one_forward_at_the_timestep(pipe, image):
