@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
-.PHONY: demo test check format report clean
+FLOOR := .venv-floor
+
+.PHONY: demo test test-floor check features format report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +20,14 @@ demo: $(VENV)/installed  ## six pictures in demo/, and mIoU of vanilla and GoCA 
 test: check  ## what CI runs
 	$(RUN)/python -m pytest
 
+test-floor:  ## the tests with the lowest supported diffusers, in an environment of their own
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/pip install --quiet --editable ".[dev]" "diffusers==0.37.1" "huggingface-hub<2" httpx
+	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python -m pytest --ignore=tests/test_features.py
+
+features: $(VENV)/installed  ## docs/features.md, every cell tried
+	$(RUN)/python -m tests.features
+
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -31,4 +41,4 @@ report: $(VENV)/installed  ## results/*.json and the pictures of `make demo` int
 	$(RUN)/python -m eval.report
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) $(FLOOR) demo build dist

@@ -71,7 +71,7 @@ class GuidedCall(Watch):
     # ---- life of the call --------------------------------------------------------------------------------------------
     def check(self) -> None:
         """After the loop: guidance was really applied, and stayed finite."""
-        if self.step == 0:
+        if self.step == 0 and self._calls:
             raise RuntimeError(
                 "Expected a product of guidance scale and guidance difference in the loop, but saw none."
             )

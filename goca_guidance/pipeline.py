@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines import pipeline_utils
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -223,6 +224,8 @@ class GoCASCFGPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load as `DiffusionPipeline.from_pretrained` does; the repository says which pipeline it is."""
         if cls is not GoCASCFGPipeline:
+            if "dtype" in kwargs and not hasattr(pipeline_utils, "_resolve_dtype"):  # diffusers before 0.40
+                kwargs["torch_dtype"] = kwargs.pop("dtype")
             check_folder(pretrained_model_name_or_path, kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         stock = stock_class(pretrained_model_name_or_path, **kwargs)
@@ -238,7 +241,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
             kwargs: components or settings that replace the ones of `pipeline`; `dtype` converts the shared modules.
         """
         if cls is GoCASCFGPipeline:
-            family_of(denoiser_of(pipeline.components)).attention_modules  # noqa: B018
+            family_of(denoiser_of(pipeline.components)).preset  # noqa: B018 (refuses what has no readable layers)
             return guided(_stock(type(pipeline))).from_pipe(pipeline, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         parameters = inspect.signature(cls.__init__).parameters

@@ -47,7 +47,7 @@ def segment(
             16 bits a channel is read as RGB, transparency over white.
         classes: names, of one word or more. Each pixel gets one of them (or the background).
         prompt: what the model reads, for all images or one for each; it must hold every class (and background) name. By
-            default the names joined by commas.
+            default the names joined by commas. It is padded to the stock pipeline's default length.
         timestep: of the scheduler's training steps; None takes the preset's. Several are averaged. A flow-matching
             schedule is shifted for the image's size, as in generation.
         num_noises: noise samples to average.
