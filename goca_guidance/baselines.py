@@ -50,7 +50,7 @@ class SCFGSegmentor:
         )
         text = self._conditional[self.preset.cross[0]].view.text
         every = torch.arange(text.stop - text.start, device=self.layout.sink.device).expand(len(self.layout.sink), -1)
-        if self.unconditional_sink or every.shape != self.layout.columns.shape:
+        if self.unconditional_sink or any(len(names) < every.shape[1] for names in self.layout.labels):
             tokens = self._maps(self._unconditional if self.unconditional_sink else self._conditional, every)
         start = [maps.take_along_dim(self.layout.sink[..., None, None], 1) for maps in tokens]
         others = [maps.sum(1, keepdim=True) - own for maps, own in zip(tokens, start, strict=True)]

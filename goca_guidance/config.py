@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 # English function words that a prompt's regions may leave out (GoCA, per-pixel rescaling: content tokens).
 STOP_WORDS = frozenset(
     "a an the this that these those some any and or but nor of on in at by to from with without for as is are was were be "
-    "being been it its his her their my your our very over under into onto near next , . ; : ! ? - ' \" ( )".split()
+    "being been it its his her their my your our very over under into onto near next , . ; : ! ? - ' \" ( ) 's s".split()
 )
 
 
