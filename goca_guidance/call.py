@@ -59,7 +59,9 @@ class GuidedCall(Watch):
                 '`region_tokens={"cat": [2], "grass": [5]}` (positions in the text sequence; `pipe.words(prompt)` finds '
                 "them), or `use_scfg=False`."
             )
-        self.step = 0
+        self.step = 0  # conditional predictions begun
+        self._pending = False  # one of them waits for its product with the guidance scale
+        self._mixed = False  # a product was seen at all
         self.segmentor: Any = None  # of the step in progress, where it is guided
         self.negative: GoCASegmentor | None = None
         self._layouts: list[TokenLayout] = []  # the prompt's, then the negative prompt's
@@ -71,7 +73,7 @@ class GuidedCall(Watch):
     # ---- life of the call --------------------------------------------------------------------------------------------
     def check(self) -> None:
         """After the loop: guidance was really applied, and stayed finite."""
-        if self.step == 0 and self._calls:
+        if self.step and not self._mixed:
             raise RuntimeError(
                 "Expected a product of guidance scale and guidance difference in the loop, but saw none."
             )
@@ -96,6 +98,7 @@ class GuidedCall(Watch):
             self.segmentor = self.negative = None
             if self.is_guided(self.step):
                 self._open_step(device)
+            self.step, self._pending = self.step + 1, True
         unread = self._branches == (0,) and not (self.negative or self.family.unconditional_sink)
         self.observer.paused = self.segmentor is None or not self._branches or unread
 
@@ -112,13 +115,13 @@ class GuidedCall(Watch):
 
     def begin_step(self) -> None:
         """The next call of the denoiser is the first one of a step (where a loop tells; `rate` says so too)."""
-        self.segmentor = None
+        self.segmentor, self._pending = None, False
 
     def _predicted(self) -> tuple[int, ...]:
         """Which predictions this call of the denoiser makes: 0 unconditional, 1 conditional; none where nothing is mixed."""
         batch, images = self.call.batch, self.images or self.call.batch
         if self.separate and batch == images:
-            return (1,) if self.segmentor is None else (0,)
+            return (0,) if self._pending else (1,)
         if not self.separate and batch in (images, 2 * images):
             if batch == images and self.step == 0:
                 raise ValueError(
@@ -171,9 +174,9 @@ class GuidedCall(Watch):
     # ---- what the loop asks ------------------------------------------------------------------------------------------
     def rate(self, delta: Tensor, scale: float) -> Tensor | None:
         """Factor of this step's guidance difference, or None where guidance is plain."""
-        self.step += 1
-        segmentor, self.segmentor = self.segmentor, None
-        if segmentor is None:
+        segmentor, pending = self.segmentor, self._pending
+        self.segmentor, self._pending, self._mixed = None, False, True
+        if segmentor is None or not pending:  # not guided, or not the loop's own product
             return None
         check_seen(segmentor.layers, self.observer.seen)
         with torch.autocast(delta.device.type, enabled=False):
@@ -183,8 +186,30 @@ class GuidedCall(Watch):
             rate = rate_map(predicted, regions, scale, self.scfg)
             if self.negative is not None:
                 self._negative_maps.append(WordMaps(self.negative.scores(), self.negative.layout.labels))
+                self.negative = None
         self._finite.append(torch.isfinite(delta).all())
         if self.keep_regions:
             self._regions.append(regions)
             self._maps.append(scale * rate)
         return self.family.pack(rate.expand_as(maps))
+
+
+def check_input(arguments: Mapping) -> None:
+    """Refuse what a stock pipeline would only stumble over later."""
+    if arguments["prompt"] is None and arguments.get("prompt_embeds") is None:
+        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    if arguments.get("pag_scale"):  # refused before the loop, which would leave its processors behind
+        raise ValueError(
+            "Expected two predictions to mix, but perturbed-attention guidance makes a third: pass `pag_scale=0.0`, or "
+            "`use_scfg=False`."
+        )
+    latents = arguments.get("latents")
+    if latents is not None and not torch.isfinite(latents).all():
+        raise ValueError("Expected finite `latents`, but got NaN or infinity among them.")
+
+
+def config_of(value, cls: type, name: str):
+    """A configuration, the default one for None."""
+    if value is not None and not isinstance(value, cls):
+        raise TypeError(f"Expected `{name}` to be a {cls.__name__} or None, but got {value!r}.")
+    return value or cls()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 
 # English function words that a prompt's regions may leave out (GoCA, per-pixel rescaling: content tokens).
@@ -126,7 +127,7 @@ class Background:
         """A number is a constant threshold; names are background entities."""
         if isinstance(value, Background):
             return value
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float, Real)):
             return cls(threshold=float(value))
         if isinstance(value, str):
             raise TypeError(

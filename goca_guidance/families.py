@@ -151,6 +151,7 @@ class FluxFamily(Family):
     sink = "end"
     unconditional_sink = False
     patch = 2
+    packed = True
 
     @cached_property
     def preset(self) -> LayerPreset:

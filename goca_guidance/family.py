@@ -41,6 +41,7 @@ class Family:
     side_by_side: ClassVar[bool] = False  # encoders share token positions, and the first one is read
     sink: ClassVar[str] = "start"  # the token that looks at the background: "start" or "end"
     unconditional_sink: ClassVar[bool] = True  # in which prediction it does
+    packed: ClassVar[bool] = False  # a patch's pixels are channels of the denoiser's input
 
     # ---- layers ------------------------------------------------------------------------------------------------------
     @cached_property
@@ -130,9 +131,10 @@ def check_whole(family: Family) -> None:
         )
     processors = [getattr(module, "processor", None) for module in family.attention_modules.values()]
     split = any(getattr(processor, "_parallel_config", None) is not None for processor in processors)
+    split = split or len(set((getattr(denoiser, "hf_device_map", None) or {}).values())) > 1
     if split or any(type(parameter).__name__ == "DTensor" for parameter in denoiser.parameters()):
         raise ValueError(
-            "Expected a whole denoiser on each device, but this one is split (context or tensor parallel): run one process "
+            "Expected a whole denoiser on each device, but this one is split (context or tensor parallel, device map): run one process "
             "for each image instead, or pass use_scfg=False."
         )
 

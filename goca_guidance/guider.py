@@ -76,19 +76,23 @@ class GoCAGuidance(ClassifierFreeGuidance):
             keep_regions=keep_regions,
             keep_negative=keep_negative,
         )
-        self._call = call
+        self._call, self._mixed = call, False
         try:
             with call.installed():
                 yield call
         finally:
             self._call = None
-        if self._enabled:
+        if self._mixed:
             call.check()
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         """A step begins."""
         super().set_state(step, num_inference_steps, timestep)
         if self._call is not None:
+            if step == 0 and self._call.step:
+                raise ValueError(
+                    "Expected one pipeline call inside `with guider.watching(pipe):`, but this is a second one."
+                )
             self._call.begin_step()
 
     def prepare_inputs(self, data: Mapping) -> list:
@@ -105,6 +109,7 @@ class GoCAGuidance(ClassifierFreeGuidance):
                     "Expected conditional and unconditional text embeddings to guide with, but got the conditional ones only: "
                     'pass `negative_prompt=""` (without it, this pipeline guides nothing and does not say so).'
                 )
+            self._mixed = True
         return super().prepare_inputs(data)
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None):

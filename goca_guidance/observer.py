@@ -3,6 +3,7 @@
 Processors are never replaced and outputs stay bit-equal. Hooks live for one `with` block.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -50,13 +51,13 @@ class AttentionObserver:
         self._open: list[_Call] = []
 
     def __enter__(self) -> "AttentionObserver":
-        self._installed = ExitStack()
+        self._installed, self._thread = ExitStack(), threading.get_ident()
         for name, module in self.modules.items():
             self._install(module.register_forward_pre_hook(lambda *_: self._enter_module()))
             self._install(module.register_forward_hook(self._leave_module(name), always_call=True))
             if name in self.raw and getattr(module, "norm_q", None) is not None:
                 self._install(module.norm_q.register_forward_pre_hook(self._before_norm))
-        self._installed.callback(_restore_backends, self._wrap_backends())
+        self._installed.callback(_release, _watch_kernels(self))
         return self
 
     def __exit__(self, *_) -> None:
@@ -91,25 +92,12 @@ class AttentionObserver:
 
         return leave
 
-    def _wrap_backends(self) -> dict:
-        """Kernels that are not torch's (flash, sage, xformers; Flux) never reach torch's function: their table is wrapped."""
-        table = _AttentionBackendRegistry._backends
-        originals = dict(table)
-        table.update({name: self._watched(kernel) for name, kernel in originals.items()})
-        return originals
-
-    def _watched(self, kernel):
-        def watched(*args, **kwargs):
-            output = kernel(*args, **kwargs)
-            if self._open and not self.paused:
-                tokens_first = {
-                    k: v.transpose(1, 2) if k in ("query", "key", "value") else v for k, v in kwargs.items()
-                }
-                result = output[0] if isinstance(output, tuple) else output
-                self._open[-1].keep(tokens_first, result.transpose(1, 2))
-            return output
-
-        return watched
+    def _saw_kernel(self, arguments, output) -> None:
+        """A call of a kernel that is not torch's, whose tokens come before its heads; other threads are none of ours."""
+        if self._open and not self.paused and threading.get_ident() == self._thread:
+            heads_first = {k: v.transpose(1, 2) if k in ("query", "key", "value") else v for k, v in arguments.items()}
+            result = output[0] if isinstance(output, tuple) else output
+            self._open[-1].keep(heads_first, result.transpose(1, 2))
 
     # ---- records -----------------------------------------------------------------------------------------------------
     def _record(self, name, call) -> AttentionRecord:
@@ -153,12 +141,42 @@ def check_seen(expected: frozenset[str], seen: set[str]) -> None:
             "scaled-dot-product attention. Attention slicing, xformers and legacy processors hide it, and caches skip "
             "layers: call `pipe.disable_attention_slicing()`, or set the processors that the model was loaded with "
             "(`pipe.unet.set_attn_processor(AttnProcessor2_0())`; `set_default_attn_processor` sets legacy ones), and switch "
-            "caches off, or pass `use_scfg=False`."
+            "caches off, or pass `use_scfg=False`. Linear attention (Sana) has no map to read at all."
         )
 
 
-def _restore_backends(originals) -> None:
-    _AttentionBackendRegistry._backends.update(originals)
+class WatchedKernel:
+    """A kernel of diffusers' table that tells an observer what it computed.
+
+    Kernels that are not torch's (flash, sage, xformers; Flux) never reach torch's function.
+    """
+
+    def __init__(self, kernel: Callable, observer: "AttentionObserver"):
+        self.kernel = kernel
+        self.observer: AttentionObserver | None = observer
+
+    def __call__(self, *args, **kwargs):
+        output = self.kernel(*args, **kwargs)
+        if self.observer is not None:
+            self.observer._saw_kernel(kwargs, output)
+        return output
+
+
+def _watch_kernels(observer) -> list[WatchedKernel]:
+    table = _AttentionBackendRegistry._backends
+    table.update({name: WatchedKernel(kernel, observer) for name, kernel in table.items()})
+    return list(table.values())
+
+
+def _release(kernels) -> None:
+    """Let the observer go, and take off every wrapper that watches for no one: calls in other threads may end in any order."""
+    for kernel in kernels:
+        kernel.observer = None
+    table = _AttentionBackendRegistry._backends
+    for name, kernel in list(table.items()):
+        while isinstance(kernel, WatchedKernel) and kernel.observer is None:
+            kernel = kernel.kernel
+        table[name] = kernel
 
 
 class _Call:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -15,7 +16,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from goca_guidance.call import GuidedCall
+from goca_guidance.call import GuidedCall, check_input, config_of
 from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.families import denoiser_of, family_of, readers_of
 from goca_guidance.loading import PREFIX, check_folder, is_text_to_image, named_pipeline, scale_name, stock_class
@@ -76,7 +77,8 @@ class GoCASCFGPipeline(DiffusionPipeline):
         added = [p for p in ours.parameters.values() if p.kind is p.KEYWORD_ONLY]
         first = [p for p in stock.parameters.values() if p.kind is not p.VAR_KEYWORD]
         __call__.__signature__ = stock.replace(parameters=[*first, *added, *last])
-        cls.__call__ = __call__
+        if "__call__" not in vars(cls):  # a subclass may have its own
+            cls.__call__ = __call__
 
     @property
     def guidance_scale(self):
@@ -135,11 +137,11 @@ class GoCASCFGPipeline(DiffusionPipeline):
         arguments = {**{k: v for k, v in call.arguments.items() if k != "kwargs"}, **call.arguments.get("kwargs", {})}
         state = None
         if use_scfg and self._is_guided(arguments, given):
-            _check_input(arguments)
+            check_input(arguments)
             state = self._guided_call(
                 arguments,
-                _config(goca, GoCAConfig, "goca"),
-                _config(scfg, SCFGConfig, "scfg"),
+                config_of(goca, GoCAConfig, "goca"),
+                config_of(scfg, SCFGConfig, "scfg"),
                 is_guided=lambda step: scfg_start <= step / self._step_count() < scfg_stop,
                 region_tokens=region_tokens,
                 keep_regions=output_regions,
@@ -216,8 +218,15 @@ class GoCASCFGPipeline(DiffusionPipeline):
         """The words of a prompt with their token positions, in the form that `region_tokens` takes."""
         family = family_of(denoiser_of(self.components))
         tokenizers = [tokenizer for _, tokenizer in readers_of(self, family)]
-        convert = getattr(self, "maybe_convert_prompt", lambda text, tokenizer: text)  # textual inversion
-        return named_words(read(prompt, tokenizers, convert), family.sink)
+        limit = inspect.signature(_stock(type(self)).__call__).parameters.get("max_sequence_length")
+        longest = None if limit is None else limit.default
+        return named_words(read(prompt, tokenizers, self._as_read, longest), family.sink)
+
+    def _as_read(self, prompt: str, tokenizer) -> str:
+        """The text that the stock pipeline gives to its tokenizer: cleaned (PixArt), textual inversions spelled out."""
+        if hasattr(self, "_text_preprocessing"):
+            prompt = self._text_preprocessing(prompt, clean_caption=True)[0]
+        return self.maybe_convert_prompt(prompt, tokenizer) if hasattr(self, "maybe_convert_prompt") else prompt
 
     # ---- loading and saving ------------------------------------------------------------------------------------------
     @classmethod
@@ -241,8 +250,9 @@ class GoCASCFGPipeline(DiffusionPipeline):
             kwargs: components or settings that replace the ones of `pipeline`; `dtype` converts the shared modules.
         """
         if cls is GoCASCFGPipeline:
-            family_of(denoiser_of(pipeline.components)).preset  # noqa: B018 (refuses what has no readable layers)
-            return guided(_stock(type(pipeline))).from_pipe(pipeline, **kwargs)
+            denoiser, ours = denoiser_of(pipeline.components), guided(_stock(type(pipeline)))
+            family_of(denoiser).preset  # noqa: B018 (refuses what has no readable layers)
+            return ours.from_pipe(pipeline, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         parameters = inspect.signature(cls.__init__).parameters
         settings = {name: value for name, value in pipeline.config.items() if name in parameters}
@@ -277,28 +287,16 @@ def guided(stock: type[DiffusionPipeline]) -> type[GoCASCFGPipeline]:
     )
 
 
+def __getattr__(name: str):
+    """The made classes by name, as pickle asks for them."""
+    if name.startswith(PREFIX) and hasattr(diffusers, name.removeprefix(PREFIX)):
+        return guided(getattr(diffusers, name.removeprefix(PREFIX)))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _stock(cls: type) -> type[DiffusionPipeline]:
     """The class that does the work: the first one that is not ours."""
     return next(base for base in cls.__mro__ if not issubclass(base, GoCASCFGPipeline))
-
-
-def _check_input(arguments) -> None:
-    if arguments["prompt"] is None and arguments.get("prompt_embeds") is None:
-        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
-    if arguments.get("pag_scale"):  # refused before the loop, which would leave its processors behind
-        raise ValueError(
-            "Expected two predictions to mix, but perturbed-attention guidance makes a third: pass `pag_scale=0.0`, or "
-            "`use_scfg=False`."
-        )
-    latents = arguments.get("latents")
-    if latents is not None and not torch.isfinite(latents).all():
-        raise ValueError("Expected finite `latents`, but got NaN or infinity among them.")
-
-
-def _config(value, cls, name):
-    if value is not None and not isinstance(value, cls):
-        raise TypeError(f"Expected `{name}` to be a {cls.__name__} or None, but got {value!r}.")
-    return value or cls()
 
 
 def _output(stock, state, return_dict, regions, negative_maps):
@@ -307,4 +305,6 @@ def _output(stock, state, return_dict, regions, negative_maps):
     ours = {"regions": found[0], "guidance_maps": found[1]} if regions else {}
     ours |= {"negative_maps": found[2]} if negative_maps else {}
     fields = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
+    if not set(fields) <= {field.name for field in dataclasses.fields(GoCASCFGPipelineOutput)}:
+        return stock if return_dict else tuple(fields.values())  # of another kind; the images must not be lost
     return GoCASCFGPipelineOutput(**fields, **ours) if return_dict else (*fields.values(), *ours.values())

@@ -66,7 +66,13 @@ class AttentionRecord:
 
     def queries_and_keys(self) -> "AttentionRecord":
         """What the attention map depends on; everything else is let go."""
-        return replace(self, value=None, output=None, projection=None, features=None)
+        query, key = (_alone(x) for x in (self.query, self.key))
+        return replace(self, query=query, key=key, value=None, output=None, projection=None, features=None)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """A copy where `x` is a part of something larger, which it would keep alive."""
+    return x if x.untyped_storage().nbytes() <= x.nbytes else x.clone()
 
 
 @dataclass(frozen=True)

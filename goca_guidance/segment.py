@@ -2,14 +2,11 @@
 
 import inspect
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
-from diffusers import ConfigMixin, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
 from goca_guidance.config import Background, GoCAConfig
@@ -17,6 +14,7 @@ from goca_guidance.families import denoiser_of, family_of, readers_of
 from goca_guidance.goca import GoCASegmentor
 from goca_guidance.images import load_image
 from goca_guidance.maps import resize
+from goca_guidance.noising import HandingScheduler, encode, noisy_latents
 from goca_guidance.observer import check_seen
 from goca_guidance.records import Segmentation, TokenLayout
 from goca_guidance.tokens import class_layout
@@ -70,14 +68,15 @@ def segment(
     prompts = _prompts(prompt, names, len(pictures))
     family = family_of(denoiser_of(pipe.components))
     timesteps = _timesteps(timestep, family.preset.timestep, pipe.scheduler.config.num_train_timesteps - 1)
-    if getattr(family.denoiser, "encoder_hid_proj", None) is not None and hasattr(pipe, "unload_ip_adapter"):
-        raise ValueError("Expected no IP-Adapter for segmentation: call `pipe.unload_ip_adapter()` first.")
-    latents = encode(pipe, pictures, *_size(pipe, family, height, width))
+    _check_checkpoint(pipe, family)
+    dtype = family.denoiser.dtype if family.denoiser.dtype.itemsize > 1 else pipe.vae.dtype  # fp8 is for storage
+    rows, columns = _size(pipe, family, height, width)
+    latents = encode(pipe, pictures, rows, columns, dtype)
     if isinstance(generator, list) and len(generator) != len(pictures):
         raise ValueError(
             f"Expected one generator, or one for each of the {len(pictures)} images, but got {len(generator)}."
         )
-    noisy = _noisy(pipe, latents, timesteps, num_noises, generator)
+    noisy = noisy_latents(pipe, latents, timesteps, num_noises, generator)
     scores = _Forwards(pipe, family, names, goca or GoCAConfig()).run(stock, prompts, noisy)
     return _result(scores, pictures, tuple(classes), rule)
 
@@ -108,10 +107,30 @@ def _prompts(prompt, names, count):
 
 def _timesteps(timestep, default, last):
     chosen = default if timestep is None else timestep
-    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-    if not chosen or not all(0 <= t <= last for t in chosen):
-        raise ValueError(f"Expected timesteps from 0 to {last}, but got {chosen}.")
-    return chosen
+    chosen = [chosen] if isinstance(chosen, Real) else list(chosen)
+    if not chosen or not all(t == int(t) and 0 <= t <= last for t in chosen):
+        raise ValueError(f"Expected whole timesteps from 0 to {last}, but got {chosen}.")
+    return [int(t) for t in chosen]
+
+
+def _check_checkpoint(pipe, family):
+    """Segmentation needs a plain text-to-image checkpoint; others generate, but ask for more than an image and words."""
+    config = family.denoiser.config
+    if (
+        getattr(family.denoiser, "encoder_hid_proj", None) is not None
+        and config.get("encoder_hid_dim_type") != "text_proj"
+    ):
+        raise ValueError("Expected no IP-Adapter for segmentation: call `pipe.unload_ip_adapter()` first.")
+    if not any(module is not None for module, _ in readers_of(pipe, family)):
+        raise ValueError("Expected a text encoder for segmentation, but the pipeline has none loaded.")
+    channels = family.patch**2 if family.packed else 1
+    if config.in_channels != channels * pipe.vae.config.latent_channels or pipe.config.get(
+        "requires_aesthetics_score"
+    ):
+        raise ValueError(
+            "Expected a text-to-image checkpoint for segmentation, but this one is a refiner, or paints into pictures "
+            f"({config.in_channels} input channels): use its base checkpoint."
+        )
 
 
 def _size(pipe, family, height, width):
@@ -126,44 +145,6 @@ def _size(pipe, family, height, width):
 
 
 # ---- the forwards ----------------------------------------------------------------------------------------------------
-def encode(pipe, pictures: Sequence[Image.Image], height: int, width: int) -> Float[Tensor, "b c H W"]:
-    """Scaled latents, the mean of the posterior; every picture is squeezed to the same height and width."""
-    pixels = pipe.image_processor.preprocess(list(pictures), height=height, width=width)
-    device, config = pipe._execution_device, pipe.vae.config
-    mean = pipe.vae.encode(pixels.to(device, pipe.vae.dtype)).latent_dist.mode()
-    return (mean - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
-
-
-def _noisy(pipe, latents, timesteps, num_noises, generator) -> list[tuple[float, Float[Tensor, "b c H W"]]]:
-    """Noise samples of the latents at each timestep, with the timestep as the denoiser is told it."""
-    if generator is None:
-        generator = [torch.Generator().manual_seed(0) for _ in latents]
-    noise_at = _flow_noise if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler) else _diffusion_noise
-    found = []
-    for t in timesteps:
-        for _ in range(num_noises):
-            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-            found.append(noise_at(pipe, latents, noise, t))
-    return found
-
-
-def _diffusion_noise(pipe, latents, noise, t):
-    noiser = DDPMScheduler.from_config(pipe.scheduler.config)
-    return t, noiser.add_noise(latents, noise, torch.tensor([t], device=latents.device))
-
-
-def _flow_noise(pipe, latents, noise, t):
-    """On the scheduler's own schedule, shifted for this size: (1 - s) x + s noise."""
-    flow = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    config, tokens, shift = flow.config, latents.shape[-2] * latents.shape[-1] // 4, {}
-    if config.use_dynamic_shifting:
-        bounds = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        shift = {"mu": calculate_shift(tokens, *bounds)}
-    flow.set_timesteps(sigmas=[t / config.num_train_timesteps], **shift)
-    sigma = flow.sigmas[0].item()
-    return sigma * config.num_train_timesteps, ((1 - sigma) * latents + sigma * noise).to(latents.dtype)
-
-
 class _Forwards(Watch):
     """One conditional forward for each noise sample, in one run of a stock pipeline; their mean scores.
 
@@ -183,7 +164,7 @@ class _Forwards(Watch):
         height, width = noisy[0][1].shape[-2:]
         handed = [(t, self.family.pack(latents)) for t, latents in noisy]
         runner = _fresh(stock, self.pipe, HandingScheduler(self.pipe.scheduler.config, handed))
-        off = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "use_resolution_binning": False}
+        off = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "pag_scale": 0.0, "use_resolution_binning": False}
         known = inspect.signature(stock.__call__).parameters
         with self.installed():
             runner(
@@ -195,7 +176,7 @@ class _Forwards(Watch):
                 output_type="latent",
                 **{name: value for name, value in off.items() if name in known},
             )
-        self._finish()
+            self._finish()
         self.pipe.maybe_free_model_hooks()
         return torch.stack(self.scores).mean(0)
 
@@ -230,33 +211,6 @@ def _fresh(stock, pipe, scheduler) -> DiffusionPipeline:
     runner = stock(**{**settings, **components, "scheduler": scheduler})
     runner.set_progress_bar_config(disable=True)
     return runner
-
-
-class HandingScheduler(SchedulerMixin, ConfigMixin):
-    """A schedule whose steps hand out given latents: the denoiser sees exactly these, at these timesteps."""
-
-    order, init_noise_sigma = 1, 1.0
-
-    def __init__(self, config, handed: Sequence[tuple[float, Tensor]]):
-        self._internal_dict, self._handed = config, handed
-
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
-        """The given timesteps, whatever is asked."""
-        self.timesteps = torch.tensor([t for t, _ in self._handed], device=device)
-        self._step = 0
-
-    def set_begin_index(self, begin_index=0):
-        """There is nothing to begin."""
-
-    def scale_model_input(self, sample, timestep=None):
-        """The latents are what the denoiser is to see."""
-        return sample
-
-    def step(self, model_output, timestep, sample, return_dict=True, **_):
-        """The next latents; after the last ones, those again. PixArt-alpha takes the second field of a single step."""
-        self._step += 1
-        following = self._handed[min(self._step, len(self._handed) - 1)][1]
-        return SchedulerOutput(prev_sample=following) if return_dict else (following, following)
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------

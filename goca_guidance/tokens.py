@@ -131,13 +131,23 @@ def sentence(encoded: Sequence[Encoded], image: int) -> Words:
     return list(found.values())
 
 
-def read(prompt: str, tokenizers: Sequence, convert: Callable[[str, object], str]) -> list[Encoded]:
-    """What text encoders would read of a prompt one after another; all but the last are padded to their full length."""
+def read(
+    prompt: str, tokenizers: Sequence, convert: Callable[[str, object], str], longest: int | None = None
+) -> list[Encoded]:
+    """What text encoders would read of a prompt one after another; all but the last are padded to their full length.
+
+    `longest` limits the last one, as `max_sequence_length` does.
+    """
     encoded: list[Encoded] = []
     for number, tokenizer in enumerate(tokenizers):
-        full = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        text = [convert(prompt, tokenizer)]
-        ids = tokenizer(text, return_tensors="pt", **(full if number + 1 < len(tokenizers) else {})).input_ids
+        last = number + 1 == len(tokenizers)
+        length = (
+            min(tokenizer.model_max_length, longest or tokenizer.model_max_length)
+            if last
+            else tokenizer.model_max_length
+        )
+        text, padding = [convert(prompt, tokenizer)], False if last else "max_length"
+        ids = tokenizer(text, return_tensors="pt", padding=padding, truncation=True, max_length=length).input_ids
         encoded.append(Encoded(tokenizer, ids, sum(part.ids.shape[1] for part in encoded)))
     return encoded
 

@@ -50,6 +50,7 @@ class Watch:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(self.observer)
             yield
+        del self.observer  # it refers to this object, and records would wait for the garbage collector
 
     def encoded(self, turn: int) -> list[Encoded]:
         """What each encoder read the first time (0) or the second time (1); nothing where it did not."""

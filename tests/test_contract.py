@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
+from goca_guidance.observer import WatchedKernel
 from tests.families import (
     BERT_TOKENS,
     FAMILIES,
@@ -104,7 +105,7 @@ def hooks(pipe) -> list:
 def assert_clean(pipe):
     assert hooks(pipe) == []
     assert torch.overrides._get_current_function_mode_stack() == []
-    assert all(kernel.__name__ != "watched" for kernel in _AttentionBackendRegistry._backends.values())
+    assert all(not isinstance(kernel, WatchedKernel) for kernel in _AttentionBackendRegistry._backends.values())
     assert pipe._goca_call is None
     assert type(getattr(pipe, "_guidance_scale", 1.0)) is float
 

@@ -1,9 +1,13 @@
 """What the pipelines of every family refuse, and what is left after an error: nothing."""
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import diffusers
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from PIL import Image
 
 from goca_guidance import GoCASCFGPipeline
@@ -11,6 +15,7 @@ from tests.families import FAMILIES, MAX_TOKENS, run, stock_pipeline
 from tests.test_contract import (
     NEUTRAL,
     PROMPT,
+    PROMPTS,
     STEP_CALLBACK,
     assert_clean,
     denoiser_of,
@@ -143,3 +148,47 @@ def test_a_pipeline_of_another_kind_is_refused():
     )
     with pytest.raises(ValueError, match="but DDPMPipeline is none"):
         GoCASCFGPipeline.from_pipe(unconditional)
+
+
+def test_a_subclass_may_have_its_own_call():
+    class Own(GoCASCFGPipeline, diffusers.StableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            return "mine", super().__call__(*args, **kwargs)
+
+    stock = stock_pipeline("sd")
+    mine, output = Own.from_pipe(stock)("a cat", num_inference_steps=1, output_type="latent", output_regions=True)
+    assert mine == "mine"
+    assert len(output.regions) == 1
+
+
+@every_family
+def test_pickle(name):
+    """By the class's name, which is made where it is asked for."""
+    pipe = guided(stock_pipeline(name))
+    again = pickle.loads(pickle.dumps(pipe))
+    assert type(again) is type(pipe)
+    assert torch.equal(run(again, name).images, run(pipe, name).images)
+
+
+def test_products_of_a_callback_count_no_steps():
+    """A callback may multiply by the scale, which is spatial for the loop only."""
+
+    def product(pipe, step, timestep, tensors):
+        tensors["latents"] = tensors["latents"] + 0 * (pipe.guidance_scale * tensors["latents"])
+        return tensors
+
+    pipe = guided(stock_pipeline("sd"))
+    output = run(pipe, "sd", num_inference_steps=4, callback_on_step_end=product, output_regions=True, scfg_stop=0.5)
+    assert len(output.regions) == 2
+
+
+def test_two_threads_on_two_pipelines():
+    """Kernels of one are no attention of the other, and the table of kernels is as it was."""
+    before = dict(_AttentionBackendRegistry._backends)
+    pipes = [guided(stock_pipeline("flux")) for _ in range(2)]
+    alone = [run(pipe, "flux", PROMPTS[i], num_inference_steps=8).images for i, pipe in enumerate(pipes)]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, pipe, "flux", PROMPTS[i], num_inference_steps=8) for i, pipe in enumerate(pipes)]
+        together = [future.result().images for future in runs]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert before == _AttentionBackendRegistry._backends

@@ -155,6 +155,23 @@ def test_modular_sd3_without_a_negative_prompt_is_not_silent():
         run(pipe, "sd3", GoCAGuidance(5.0), **kwargs)
 
 
+@pytest.mark.parametrize("options", [{"guidance_scale": 1.0}, {"start": 0.9, "stop": 0.95}])
+def test_nothing_guided_is_stock(pipe, name, options):
+    stock = run(pipe, name, ClassifierFreeGuidance(**options))[0]
+    assert torch.equal(run(pipe, name, GoCAGuidance(**options))[0], stock)
+
+
+def test_one_call_for_each_watching(pipe, name):
+    guider = GoCAGuidance(5.0)
+    pipe.update_components(guider=guider)
+    kwargs = {k: v for k, v in CALL.items()} | (
+        {"max_sequence_length": FAMILIES[name].call["max_sequence_length"]} if name == "sd3" else {}
+    )
+    with guider.watching(pipe), pytest.raises(ValueError, match="one pipeline call"):
+        pipe(**kwargs)
+        pipe(**{**kwargs, "prompt": "a dog"})
+
+
 def test_a_guider_that_does_not_watch(pipe, name):
     guider = GoCAGuidance(5.0)
     with pytest.raises(ValueError, match="update_components"), guider.watching(pipe):

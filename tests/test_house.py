@@ -13,7 +13,7 @@ import goca_guidance
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # a module may import modules of lower floors only
     {"records", "config", "maps"},
-    {"observer", "tokens", "goca", "scfg", "images"},
+    {"observer", "tokens", "goca", "scfg", "images", "noising"},
     {"baselines", "family"},
     {"families", "loading"},
     {"watch"},

@@ -1,0 +1,104 @@
+"""A real image as the latents that a denoiser sees: encoded, noised, and handed out step by step."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, DDPMScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+
+def encode(
+    pipe, pictures: Sequence[Image.Image], height: int, width: int, dtype: torch.dtype
+) -> Float[Tensor, "b c H W"]:
+    """Scaled latents, the mean of the posterior; every picture is squeezed to the same height and width."""
+    pixels = pipe.image_processor.preprocess(list(pictures), height=height, width=width)
+    vae, config, device = pipe.vae, pipe.vae.config, pipe._execution_device
+    own = vae.dtype
+    if upcast := own == torch.float16 and config.get("force_upcast", False):
+        vae.to(torch.float32)
+    try:
+        latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
+    finally:
+        if upcast:
+            vae.to(own)
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            f"Expected finite latents, but the autoencoder gave NaN or infinity in {own}: use it in float32."
+        )
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, deviation = (
+            torch.tensor(config[name], device=device).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+        )
+        return ((latents - mean) * config.scaling_factor / deviation).to(dtype)
+    return ((latents - (config.get("shift_factor") or 0)) * config.scaling_factor).to(dtype)
+
+
+def noisy_latents(pipe, latents, timesteps, num_noises, generator) -> list[tuple[float, Float[Tensor, "b c H W"]]]:
+    """Noise samples of the latents at each timestep, with the timestep as the denoiser is told it."""
+    if generator is None:
+        generator = [torch.Generator().manual_seed(0) for _ in latents]
+    noise_at = _flow_noise if _is_flow(pipe.scheduler) else _diffusion_noise
+    found = []
+    for t in timesteps:
+        for _ in range(num_noises):
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            found.append(noise_at(pipe, latents, noise, t))
+    return found
+
+
+def _is_flow(scheduler) -> bool:
+    """Whether a scheduler is one of flow matching, by its name or by what it was told the model predicts."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if "EDM" in name:
+        raise ValueError(f"Expected a diffusion or flow-matching scheduler for segmentation, but got {name}.")
+    predicts = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
+    return name.startswith("FlowMatch") or predicts
+
+
+def _diffusion_noise(pipe, latents, noise, t):
+    noiser = DDPMScheduler.from_config(pipe.scheduler.config)
+    return t, noiser.add_noise(latents, noise, torch.tensor([t], device=latents.device))
+
+
+def _flow_noise(pipe, latents, noise, t):
+    """On the scheduler's own schedule, shifted for this size: (1 - s) x + s noise."""
+    config, tokens = pipe.scheduler.config, latents.shape[-2] * latents.shape[-1] // 4
+    steps, shift = config.num_train_timesteps, config.get("shift") or config.get("flow_shift") or 1.0
+    if config.get("use_dynamic_shifting"):
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        shift = math.exp(calculate_shift(tokens, *(config[name] for name in names)))
+    sigma = shift * t / (steps + (shift - 1) * t)
+    return sigma * steps, ((1 - sigma) * latents + sigma * noise).to(latents.dtype)
+
+
+class HandingScheduler(SchedulerMixin, ConfigMixin):
+    """A schedule whose steps hand out given latents: the denoiser sees exactly these, at these timesteps."""
+
+    order, init_noise_sigma = 1, 1.0
+
+    def __init__(self, config, handed: Sequence[tuple[float, Tensor]]):
+        self._internal_dict, self._handed = config, handed
+
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
+        """The given timesteps, whatever is asked."""
+        self.timesteps = torch.tensor([t for t, _ in self._handed], device=device)
+        self._step = 0
+
+    def set_begin_index(self, begin_index=0):
+        """There is nothing to begin."""
+
+    def scale_model_input(self, sample, timestep=None):
+        """The latents are what the denoiser is to see."""
+        return sample
+
+    def step(self, model_output, timestep, sample, return_dict=True, **_):
+        """The next latents; after the last ones, those again. PixArt-alpha takes the second field of a single step."""
+        self._step += 1
+        following = self._handed[min(self._step, len(self._handed) - 1)][1]
+        return SchedulerOutput(prev_sample=following) if return_dict else (following, following)
