@@ -134,7 +134,7 @@ def check_whole(family: Family) -> None:
     split = split or len(set((getattr(denoiser, "hf_device_map", None) or {}).values())) > 1
     if split or any(type(parameter).__name__ == "DTensor" for parameter in denoiser.parameters()):
         raise ValueError(
-            "Expected a whole denoiser on each device, but this one is split (context or tensor parallel, device map): run one process "
+            "Expected a whole denoiser on each device, but this one is split (context or tensor parallel): run one process "
             "for each image instead, or pass use_scfg=False."
         )
 

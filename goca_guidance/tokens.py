@@ -136,16 +136,13 @@ def read(
 ) -> list[Encoded]:
     """What text encoders would read of a prompt one after another; all but the last are padded to their full length.
 
-    `longest` limits the last one, as `max_sequence_length` does.
+    `longest` is the length of T5's text, which a pipeline's `max_sequence_length` says.
     """
     encoded: list[Encoded] = []
     for number, tokenizer in enumerate(tokenizers):
         last = number + 1 == len(tokenizers)
-        length = (
-            min(tokenizer.model_max_length, longest or tokenizer.model_max_length)
-            if last
-            else tokenizer.model_max_length
-        )
+        limited = longest and isinstance(tokenizer, T5Tokenizer)
+        length = longest if limited else tokenizer.model_max_length
         text, padding = [convert(prompt, tokenizer)], False if last else "max_length"
         ids = tokenizer(text, return_tensors="pt", padding=padding, truncation=True, max_length=length).input_ids
         encoded.append(Encoded(tokenizer, ids, sum(part.ids.shape[1] for part in encoded)))

@@ -11,6 +11,7 @@ from goca_guidance.observer import AttentionObserver
 from goca_guidance.tokens import Encoded, encoder_ids, named_words
 from tests.families import FAMILIES, inpaint, run, stock_pipeline
 from tests.test_contract import every_family, guided
+from tests.tiny import tiny_components
 
 
 CLASSES = ["cat", "potted plant"]
@@ -96,8 +97,7 @@ def test_perturbed_attention_is_left_out_of_segmentation(image):
 
 def test_checkpoints_that_ask_for_more_than_words(image):
     nine = stock_pipeline("sd")
-    config = {**nine.unet.config, "in_channels": 9}
-    nine.unet = diffusers.UNet2DConditionModel.from_config(config)
+    nine.unet = tiny_components(in_channels=9)["unet"]
     with pytest.raises(ValueError, match="9 input channels"):
         segment(guided(nine), image)
     blind = guided(stock_pipeline("sd"))
