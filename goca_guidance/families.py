@@ -229,15 +229,16 @@ ADAPTERS: dict[str, type[Family]] = {
 
 def family_of(denoiser: Any) -> Family:
     """The adapter of a denoiser, a compiled one looked through."""
-    denoiser = getattr(denoiser, "_orig_mod", denoiser)
+    compiled = hasattr(denoiser, "_orig_mod")
+    denoiser = denoiser._orig_mod if compiled else denoiser
     names = [cls.__name__ for cls in type(denoiser).__mro__]
-    if "UNet2DConditionModel" in names:
-        return (UNetFamily if denoiser.config.addition_embed_type is None else XLFamily)(denoiser)
     if "ModelMixin" not in names:
         raise ValueError(
             f"Expected a denoiser of diffusers, but got {names[0]}: pass the model itself, not a wrapper."
         )
-    return next((ADAPTERS[name] for name in names if name in ADAPTERS), Family)(denoiser)
+    if "UNet2DConditionModel" in names:
+        return (UNetFamily if denoiser.config.addition_embed_type is None else XLFamily)(denoiser, compiled)
+    return next((ADAPTERS[name] for name in names if name in ADAPTERS), Family)(denoiser, compiled)
 
 
 def denoiser_of(components: Mapping) -> torch.nn.Module:

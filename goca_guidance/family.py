@@ -35,6 +35,7 @@ class Family:
     """
 
     denoiser: Any  # a torch module of diffusers
+    compiled: bool = False  # a compiled module was looked through
 
     pipeline: ClassVar[str | None] = None  # the stock text-to-image pipeline, where its name follows from the denoiser
     encoders: ClassVar[tuple[tuple[str, str], ...]] = (("text_encoder", "tokenizer"),)  # in the order of the text

@@ -37,7 +37,7 @@ class Watch:
 
     @contextmanager
     def installed(self):
-        """All hooks, gone afterwards, whatever happens. A compiled denoiser runs eagerly, because it would ignore them."""
+        """All hooks, gone afterwards, whatever happens. What is compiled runs eagerly, because it would ignore them."""
         preset = self.family.preset
         modules = {name: m for name, m in self.family.attention_modules.items() if name in preset.layers}
         raw = frozenset({preset.reference}) if preset.features == "query" else frozenset()
@@ -45,7 +45,8 @@ class Watch:
         hooked = [(self.family.denoiser, self._before_denoiser)]
         hooked += [(module, self._before_reading(i)) for i, (module, _) in enumerate(self.readers)]
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if self.family.compiled or any(map(_has_compiled, [self.family.denoiser, *(m for m, _ in self.readers)])):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for module, hook in hooked:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(self.observer)
@@ -76,3 +77,8 @@ class Watch:
 
     def _view(self, name, queries, keys):
         return self.family.view(self.call, name, queries, keys)
+
+
+def _has_compiled(module) -> bool:
+    """Whether a module is compiled, or one inside it."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
