@@ -1,114 +1,117 @@
 """Time and peak memory of a GoCA-S-CFG step over the stock step, in one run: `python -m eval.speed`.
 
-Stock and guided calls alternate, so that a machine whose speed drifts slows both; a step's time is the median over all
-steps of all calls but each call's first. Memory is the peak during a call in a process of its own: resident memory on the
-CPU, allocated memory on an accelerator. Full-size denoisers have random weights: time does not depend on them.
+Stock and guided calls of three steps alternate, so that a machine whose speed drifts slows both, until `--seconds` are over;
+a step's time is the median over all steps but each call's first. Memory is the peak of a call of one step: resident memory of
+a process of its own on the CPU, allocated memory on an accelerator. Full-size denoisers have random weights, and there are
+no text encoders (`eval.architectures`).
+
+Without `--families` the plan of the device is measured. Rows that the result file has from the same code are not measured
+again, so that a killed run goes on where it stopped.
 """
 
 import argparse
+import json
 import multiprocessing
 import platform
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from eval.report import command, markdown, write_json
-from eval.tiny_components import SCHEDULE, caption_words, clip_tokenizer
-from goca_guidance import TINY_SD, GoCASCFGPipeline
-
-
-PROMPT = "a photo of a cat and a potted plant and a bus on grass"
+from eval.architectures import ARCHITECTURES, arguments, build, guided_arguments
+from eval.report import command, fingerprint, markdown, write_json
+from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 
 
-def tiny() -> StableDiffusionPipeline:
-    """The embedded model."""
-    return StableDiffusionPipeline.from_pretrained(TINY_SD)
-
-
-def stable_diffusion_1() -> StableDiffusionPipeline:
-    """The full-size U-Net of Stable Diffusion 1.5, random weights; a small text encoder and autoencoder around it."""
-    tokenizer = clip_tokenizer(caption_words(), max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=768, num_hidden_layers=1, eos_token_id=tokenizer.eos_token_id
-    )
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                        block_out_channels=(32,) * 4, latent_channels=4)  # fmt: skip
-    return StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # else the class defaults, which are SD's
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(**SCHEDULE, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-FAMILIES = {"tiny-sd": tiny, "sd-1.5": stable_diffusion_1}
+STEPS = 3
+NATIVE = ("sd-1.5", "sdxl", "pixart-sigma", "flux", "hunyuan", "sd3")
+PLANS = {  # family, size, batch; the most telling ones first
+    "cpu": [
+        ("tiny-sd", 64, 1), ("tiny-sd", 64, 8), ("sd-1.5", 512, 1), ("pixart-sigma", 512, 1), ("sdxl", 512, 1),
+        ("flux-short", 512, 1), ("sd-1.5", 768, 1), ("sd-1.5", 512, 4), ("sdxl", 1024, 1), ("pixart-sigma", 1024, 1),
+        ("sd3", 512, 1), ("hunyuan", 512, 1), ("sd-1.5", 1024, 1), ("flux-short", 1024, 1), ("sd-1.5", 512, 8),
+    ],
+    "cuda": [
+        *((family, ARCHITECTURES[family].size, batch) for batch in (1, 8, 4) for family in NATIVE),
+        *(("sd-1.5", size, 1) for size in (768, 1024)), *((family, 1536, 1) for family in NATIVE[1:4]),
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one row measures."""
+    """What one row measures. `options`: of `GoCAConfig` and `SCFGConfig`, by name."""
 
     family: str
+    size: int
     batch: int
-    steps: int
-    repeats: int
-    device: str
     dtype: str
+    options: str = ""
 
-    def pipelines(self) -> dict[str, StableDiffusionPipeline]:
+    def pipelines(self, device: str) -> dict[str, GoCASCFGPipeline]:
         """Stock and guided, on the same modules."""
-        stock = FAMILIES[self.family]().to(self.device, getattr(torch, self.dtype))
-        pipes = {"stock": stock, "guided": GoCASCFGPipeline.from_pipe(stock)}
-        for pipe in pipes.values():
-            pipe.set_progress_bar_config(disable=True)
-        return pipes
+        stock = build(self.family, device, getattr(torch, self.dtype))
+        guided = GoCASCFGPipeline.from_pipe(stock)
+        guided.set_progress_bar_config(disable=True)
+        return {"stock": stock, "guided": guided}
 
-    def call(self, pipe, steps: int, **kwargs):
+    def call(self, pipe, name: str, steps: int):
         """Generate latents."""
-        generator, prompts = torch.Generator().manual_seed(0), [PROMPT] * self.batch
-        return pipe(
-            prompts, guidance_scale=5.0, num_inference_steps=steps, output_type="latent", generator=generator, **kwargs
-        )
+        kwargs = arguments(self.family, pipe, self.size, self.batch, steps)
+        if name == "guided":
+            given = {key: int(value) for key, value in (pair.split("=") for pair in self.options.split())}
+            every = given.pop("every", 1)
+            kwargs |= guided_arguments(self.family) | {"goca": GoCAConfig(**given), "scfg": SCFGConfig(every=every)}
+        return pipe(**kwargs)
 
 
-def step_seconds(case: Case) -> dict[str, float]:
-    """Median seconds of a step: stock and guided calls alternate, the first round warms up, first steps do not count."""
-    pipes, found = case.pipelines(), {"stock": [], "guided": []}
-    for repeat in tqdm(range(case.repeats + 1), desc=f"{case.family}, batch {case.batch}"):
-        for name, pipe in pipes.items():
-            stamps: list[float] = []
-
-            def stamp(pipe, step, timestep, tensors, stamps=stamps):
-                if case.device == "cuda":
-                    torch.cuda.synchronize()
-                stamps.append(time.perf_counter())
-                return tensors
-
-            case.call(pipe, case.steps if repeat else 2, callback_on_step_end=stamp)
-            if repeat:
+# ---- time ------------------------------------------------------------------------------------------------------------
+def step_seconds(case: Case, device: str, seconds: float) -> dict[str, float]:
+    """Median seconds of a step: stock and guided calls alternate until the time is over."""
+    pipes, found = case.pipelines(device), {"stock": [], "guided": []}
+    with tqdm(desc=f"{case.family} {case.size} px, batch {case.batch}", unit="step") as bar:
+        start = time.perf_counter()
+        while not found["guided"] or time.perf_counter() - start < seconds:
+            for name, pipe in pipes.items():
+                with _stamped(pipe.scheduler, device, bar) as stamps:
+                    case.call(pipe, name, STEPS)
                 found[name] += [b - a for a, b in pairwise(stamps)]
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+    return {name: statistics.median(steps) for name, steps in found.items()}
 
 
-def peak_bytes(case: Case, name: str) -> int:
-    """Peak memory of one call of two steps; run it in a process of its own."""
-    pipe = case.pipelines()[name]
-    with _PeakMemory(case.device) as memory:
-        case.call(pipe, 2)
+@contextmanager
+def _stamped(scheduler, device: str, bar: tqdm) -> Iterator[list[float]]:
+    """Times at which the scheduler ends its steps, which every pipeline does once a step."""
+    stamps, step = [], scheduler.step
+
+    def stamp(*args, **kwargs):
+        result = step(*args, **kwargs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        stamps.append(time.perf_counter())
+        bar.update()
+        return result
+
+    with patch.object(scheduler, "step", stamp):
+        yield stamps
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+def peak_bytes(case: Case, device: str, name: str) -> int:
+    """Peak memory of one call of one step; run it in a process of its own."""
+    pipe = case.pipelines(device)[name]
+    with _PeakMemory(device) as memory:
+        case.call(pipe, name, 1)
     return memory.peak
 
 
@@ -138,23 +141,26 @@ class _PeakMemory:
             self.peak = torch.cuda.max_memory_allocated()
 
 
-def compare(case: Case) -> dict:
-    """A row of the table."""
-    peaks = {}
-    for name in ("stock", "guided"):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            peaks[name] = process.submit(peak_bytes, case, name).result()
-    seconds = step_seconds(case)
+# ---- rows ------------------------------------------------------------------------------------------------------------
+def compare(case: Case, device: str, seconds: float) -> dict:
+    """A row of the table; each measurement in a process of its own, which leaves no memory behind."""
+    peaks = {name: alone(peak_bytes, case, device, name) for name in ("stock", "guided")}
+    times = alone(step_seconds, case, device, seconds)
     return {
-        "device": device_name(case.device),
-        "family": case.family,
-        "batch": case.batch,
-        "stock_ms": round(1000 * seconds["stock"], 1),
-        "guided_ms": round(1000 * seconds["guided"], 1),
-        "time_ratio": round(seconds["guided"] / seconds["stock"], 3),
+        "device": device_name(device),
+        **asdict(case),
+        "stock_ms": round(1000 * times["stock"], 1),
+        "guided_ms": round(1000 * times["guided"], 1),
+        "time_ratio": round(times["guided"] / times["stock"], 3),
         "stock_mb": peaks["stock"] // 2**20,
         "memory_ratio": round(peaks["guided"] / peaks["stock"], 3),
     }
+
+
+def alone(function, *args):
+    """What a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
 
 
 def device_name(device: str) -> str:
@@ -166,22 +172,38 @@ def device_name(device: str) -> str:
     )
 
 
+def measure(cases: list[Case], device: str, seconds: float, result: Path) -> list[dict]:
+    """Rows of all cases, written after each one: old ones of other code or settings are replaced, others kept."""
+    run = {"code": fingerprint(seconds=seconds), "command": command(), "torch": torch.__version__}
+    name, found = device_name(device), {}
+    for row in json.loads(result.read_text())["rows"] if result.exists() else []:
+        found[row["device"], *(row[key] for key in Case.__dataclass_fields__)] = row
+    for case in cases:
+        key = name, *asdict(case).values()
+        if found.get(key, {}).get("run") != run:
+            found[key] = compare(case, device, seconds) | {"run": run}
+            write_json(result, {"command": command(), "rows": list(found.values())})
+    return list(found.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--families", nargs="+", choices=list(ARCHITECTURES))
+    parser.add_argument("--sizes", type=int, nargs="+", help="the native one by default")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--options", default="", help='for example "every=2 agreement_rows=256 working_size=32"')
+    parser.add_argument("--seconds", type=float, default=60, help="to spend on the steps of a row, at the least")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda by default")
     parser.add_argument("--result", type=Path, help="results/speed-DEVICE.json by default")
     args = parser.parse_args()
-    shared = (args.steps, args.repeats, args.device, args.dtype)
-    rows = [compare(Case(family, batch, *shared)) for family in args.families for batch in args.batch]
-    settings = {"steps": args.steps, "repeats": args.repeats, "dtype": args.dtype, "torch": torch.__version__}
+    dtype, plan = args.dtype or {"cpu": "float32", "cuda": "bfloat16"}[args.device], PLANS[args.device]
+    if args.families:
+        sizes = {family: args.sizes or [ARCHITECTURES[family].size] for family in args.families}
+        plan = [(family, size, batch) for family in args.families for size in sizes[family] for batch in args.batch]
+    cases = [Case(*place, dtype, args.options) for place in plan]
     result = args.result or Path(f"results/speed-{args.device}.json")
-    write_json(result, {"command": command(), "settings": settings, "rows": rows})
-    print(markdown(rows))
+    print(markdown(measure(cases, args.device, args.seconds, result)))
 
 
 if __name__ == "__main__":

@@ -33,14 +33,12 @@ class SCFGSegmentor:
         """Names of the layers that must be observed."""
         return frozenset((*self.preset.cross, *self.preset.own))
 
-    def keep(self, record: AttentionRecord) -> None:
-        """Keep a record of the conditional prediction until the step's grids are known."""
-        self._conditional[record.name] = record.queries_and_keys()
-
-    def keep_unconditional(self, record: AttentionRecord) -> None:
-        """Keep a record of the unconditional prediction, where the sink token is its."""
-        if self.unconditional_sink:
-            self._unconditional[record.name] = record.queries_and_keys()
+    def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
+        """Keep a record until the step's grids are known (see `GoCASegmentor.keep`)."""
+        for branch in branches if record.name in self.layers else ():
+            if branch or self.unconditional_sink:
+                part = record.branch(branch) if len(branches) == 2 else record
+                (self._conditional if branch else self._unconditional)[record.name] = part.only().alone()
 
     def regions(self, size: tuple[int, int]) -> Regions:
         """The argmax over tokens, and the foreground, at `size`."""

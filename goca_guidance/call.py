@@ -9,10 +9,10 @@ from torch import Tensor
 from goca_guidance.baselines import SCFGSegmentor
 from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.families import family_of
-from goca_guidance.goca import GoCASegmentor
 from goca_guidance.observer import check_seen
 from goca_guidance.records import Regions, TokenLayout, WordMaps
 from goca_guidance.scfg import rate_map
+from goca_guidance.segmentor import GoCASegmentor
 from goca_guidance.tokens import named_layout, prompt_layout, sentence, token_layout
 from goca_guidance.watch import Watch
 
@@ -62,7 +62,10 @@ class GuidedCall(Watch):
         self.step = 0  # conditional predictions begun
         self._pending = False  # one of them waits for its product with the guidance scale
         self._mixed = False  # a product was seen at all
-        self.segmentor: Any = None  # of the step in progress, where it is guided
+        self.segmentor: Any = None  # of the step in progress, where regions are found
+        self._guided = False  # the step in progress is guided, by its own regions or the last ones
+        self._found: Any = None  # the last regions
+        self._age = 0  # for how many steps they served
         self.negative: GoCASegmentor | None = None
         self._layouts: list[TokenLayout] = []  # the prompt's, then the negative prompt's
         self._regions: list[Regions] = []
@@ -96,26 +99,21 @@ class GuidedCall(Watch):
         if 1 in self._branches:
             self.observer.seen.clear()
             self.segmentor = self.negative = None
-            if self.is_guided(self.step):
+            self._guided = self.is_guided(self.step)
+            if self._guided and (self._found is None or self._age >= self.scfg.every):
                 self._open_step(device)
             self.step, self._pending = self.step + 1, True
         unread = self._branches == (0,) and not (self.negative or self.family.unconditional_sink)
         self.observer.paused = self.segmentor is None or not self._branches or unread
 
     def keep(self, record) -> None:
-        for branch in self._branches:
-            part = record.branch(branch) if len(self._branches) == 2 else record
-            if branch == 1:
-                if part.name in self.segmentor.layers:
-                    self.segmentor.keep(part)
-            else:
-                self.segmentor.keep_unconditional(part)
-                if self.negative is not None:
-                    self.negative.keep(part)
+        self.segmentor.keep(record, self._branches)
+        if self.negative is not None and 0 in self._branches:
+            self.negative.keep(record.branch(0) if 1 in self._branches else record)
 
     def begin_step(self) -> None:
         """The next call of the denoiser is the first one of a step (where a loop tells; `rate` says so too)."""
-        self.segmentor, self._pending = None, False
+        self.segmentor, self._guided, self._pending = None, False, False
 
     def _predicted(self) -> tuple[int, ...]:
         """Which predictions this call of the denoiser makes: 0 unconditional, 1 conditional; none where nothing is mixed."""
@@ -174,24 +172,32 @@ class GuidedCall(Watch):
     # ---- what the loop asks ------------------------------------------------------------------------------------------
     def rate(self, delta: Tensor, scale: float) -> Tensor | None:
         """Factor of this step's guidance difference, or None where guidance is plain."""
-        segmentor, pending = self.segmentor, self._pending
-        self.segmentor, self._pending, self._mixed = None, False, True
-        if segmentor is None or not pending:  # not guided, or not the loop's own product
+        guided, pending = self._guided, self._pending
+        self._guided, self._pending, self._mixed = False, False, True
+        if not guided or not pending:  # or not the loop's own product
+            self.segmentor = None
             return None
-        check_seen(segmentor.layers, self.observer.seen)
         with torch.autocast(delta.device.type, enabled=False):
+            regions = self._find_regions()
             maps = self.family.unpack(delta, self.call)
             predicted = maps if self.scfg.variance_channels else maps[:, : self.family.denoiser.config.in_channels]
-            regions = segmentor.regions(self.call.latent)
             rate = rate_map(predicted, regions, scale, self.scfg)
-            if self.negative is not None:
-                self._negative_maps.append(WordMaps(self.negative.scores(), self.negative.layout.labels))
-                self.negative = None
         self._finite.append(torch.isfinite(delta).all())
         if self.keep_regions:
             self._regions.append(regions)
             self._maps.append(scale * rate)
         return self.family.pack(rate.expand_as(maps))
+
+    def _find_regions(self) -> Regions:
+        """Those of this step's attention, or, between recomputations, the last ones."""
+        if self.segmentor is not None:
+            check_seen(self.segmentor.layers, self.observer.seen)
+            self._found, self._age = self.segmentor.regions(self.call.latent), 0
+            if self.negative is not None:
+                self._negative_maps.append(WordMaps(self.negative.scores(), self.negative.layout.labels))
+        self.segmentor = self.negative = None
+        self._age += 1
+        return self._found
 
 
 def check_input(arguments: Mapping) -> None:

@@ -29,6 +29,10 @@ class GoCAConfig:
             the prompt has no other words; off keeps every token that is not special (the released rule).
         refine_order: applications of the self-attention to the maps; None takes the family's preset.
         blur_size, blur_sigma: the Gaussian before min-max; sigma in pixels of a 64 x 64 map, as the paper's maps are.
+        agreement_rows: compare layers in so many rows of the self-attention, the same random ones at every call; None
+            compares all. No effect on joint attention, whose rows are needed for the words. Error: docs/speed.md.
+        working_size: longer side of the grid, in pixel tokens, above which maps and attention are read at fewer pixels,
+            as nearest resizing reads them; None keeps the finest grid. Error: docs/speed.md.
     """
 
     heads: str | None = None
@@ -41,6 +45,8 @@ class GoCAConfig:
     refine_order: int | None = None
     blur_size: int = 5
     blur_sigma: float = 1.1
+    agreement_rows: int | None = None
+    working_size: int | None = None
 
     def __post_init__(self):
         _among("heads", self.heads, (None, "contribution", "uniform"))
@@ -52,10 +58,10 @@ class GoCAConfig:
             )
         if self.refine_order is not None and self.refine_order < 0:
             raise ValueError(f"Expected `refine_order` to be None or at least 0, but got {self.refine_order}.")
-        if self.reference_channels is not None and self.reference_channels < 1:
-            raise ValueError(
-                f"Expected `reference_channels` to be None or at least 1, but got {self.reference_channels}."
-            )
+        for name in ("reference_channels", "agreement_rows", "working_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Expected `{name}` to be None or at least 1, but got {value}.")
 
     @classmethod
     def vanilla(cls, **changes) -> "GoCAConfig":
@@ -80,6 +86,8 @@ class SCFGConfig:
         segmentor: "goca", or "s-cfg" for the segmentor of the S-CFG paper itself.
         variance_channels: let the norm of the guidance run over a learned variance too, where the denoiser predicts one
             (PixArt), as the released code of GoCA does.
+        every: find regions at each `every`-th guided step, and guide the steps between by the last ones found. Error:
+            docs/speed.md.
     """
 
     rate_min: float = 0.8
@@ -89,6 +97,7 @@ class SCFGConfig:
     smooth_sigma: float = 0.5**0.5
     segmentor: str = "goca"
     variance_channels: bool = False
+    every: int = 1
 
     def __post_init__(self):
         _among("segmentor", self.segmentor, ("goca", "s-cfg"))
@@ -97,6 +106,8 @@ class SCFGConfig:
                 "Expected 0 < `rate_min` <= `rate_max` and a positive `ceiling`, but got "
                 f"{self.rate_min}, {self.rate_max} and {self.ceiling}."
             )
+        if self.every < 1:
+            raise ValueError(f"Expected `every` to be at least 1, but got {self.every}.")
         if self.smooth_size % 2 == 0 or self.smooth_size < 1 or self.smooth_sigma <= 0:
             raise ValueError(
                 "Expected an odd, positive `smooth_size` and a positive `smooth_sigma`, but got "

@@ -198,11 +198,14 @@ class FluxFamily(Family):
 class SD3Family(Family):
     """`SD3Transformer2DModel`: joint attention, image first; the text is CLIP's tokens, then T5's.
 
-    No paper has a preset for it: the generic one, ours. The second attention of dual blocks sees no text and is not read.
+    No paper has a preset for it: the generic one, ours, with Flux's uniform heads, and the sink in the conditional prediction:
+    the unconditional one would cost all its joint attention again. The second attention of dual blocks sees no text and is
+    not read.
     """
 
     pipeline = "StableDiffusion3Pipeline"
     encoders = (("text_encoder", "tokenizer"), ("text_encoder_3", "tokenizer_3"))
+    unconditional_sink = False
 
     @cached_property
     def preset(self) -> LayerPreset:
@@ -211,7 +214,8 @@ class SD3Family(Family):
     def _generic_preset(self) -> LayerPreset:
         names = tuple(name for name in self.attention_modules if name.endswith(".attn"))
         third = len(names) // 3
-        return LayerPreset(names, names, names[len(names) // 2], names[third : max(third + 1, 2 * third)])
+        fine = names[third : max(third + 1, 2 * third)]
+        return LayerPreset(names, names, names[len(names) // 2], fine, heads="uniform")
 
     def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView:
         pixels = keys - call.text

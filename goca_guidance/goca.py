@@ -1,48 +1,49 @@
-"""GoCA (arXiv 2603.06178): attention records to regions. Heads -> layers -> rescaling -> refinement.
+"""GoCA (arXiv 2603.06178), its stages as pure functions of tensors. Heads -> layers -> rescaling -> refinement.
 
-Statistics are float32 whatever the model's dtype. No layer's p x p attention map is ever stored: every use of one is a sum
-that is taken in blocks of query rows, or scaled-dot-product attention with the wanted maps as values. The one p x p tensor
-is the pseudo self-attention of the reference layer, while the layers' weights are computed.
+Sums are float32 whatever the model's dtype. No layer's p x p attention map is ever stored: every use of one is a sum that
+is taken in blocks of query rows. Two p x p tensors exist an image: the pseudo self-attention of the reference layer, and,
+up to `STORED` pixels, the mean self-attention that refines.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.maps import as_maps, blur, min_max, nearest, pull_affinity, resize, resize_adjoint
-from goca_guidance.records import AttentionRecord, Regions, TokenLayout
+from goca_guidance.config import GoCAConfig
+from goca_guidance.maps import as_maps, blur, min_max
+from goca_guidance.records import AttentionRecord
 
 
-BLOCK = {"cpu": 2**21}  # probabilities held at one time, over batch, heads, query rows and keys: a CPU's cache
-LARGE_BLOCK = 2**26  # on any other device (256 MB)
+BLOCK = {"cpu": 2**19}  # probabilities held at one time, over batch, heads, query rows and keys: a CPU's cache
+LARGE_BLOCK = 2**24  # on any other device (64 MB)
+STORED = 2**13  # pixels up to which the mean self-attention is stored for refinement (256 MB an image)
 
 
 # ---- heads (paper: auto aggregation, heads) --------------------------------------------------------------------------
 def head_weights(
-    output: Float[Tensor, "b h p d"], projection: Float[Tensor, "hd c"], clamp: bool = False
+    output: Float[Tensor, "b h p d"], grams: Sequence[Float[Tensor, "hd hd"]], clamp: bool = False
 ) -> Float[Tensor, "b h p"]:
     """Share of each head in what the layer writes at each pixel: <o_h, o> / <o, o> with o = sum_h o_h (GoCA, heads).
 
-    `projection` is the layer's output projection without bias. The shares sum to one over heads; one may be negative or
-    above one, unless `clamp`. Uniform where the layer writes nothing. No per-head output is built:
-    <o_h, o> = sum over the channels of head h of z * (o W^T).
+    `grams` holds W W^T of the layer's output projection W, or of several layers whose images follow one another in the
+    batch; any factor cancels. The shares sum to one over heads; one may be negative or above one, unless `clamp`. Uniform
+    where the layer writes nothing. No per-head output is built: <o_h, o> = sum over the channels of head h of z * (z W W^T).
     """
     heads = output.shape[1]
-    z = output.float().transpose(1, 2).flatten(2)
-    weight = projection.float()
-    share = (z * (z @ weight @ weight.mT)).unflatten(-1, (heads, -1)).sum(-1).mT
+    z = output.transpose(1, 2).flatten(2)
+    zww = joined([layer @ gram for layer, gram in zip(z.chunk(len(grams)), grams, strict=True)], 0)
+    share = (z.float() * zww.float()).unflatten(-1, (heads, -1)).sum(-1).mT
     return shares(share.clamp(min=0) if clamp else share, dim=1)
 
 
 def shares(values: Tensor, dim: int) -> Tensor:
     """Values over their sum along `dim`; uniform where the sum is not positive."""
     total = values.sum(dim, keepdim=True)
-    return torch.where(total > 0, values / torch.where(total > 0, total, 1), 1 / values.shape[dim])
+    return torch.where(total > 0, values / total, 1 / values.shape[dim])
 
 
 def token_maps(
@@ -52,17 +53,20 @@ def token_maps(
 
     `columns` count from the first text key; in joint attention the softmax runs over the pixels' keys too.
     """
-    b, heads, pixels, _ = record.query.shape
-    merged = torch.empty(b, pixels, columns.shape[1], device=record.query.device)
-    index = columns[:, None, None, :].expand(b, heads, 1, -1)
-    for rows in blocks(record, pixels):
-        probs = attention(record, rows)[..., record.view.text]
-        wanted = probs.gather(-1, index.expand(-1, -1, probs.shape[2], -1))
-        if weights is None:
-            merged[:, rows] = wanted.mean(1)
-        else:
-            merged[:, rows] = torch.einsum("bhpm,bhp->bpm", wanted, weights[:, :, rows])
-    return merged
+    columns = columns + record.view.text.start
+    return joined([pick(p, columns, weights, rows) for rows, p in probabilities(record.float())], 1)
+
+
+def pick(
+    probs: Float[Tensor, "b h r n"],
+    columns: Int[Tensor, "b m"],
+    weights: Float[Tensor, "b h p"] | None,
+    rows: slice,
+) -> Float[Tensor, "b r m"]:
+    """Some columns of a block of query rows, summed over heads with the rows' weights, or averaged."""
+    index = columns[:, None, None, :].expand(-1, probs.shape[1], probs.shape[2], -1)
+    wanted = probs.gather(-1, index)
+    return wanted.mean(1) if weights is None else (wanted * weights[:, :, rows, None]).sum(1)
 
 
 # ---- layers (paper: auto aggregation, layers) ------------------------------------------------------------------------
@@ -73,21 +77,15 @@ def pseudo_attention(features: Float[Tensor, "b p c"], channels: int | None = No
 
 
 def agreement(
-    record: AttentionRecord,
-    rows: Int[Tensor, " rows"],
-    reference: Float[Tensor, "b rows q"],
-    row_mass: Float[Tensor, " q"] | None = None,
-) -> Float[Tensor, " b"]:
-    """<A_p, resize(mean_h A_self)> = <reference, mean_h A_self[rows]>, with A_p pulled to the layer's grid (GoCA, layers).
+    probs: Float[Tensor, "*b r q"], reference: Float[Tensor, "... r q"], row_mass: Float[Tensor, " q"] | None = None
+) -> Float[Tensor, " *b"]:
+    """What some rows of a layer's self-attention add to <A_p, resize(A_self)> = <pulled A_p, A_self> (GoCA, layers).
 
-    `row_mass` divides each resized row by its sum, which the released code does not.
+    `reference`: the same rows of A_p, pulled to the layer's grid. `row_mass` divides each resized row by its sum, which the
+    released code does not.
     """
-    total = reference.new_zeros(len(reference))
-    for block in blocks(record, len(rows)):
-        probs = attention(record, rows[block])[..., record.view.image].mean(1)
-        match = (probs * reference[:, block]).sum(-1)
-        total += (match if row_mass is None else match / (probs @ row_mass)).sum(-1)
-    return total
+    match = (probs * reference).sum(-1)
+    return (match if row_mass is None else match / (probs @ row_mass)).sum(-1)
 
 
 def layer_weights(agreements: Float[Tensor, "b l"]) -> Float[Tensor, "b l"]:
@@ -122,153 +120,72 @@ def normalise(maps: Float[Tensor, "b k H W"], config: GoCAConfig) -> Float[Tenso
 
 
 # ---- refinement ------------------------------------------------------------------------------------------------------
-def refine(maps: Float[Tensor, "b k H W"], records: list[AttentionRecord], order: int) -> Float[Tensor, "b k H W"]:
+def refine(
+    maps: Float[Tensor, "b k H W"],
+    attend: Callable[[Float[Tensor, "b p k"], tuple[int, int]], Float[Tensor, "b p k"]],
+    order: int,
+    joint: bool = False,
+) -> Float[Tensor, "b k H W"]:
     """x <- A_self x, `order` times, then min-max: A_self is the mean over heads and layers (GoCA, self-attention refinement).
 
-    Every record shares the maps' grid. mean_h softmax(q_h k_h^T) x is attention with value x, averaged over heads.
+    `attend` gives A_self x, up to a factor, for x on a grid. Unless attention is `joint`, the rows of A_self have one sum: a
+    constant that is taken off x comes off A x too, and min-max does not see it. Where attention is nearly uniform, as at the
+    first steps, that keeps the digits that matter.
     """
+    grid = maps.shape[-2], maps.shape[-1]
     x = maps.flatten(2).mT
     for _ in range(order):
-        x = torch.stack([affinity_product(record, x) for record in records]).mean(0)
-    return min_max(as_maps(x, records[0].grid)) if records and order else maps
+        x = attend(x if joint else x - x.mean(1, keepdim=True), grid)
+    return min_max(as_maps(x, grid))
 
 
-def affinity_product(record: AttentionRecord, x: Float[Tensor, "b p k"]) -> Float[Tensor, "b p k"]:
+def affinity_product(record: AttentionRecord, x: Float[Tensor, "b q k"]) -> Float[Tensor, "b p k"]:
     """mean_h softmax(q_h k_h^T) x by fused attention, whose kernels want values as wide as a head: x is padded to that.
 
-    In joint attention the text keys' values are zero: a pixel's row sums to the share of the pixels' keys.
+    In joint attention the text keys' values are zero: a pixel's row sums to the share of the pixels' keys. The product has
+    the model's precision, so that half precision takes the kernels made for it.
     """
-    query, key, width = record.query.float(), record.key.float(), record.query.shape[-1]
-    mask = None if record.mask is None else record.mask.float()
-    first, keys, _ = record.view.image.indices(key.shape[2])
-    x = F.pad(x, (0, 0, first, key.shape[2] - keys))
+    query, width = record.query, record.query.shape[-1]
+    first, keys, _ = record.view.image.indices(record.key.shape[2])
+    peak = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # half precision has a short range
+    x = F.pad(x / peak, (0, 0, first, record.key.shape[2] - keys)).to(query.dtype)
     products = []
     for part in x.split(width, dim=-1):
         value = F.pad(part, (0, width - part.shape[-1]))[:, None].expand(-1, query.shape[1], -1, -1)
-        product = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=record.scale)
-        products.append(product.mean(1)[..., : part.shape[-1]])
-    return torch.cat(products, -1)
+        product = F.scaled_dot_product_attention(query, record.key, value, attn_mask=record.mask, scale=record.scale)
+        products.append(product.float().mean(1)[..., : part.shape[-1]])
+    return joined(products, -1) * peak
 
 
 # ---- attention in blocks ---------------------------------------------------------------------------------------------
-def attention(record: AttentionRecord, rows: slice | Int[Tensor, " rows"]) -> Float[Tensor, "b h rows n"]:
-    """Recomputed probabilities of some query rows, float32."""
-    logits = record.query[:, :, rows].float() @ record.key.float().mT * record.scale
-    if record.mask is not None:
-        mask = record.mask.float()
-        logits = logits + (mask if mask.shape[-2] == 1 else mask[:, :, rows])
-    return logits.softmax(-1)
+def probabilities(
+    record: AttentionRecord, rows: Int[Tensor, " rows"] | None = None
+) -> Iterator[tuple[slice, Float[Tensor, "b h r n"]]]:
+    """Recomputed float32 probabilities in blocks of query rows, few enough at a time to stay small.
+
+    The logits of bfloat16 records are bfloat16; those of float16 could overflow, and are float32.
+    """
+    record = record.float() if record.query.dtype == torch.float16 else record
+    query = record.query if rows is None else record.query[:, :, rows]
+    query, key, mask = query * record.scale, record.key.mT, record.mask
+    if mask is not None and mask.shape[-2] > 1 and rows is not None:
+        mask = mask[:, :, rows]
+    batch, heads, count, _ = query.shape
+    step = max(1, BLOCK.get(query.device.type, LARGE_BLOCK) // (batch * heads * key.shape[-1]))
+    for start in range(0, count, step):
+        block = slice(start, min(start + step, count))
+        logits = query[:, :, block] @ key
+        if mask is not None:
+            logits = logits + (mask if mask.shape[-2] == 1 else mask[:, :, block])
+        yield block, logits.softmax(-1, dtype=torch.float32)
 
 
-def blocks(record: AttentionRecord, rows: int) -> Iterator[slice]:
-    """Slices of `rows` query rows, few enough at a time for the probabilities of all heads to stay small."""
-    batch, heads, _, _ = record.query.shape
-    step = max(1, BLOCK.get(record.query.device.type, LARGE_BLOCK) // (batch * heads * record.key.shape[2]))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def one_hot(scores: Float[Tensor, "b k H W"], present: Bool[Tensor, "b k"]) -> Bool[Tensor, "b k H W"]:
     """The argmax as masks: one region a pixel, the first one of equals; padding never wins."""
     winner = scores.masked_fill(~present[..., None, None], -torch.inf).argmax(1)
     return F.one_hot(winner, scores.shape[1]).movedim(-1, 1).bool()
-
-
-# ---- the method on one denoiser call ---------------------------------------------------------------------------------
-class GoCASegmentor:
-    """One denoiser call's attention to region scores: `keep` each record of the conditional prediction, then ask.
-
-    Kept between the two: the observed tokens' map of each cross layer, and the queries and keys of the self layers. The
-    foreground comes from the map of the layout's sink token: of the conditional prediction, or, with
-    `unconditional_sink`, of the unconditional one, whose records go to `keep_unconditional`. The layer weights of the
-    conditional prediction serve both.
-    """
-
-    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
-        self.config, self.preset, self.layout = config, preset, layout
-        self.unconditional_sink = unconditional_sink
-        self.heads = config.heads or preset.heads
-        self.order = preset.order if config.refine_order is None else config.refine_order
-        self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise
-        self._kept = set(preset.fine) if self.order else set()
-        if config.layers == "agreement":
-            self._kept |= {*preset.own, preset.reference}
-        self._records: dict[str, AttentionRecord] = {}
-        self._maps: dict[str, Tensor] = {}
-        self._sinks: dict[str, Tensor] = {}
-
-    @property
-    def layers(self) -> frozenset[str]:
-        """Names of the layers that must be observed."""
-        return frozenset(self._kept | set(self.preset.cross))
-
-    @property
-    def projected(self) -> frozenset[str]:
-        """Names of the layers whose output projection is needed."""
-        return frozenset(self.preset.cross if self.heads == "contribution" else ())
-
-    def keep(self, record: AttentionRecord) -> None:
-        """Reduce one record of the conditional prediction to what the sums need."""
-        if record.name in self._kept:
-            self._records[record.name] = record.queries_and_keys()
-            if record.name == self.preset.reference:
-                self._grid, self._features = record.grid, self._dense_features(record)
-        if record.name in self.preset.cross:
-            if self.unconditional_sink:
-                self._maps[record.name] = self._cross_map(record, self.layout.columns)
-            else:
-                maps = self._cross_map(record, torch.cat([self.layout.columns, self.layout.sink], 1))
-                parts = maps.split([self.layout.columns.shape[1], self.layout.sink.shape[1]], 1)
-                self._maps[record.name], self._sinks[record.name] = parts
-
-    def keep_unconditional(self, record: AttentionRecord) -> None:
-        """Reduce one record of the unconditional prediction to the map of its sink token."""
-        if self.unconditional_sink and record.name in self.preset.cross:
-            self._sinks[record.name] = self._cross_map(record, self.layout.sink)
-
-    def _cross_map(self, record, columns):
-        weights = None
-        if self.heads == "contribution":
-            weights = head_weights(record.output, record.projection, self.config.clamp_heads)
-        return as_maps(token_maps(record, columns, weights), record.grid)
-
-    def _dense_features(self, record):
-        tensor = record.output if self.preset.features == "output" else record.features
-        return (record.query if tensor is None else tensor).transpose(1, 2).flatten(2)
-
-    def weights(self) -> Float[Tensor, "b l"]:
-        """Weight of each cross layer, in the preset's order."""
-        if self.config.layers == "uniform":
-            return self.layout.groups.new_ones(len(self.layout.labels), len(self._maps)) / len(self._maps)
-        affinity = pseudo_attention(self._features, self.config.reference_channels)
-        pulled, ones, found = {}, affinity.new_ones(1, 1, *self._grid), []
-        for record in (self._records[name] for name in self.preset.own):
-            if record.grid not in pulled:
-                mass = resize_adjoint(ones, record.grid).flatten() if self.row_normalise else None
-                pulled[record.grid] = (*pull_affinity(affinity, self._grid, record.grid), mass)
-            found.append(agreement(record, *pulled[record.grid]))
-        return layer_weights(torch.stack(found, -1))
-
-    def scores(self) -> Float[Tensor, "b k H W"]:
-        """One map in [0, 1] for each region of the layout, at the finest cross-attention grid."""
-        return self._scores(self.weights())
-
-    def _scores(self, weights):
-        tokens, layout, config = self._merge(self._maps, weights), self.layout, self.config
-        content = layout.content if config.rescale else torch.zeros_like(layout.content)
-        maps = normalise(rescale(tokens, layout.groups, content), config)
-        return refine(maps, [self._records[name] for name in self.preset.fine] if self.order else [], self.order)
-
-    def _merge(self, maps, weights):
-        """A = sum_l w[l] bilinear(A[l]) at the finest grid, clamped at zero."""
-        size = max((maps[name].shape[-2:] for name in self.preset.cross), key=lambda grid: grid[0] * grid[1])
-        merged = sum(
-            weights[:, l, None, None, None] * resize(maps[name], size) for l, name in enumerate(self.preset.cross)
-        )
-        return merged.clamp(min=0)
-
-    def regions(self, size: tuple[int, int]) -> Regions:
-        """The argmax over regions, and the foreground: where the sink token's map is below one half."""
-        weights = self.weights()
-        masks = one_hot(self._scores(weights), self.layout.present)
-        sink = normalise(self._merge(self._sinks, weights), self.config)
-        return Regions(nearest(masks, size), nearest(sink < 0.5, size), self.layout.labels)

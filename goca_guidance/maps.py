@@ -1,9 +1,19 @@
 """Operations on maps: one blur, one min-max, one resize convention, and the adjoints of the resizes."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+def _constant(function):
+    """Tensors that depend on sizes alone are made once: a guided step must not wait for them.
+
+    They serve inside and outside of inference mode.
+    """
+    return lru_cache(maxsize=64)(torch.inference_mode(False)(torch.no_grad()(function)))
 
 
 def min_max(maps: Float[Tensor, "b k H W"]) -> Float[Tensor, "b k H W"]:
@@ -17,13 +27,14 @@ def blur(maps: Float[Tensor, "b k H W"], size: int, sigma: float) -> Float[Tenso
 
     The window shrinks to the largest odd one that reflection allows when a map is smaller than the kernel.
     """
-    rows, columns = (_gaussian(min(size, 2 * n - 1), sigma, maps) for n in maps.shape[-2:])
+    rows, columns = (_gaussian(min(size, 2 * n - 1), sigma, maps.dtype, maps.device) for n in maps.shape[-2:])
     padded = F.pad(maps, (len(columns) // 2,) * 2 + (len(rows) // 2,) * 2, mode="reflect")
     return padded.unfold(-1, len(columns), 1).matmul(columns).unfold(-2, len(rows), 1).matmul(rows)
 
 
-def _gaussian(size: int, sigma: float, like: Tensor) -> Float[Tensor, " taps"]:
-    offsets = torch.arange(size, dtype=like.dtype, device=like.device) - size // 2
+@_constant
+def _gaussian(size: int, sigma: float, dtype, device) -> Float[Tensor, " taps"]:
+    offsets = torch.arange(size, dtype=dtype, device=device) - size // 2
     taps = torch.exp(-0.5 * (offsets / sigma) ** 2)
     return taps / taps.sum()
 
@@ -51,16 +62,25 @@ def resize_adjoint(maps: Float[Tensor, "b k Y X"], size: tuple[int, int]) -> Flo
     """Transpose of `resize` from `size` to the size of `maps`: <resize(a), m> = <a, resize_adjoint(m)>."""
     if maps.shape[-2:] == size:
         return maps
-    rows, columns = (_bilinear_matrix(a, b, maps) for a, b in zip(size, maps.shape[-2:], strict=True))
+    sides = zip(size, maps.shape[-2:], strict=True)
+    rows, columns = (_bilinear_matrix(a, b, maps.dtype, maps.device) for a, b in sides)
     return rows.mT @ maps @ columns
 
 
-def _bilinear_matrix(source: int, target: int, like: Tensor) -> Float[Tensor, "target source"]:
+@_constant
+def row_mass(reference: tuple[int, int], grid: tuple[int, int], device) -> Float[Tensor, " q"]:
+    """What each key of `grid` adds to a row's sum when the row is resized to the `reference` grid."""
+    return resize_adjoint(torch.ones(1, 1, *reference, device=device), grid).flatten()
+
+
+@_constant
+def _bilinear_matrix(source: int, target: int, dtype, device) -> Float[Tensor, "target source"]:
     """Rows are target pixels: `matrix @ x` is the one-dimensional `resize` of x."""
-    eye = torch.eye(source, dtype=like.dtype, device=like.device)[None]
+    eye = torch.eye(source, dtype=dtype, device=device)[None]
     return F.interpolate(eye, target, mode="linear", align_corners=False)[0].mT
 
 
+@_constant
 def nearest_index(source: tuple[int, int], target: tuple[int, int], device=None) -> Int[Tensor, " p"]:
     """For each target pixel (row-major) the source pixel that nearest resizing reads."""
     rows, columns = (torch.arange(b, device=device) * a // b for a, b in zip(source, target, strict=True))
@@ -68,21 +88,35 @@ def nearest_index(source: tuple[int, int], target: tuple[int, int], device=None)
 
 
 def pull_affinity(
-    affinity: Float[Tensor, "b P Q"], reference: tuple[int, int], grid: tuple[int, int]
+    affinity: Float[Tensor, "b P Q"], reference: tuple[int, int], queries: tuple[int, int], keys: tuple[int, int]
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, "b rows q"]]:
-    """Adjoint of GoCA's affinity resize (keys bilinear, queries nearest) from `grid` to the `reference` grid.
+    """Adjoint of GoCA's affinity resize (keys bilinear, queries nearest) from a layer's grids to the `reference` grid.
 
-    Returns the query rows of `grid` that the resize reads at all, and the pulled affinity in those rows, so that
-    <affinity, resize(a)> = <pulled, a[rows]> for any affinity `a` of the grid. A fine layer needs few of its rows.
+    Returns the query rows that the resize reads at all, and the pulled affinity in those rows, so that
+    <affinity, resize(a)> = <pulled, a[rows]> for any affinity `a` of the layer. A fine layer needs few of its rows.
     """
-    (y, y_position), (x, x_position) = (_read(a, b, affinity.device) for a, b in zip(grid, reference, strict=True))
-    rows, position = (y[:, None] * grid[1] + x).flatten(), (y_position[:, None] * len(x) + x_position).flatten()
-    keys = resize_adjoint(affinity.unflatten(-1, reference), grid).flatten(-2)
+    (y, y_position), (x, x_position) = (_read(a, b, affinity.device) for a, b in zip(queries, reference, strict=True))
+    rows, position = (y[:, None] * queries[1] + x).flatten(), (y_position[:, None] * len(x) + x_position).flatten()
+    pulled = resize_adjoint(affinity.unflatten(-1, reference), keys).flatten(-2)
     if len(rows) == len(position):
-        return rows, keys
-    return rows, keys.new_zeros(len(keys), len(rows), keys.shape[-1]).index_add_(1, position, keys)
+        return rows, pulled
+    return rows, pulled.new_zeros(len(pulled), len(rows), pulled.shape[-1]).index_add_(1, position, pulled)
 
 
+def coarser(grid: tuple[int, int], side: int | None) -> tuple[int, int]:
+    """The grid, shrunk until its longer side is at most `side`."""
+    shrink = min(1.0, (side or max(grid)) / max(grid))
+    return max(1, round(grid[0] * shrink)), max(1, round(grid[1] * shrink))
+
+
+@_constant
+def sample(count: int, wanted: int, device) -> Int[Tensor, " wanted"]:
+    """So many different numbers below `count`, in order, the same ones at every call."""
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
+    return chosen.sort().values.to(device)
+
+
+@_constant
 def _read(source: int, target: int, device) -> tuple[Int[Tensor, " read"], Int[Tensor, " target"]]:
     """Along one axis: the source pixels that nearest resizing reads, and for each target pixel its place among them."""
     index = torch.arange(target, device=device) * source // target

@@ -1,6 +1,7 @@
-"""Seeing every attention call of a denoiser without changing it: torch forward hooks and a torch function mode.
+"""Seeing every attention call of a denoiser without changing it: forward hooks, and wrappers around the kernels.
 
-Processors are never replaced and outputs stay bit-equal. Hooks live for one `with` block.
+Processors are never replaced and outputs stay bit-equal. Hooks live for one `with` block; torch's own kernel is wrapped
+only while an observed module runs.
 """
 
 import threading
@@ -12,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from goca_guidance.records import AttentionRecord, AttentionView
 
 
+BACKENDS = _AttentionBackendRegistry._backends  # kernels that may never reach torch's function: flash, sage, xformers
+TORCH_KERNEL = "scaled_dot_product_attention"
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 PROBE = 64  # length of the probing vectors: the bias added to their images then costs few bits in half precision
+_LOCK = threading.Lock()
 
 
 class AttentionObserver:
@@ -30,9 +34,9 @@ class AttentionObserver:
         project: name to the layer's output projection, a function of b n h*d; asked only for `projected` layers.
         raw: names of the layers whose records carry the query before norm and rotary embeddings.
 
-    `projected` names the layers whose records carry the output projection, probed once per block: the weight may be adapted
-    (LoRA), cast (fp8) or elsewhere (offload), so it is never read. `paused` stops recording without removing hooks. `seen`
-    holds the names recorded since it was last cleared.
+    `projected` names the layers whose records carry the Gram matrix of the output projection, probed once per block: the
+    weight may be adapted (LoRA), cast (fp8) or elsewhere (offload), so it is never read. `paused` stops recording without
+    removing hooks. `seen` holds the names recorded since it was last cleared.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class AttentionObserver:
         self.projected: frozenset[str] = frozenset()
         self.paused = False
         self.seen: set[str] = set()
-        self._projections: dict[str, Tensor] = {}
+        self._grams: dict[str, Tensor] = {}
         self._open: list[_Call] = []
 
     def __enter__(self) -> "AttentionObserver":
@@ -57,24 +61,21 @@ class AttentionObserver:
             self._install(module.register_forward_hook(self._leave_module(name), always_call=True))
             if name in self.raw and getattr(module, "norm_q", None) is not None:
                 self._install(module.norm_q.register_forward_pre_hook(self._before_norm))
-        self._installed.callback(_release, _watch_kernels(self))
+        self._installed.callback(_release, BACKENDS, _watch(BACKENDS, list(BACKENDS), self))
         return self
 
     def __exit__(self, *_) -> None:
         self._installed.close()
         while self._open:
-            self._open.pop().stack.close()
-        self._projections.clear()
+            self._open.pop().close()
+        self._grams.clear()
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
     def _install(self, handle):
         self._installed.callback(handle.remove)
 
     def _enter_module(self) -> None:
-        call = _Call()
-        if not self.paused:
-            call.stack.enter_context(call.mode)
-        self._open.append(call)
+        self._open.append(_Call(None if self.paused else self))
 
     def _before_norm(self, module, args) -> None:
         if self._open:
@@ -83,7 +84,7 @@ class AttentionObserver:
     def _leave_module(self, name: str):
         def leave(module, args, output):
             call = self._open.pop()
-            call.stack.close()
+            call.close()
             if output is not None and call.first is not None and not self.paused:
                 self.seen.add(name)
                 record = self._record(name, call)
@@ -92,12 +93,18 @@ class AttentionObserver:
 
         return leave
 
-    def _saw_kernel(self, arguments, output) -> None:
-        """A call of a kernel that is not torch's, whose tokens come before its heads; other threads are none of ours."""
-        if self._open and not self.paused and threading.get_ident() == self._thread:
-            heads_first = {k: v.transpose(1, 2) if k in ("query", "key", "value") else v for k, v in arguments.items()}
-            result = output[0] if isinstance(output, tuple) else output
-            self._open[-1].keep(heads_first, result.transpose(1, 2))
+    def saw(self, name: str, args: tuple, kwargs: dict, output) -> None:
+        """A call of a kernel: torch's own, or one of diffusers' table, whose tokens come before its heads.
+
+        The first call of a module counts; later ones are image prompts (IP-Adapter). Other threads are none of ours.
+        """
+        if not self._open or self.paused or threading.get_ident() != self._thread or self._open[-1].first is not None:
+            return
+        arguments, result = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}, output
+        if name != TORCH_KERNEL:
+            arguments |= {k: arguments[k].transpose(1, 2) for k in ("query", "key", "value")}
+            result = (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+        self._open[-1].first = arguments, result
 
     # ---- records -----------------------------------------------------------------------------------------------------
     def _record(self, name, call) -> AttentionRecord:
@@ -119,18 +126,20 @@ class AttentionObserver:
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
             view=view,
             mask=mask,
-            projection=self._projection(name, query) if name in self.projected else None,
+            gram=self._gram(name, query) if name in self.projected else None,
             features=call.raw,
         )
 
-    def _projection(self, name, like) -> Tensor:
-        """The output projection as a matrix [h*d, c] without bias: what it does to zero and to each unit vector."""
-        if name not in self._projections:
+    def _gram(self, name, like) -> Tensor:
+        """W W^T of the output projection W without bias: what it does to zero and to each unit vector. Largest entry one."""
+        if name not in self._grams:
             width = like.shape[1] * like.shape[3]
             probe = torch.eye(width + 1, width, dtype=like.dtype, device=like.device).roll(1, 0) * PROBE
             answer = self.project(name)(probe[None])[0].float()
-            self._projections[name] = (answer[1:] - answer[:1]) / PROBE
-        return self._projections[name]
+            projection = (answer[1:] - answer[:1]) / PROBE
+            gram = projection @ projection.mT
+            self._grams[name] = (gram / gram.amax().clamp(min=torch.finfo(gram.dtype).tiny)).to(like.dtype)
+        return self._grams[name]
 
 
 def check_seen(expected: frozenset[str], seen: set[str]) -> None:
@@ -146,62 +155,42 @@ def check_seen(expected: frozenset[str], seen: set[str]) -> None:
 
 
 class WatchedKernel:
-    """A kernel of diffusers' table that tells an observer what it computed.
+    """A kernel that tells an observer what it computed, and stays behind as a plain call when the observer is gone."""
 
-    Kernels that are not torch's (flash, sage, xformers; Flux) never reach torch's function.
-    """
-
-    def __init__(self, kernel: Callable, observer: "AttentionObserver"):
-        self.kernel = kernel
+    def __init__(self, name: str, kernel: Callable, observer: AttentionObserver):
+        self.name, self.kernel = name, kernel
         self.observer: AttentionObserver | None = observer
 
     def __call__(self, *args, **kwargs):
         output = self.kernel(*args, **kwargs)
         if self.observer is not None:
-            self.observer._saw_kernel(kwargs, output)
+            self.observer.saw(self.name, args, kwargs, output)
         return output
 
 
-def _watch_kernels(observer) -> list[WatchedKernel]:
-    table = _AttentionBackendRegistry._backends
-    table.update({name: WatchedKernel(kernel, observer) for name, kernel in table.items()})
-    return list(table.values())
+def _watch(table: dict, names: list[str], observer: AttentionObserver) -> list[WatchedKernel]:
+    with _LOCK:
+        kernels = [WatchedKernel(name, table[name], observer) for name in names]
+        table.update(zip(names, kernels, strict=True))
+    return kernels
 
 
-def _release(kernels) -> None:
+def _release(table: dict, kernels: list[WatchedKernel]) -> None:
     """Let the observer go, and take off every wrapper that watches for no one: calls in other threads may end in any order."""
-    for kernel in kernels:
-        kernel.observer = None
-    table = _AttentionBackendRegistry._backends
-    for name, kernel in list(table.items()):
-        while isinstance(kernel, WatchedKernel) and kernel.observer is None:
-            kernel = kernel.kernel
-        table[name] = kernel
+    with _LOCK:
+        for kernel in kernels:
+            kernel.observer, name = None, kernel.name
+            while isinstance(table[name], WatchedKernel) and table[name].observer is None:
+                table[name] = table[name].kernel
 
 
 class _Call:
-    """One running attention module: its first kernel call (later ones are image prompts, IP-Adapter), and its raw query."""
+    """One running attention module: its first kernel call, and its raw query. Torch's kernel is watched until `close`."""
 
-    def __init__(self):
-        self.stack, self.mode = ExitStack(), _KernelCalls(self.keep)
+    def __init__(self, observer: AttentionObserver | None):
+        self._kernels = _watch(vars(F), [TORCH_KERNEL], observer) if observer else []
         self.first: tuple[dict, Tensor] | None = None
         self.raw: Tensor | None = None
 
-    def keep(self, arguments, output) -> None:
-        if self.first is None:
-            self.first = arguments, output
-
-
-class _KernelCalls(TorchFunctionMode):
-    """Reports every scaled-dot-product call of torch."""
-
-    def __init__(self, report):
-        super().__init__()
-        self.report = report
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            self.report({**dict(zip(names, args, strict=False)), **(kwargs or {})}, output)
-        return output
+    def close(self) -> None:
+        _release(vars(F), self._kernels)

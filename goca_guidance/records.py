@@ -5,6 +5,7 @@ One axis legend for the project: `b` image, `h` head, `p` pixel token (row-major
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -33,7 +34,8 @@ class AttentionRecord:
     """One attention call of a denoiser, exactly as the kernel saw it (after query/key norms and rotary embeddings).
 
     Shapes: `query` b h p d (pixel queries only), `key` and `value` b h n d, `output` b h p d (before the output
-    projection), `mask` additive, broadcastable to b h p n, or None. `features` b h p d: the query before norm and rotary
+    projection), `mask` additive, broadcastable to b h p n, or None. `gram`: W W^T of the output projection W [h*d c]
+    without bias, up to a factor. `features` b h p d: the query before norm and rotary
     embeddings, where the observer was asked for it, else None. The probabilities are never stored: they are recomputed
     where they are needed, and their softmax runs over all keys.
     """
@@ -46,7 +48,7 @@ class AttentionRecord:
     scale: float
     view: AttentionView
     mask: Float[Tensor, "..."] | None = None
-    projection: Float[Tensor, "c e"] | None = None
+    gram: Float[Tensor, "hd hd"] | None = None
     features: Float[Tensor, "b h p d"] | None = None
 
     @property
@@ -64,10 +66,28 @@ class AttentionRecord:
         tensors = {name: half(getattr(self, name)) for name in ("query", "key", "value", "output", "features")}
         return replace(self, mask=mask, **tensors)
 
-    def queries_and_keys(self) -> "AttentionRecord":
-        """What the attention map depends on; everything else is let go."""
-        query, key = (_alone(x) for x in (self.query, self.key))
-        return replace(self, query=query, key=key, value=None, output=None, projection=None, features=None)
+    def at(self, grid: tuple[int, int], rows: Int[Tensor, " rows"]) -> "AttentionRecord":
+        """Of the queries those `rows` only, which form `grid`; the keys stay."""
+        mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[:, :, rows]
+        output = None if self.output is None else self.output[:, :, rows]
+        return replace(
+            self, query=self.query[:, :, rows], output=output, mask=mask, view=replace(self.view, grid=grid)
+        )
+
+    def float(self) -> "AttentionRecord":
+        """Queries, keys and mask in float32."""
+        mask = None if self.mask is None else self.mask.float()
+        return replace(self, query=self.query.float(), key=self.key.float(), mask=mask)
+
+    def only(self, *needed: str) -> "AttentionRecord":
+        """Query, key, mask and what else is `needed`; everything else is let go."""
+        others: dict[str, Any] = {n: None for n in ("value", "output", "gram", "features") if n not in needed}
+        return replace(self, **others)
+
+    def alone(self) -> "AttentionRecord":
+        """For keeping: no tensor shares memory with what is let go."""
+        output = None if self.output is None else _alone(self.output)
+        return replace(self, query=_alone(self.query), key=_alone(self.key), output=output)
 
 
 def _alone(x: Tensor) -> Tensor:

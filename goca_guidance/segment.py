@@ -11,12 +11,12 @@ from torch import Tensor
 
 from goca_guidance.config import Background, GoCAConfig
 from goca_guidance.families import denoiser_of, family_of, readers_of
-from goca_guidance.goca import GoCASegmentor
 from goca_guidance.images import load_image
 from goca_guidance.maps import resize
 from goca_guidance.noising import HandingScheduler, encode, noisy_latents
 from goca_guidance.observer import check_seen
 from goca_guidance.records import Segmentation, TokenLayout
+from goca_guidance.segmentor import GoCASegmentor
 from goca_guidance.tokens import class_layout
 from goca_guidance.watch import Watch
 
@@ -189,8 +189,7 @@ class _Forwards(Watch):
         self.observer.seen.clear()
 
     def keep(self, record) -> None:
-        if record.name in self.segmentor.layers:
-            self.segmentor.keep(record)
+        self.segmentor.keep(record)
 
     def _finish(self):
         """Scores of the forward that just ended, if one did."""

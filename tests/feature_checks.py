@@ -40,13 +40,13 @@ def feature(title: str):
 class Found:
     """What `check` saw.
 
-    `expected`: the stock pipeline's latents, under the feature. `projections`: by layer, what heads were weighed with.
+    `expected`: the stock pipeline's latents, under the feature. `grams`: by layer, what heads were weighed with.
     """
 
     pipe: GoCASCFGPipeline
     guided: GoCASCFGPipelineOutput
     expected: torch.Tensor
-    projections: dict[str, torch.Tensor]
+    grams: dict[str, torch.Tensor]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ def check(
         change(pipe)
     before = hooks_of(denoiser_of(pipe))
     neutral = run(pipe, name, scfg=replace(scfg, rate_min=1, rate_max=1), **ours, **call).images
-    with real_attention(pipe, alone) as projections:
+    with real_attention(pipe, alone) as grams:
         guided = run(pipe, name, scfg=scfg, output_regions=True, **ours, **call)
     assert hooks_of(denoiser_of(pipe)) == before
     assert torch.equal(neutral, expected)
@@ -95,7 +95,7 @@ def check(
     assert torch.isfinite(guided.images).all()
     assert len(guided.regions) == len(guided.guidance_maps) == steps
     assert all((regions.masks.sum(1) == 1).all() for regions in guided.regions)
-    return Found(pipe, guided, expected, projections)
+    return Found(pipe, guided, expected, grams)
 
 
 def works(*args, **kwargs) -> str:
@@ -140,12 +140,12 @@ def refused_by_diffusers(match: str, reason: str, action: Callable) -> str:
 
 @contextmanager
 def real_attention(pipe, alone: bool):
-    """All that the method is shown is softmax(q k^T) v, of the very output that the layer projects; yields projections."""
-    projections, projected, keep = {}, {}, GuidedCall.keep
+    """All that the method is shown is softmax(q k^T) v, of the very output that the layer projects; yields Gram matrices."""
+    grams, projected, keep = {}, {}, GuidedCall.keep
 
     def check_and_keep(self, record):
-        if record.projection is not None:
-            projections[record.name] = record.projection
+        if record.gram is not None:
+            grams[record.name] = record.gram
         logits = record.query.float() @ record.key.float().mT * record.scale
         probs = (logits if record.mask is None else logits + record.mask.float()).softmax(-1)
         error = probs @ record.value.float() - record.output.float()
@@ -163,7 +163,7 @@ def real_attention(pipe, alone: bool):
     handles = [module.register_forward_pre_hook(before_projection(name)) for name, module in outward.items()]
     try:
         with patch.object(GuidedCall, "keep", check_and_keep):
-            yield projections
+            yield grams
     finally:
         for handle in handles:
             handle.remove()

@@ -36,12 +36,13 @@ def lora(name):
     """Heads are weighed by the adapted output projection."""
     found = check(name, add_lora, ours={"goca": GoCAConfig(heads="contribution")})
     modules = dict(denoiser_of(found.pipe).named_modules())
-    adapted = {key: modules[f"{key}.to_out.0"] for key in found.projections if f"{key}.to_out.0" in modules}
+    adapted = {key: modules[f"{key}.to_out.0"] for key in found.grams if f"{key}.to_out.0" in modules}
     assert adapted
     for key, layer in adapted.items():
         change = layer.get_delta_weight("default")
         assert change.norm() > 0.1 * layer.weight.norm()
-        assert torch.allclose(found.projections[key], (layer.weight + change).mT, atol=1e-5)
+        gram = (layer.weight + change).mT @ (layer.weight + change)
+        assert torch.allclose(found.grams[key], gram / gram.amax(), atol=1e-5)
     return WORKS
 
 

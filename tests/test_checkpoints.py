@@ -140,7 +140,7 @@ def test_kept_queries_hold_no_other_half(monkeypatch):
 
     def record(self, name, call):
         found = original(self, name, call)
-        kept.append(found.branch(1).queries_and_keys())
+        kept.append(found.branch(1).only().alone())
         return found
 
     monkeypatch.setattr(AttentionObserver, "_record", record)

@@ -196,7 +196,7 @@ def test_regions_and_foreground_from_attention_by_hand(name):
     words = [[1], [3]] if name in END_SINK else [[2], [4], [0]]
     words = [[2, second + 1], [4, second + 3], [0]] if second else words
     scores = normalise(torch.stack([cond[:, word].mean(1) for word in words], 1), plain)
-    sink = cond[:, 4:5] if name in END_SINK else (cond if name == "sdxl" else uncond)[:, :1]
+    sink = cond[:, 4:5] if name in END_SINK else (cond if name in ("sdxl", "sd3") else uncond)[:, :1]
     masks = torch.nn.functional.one_hot(scores.argmax(1), len(words)).movedim(-1, 1)
     expected_masks, expected_foreground = (
         torch.nn.functional.interpolate(found.float(), (16, 24)).bool()

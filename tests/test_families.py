@@ -77,6 +77,7 @@ SD3 = {
     "cross": 24,
     "reference": "transformer_blocks.12.attn",
     "fine": tuple(f"transformer_blocks.{i}.attn" for i in range(8, 16)),
+    "heads": "uniform",
 }
 EXPECTED = {
     "sd1": SD,

@@ -87,7 +87,7 @@ def resized_affinity(a, grid, reference):
 def test_pulled_affinity_is_the_adjoint_of_the_resize(grid, reference):
     pixels, wanted = grid[0] * grid[1], reference[0] * reference[1]
     a, r = random(2, pixels, pixels), random(2, wanted, wanted, seed=1)
-    rows, pulled = maps.pull_affinity(r, reference, grid)
+    rows, pulled = maps.pull_affinity(r, reference, grid, grid)
     assert len(rows) <= min(pixels, wanted)
     assert torch.allclose((r * resized_affinity(a, grid, reference)).sum((1, 2)), (pulled * a[:, rows]).sum((1, 2)))
 

@@ -1,0 +1,178 @@
+"""Time and peak memory of GoCA's core alone, ours and naive, on the attention of one full-size step: `python -m eval.core`.
+
+One step of a denoiser with random weights is captured: one image, two predictions. Then each form, in a process of its own,
+reads the records in network order and makes regions of the latent's size: its time is the median after one warm-up, its
+memory what the warm-up's peak adds to the captured step (resident on the CPU, allocated on an accelerator). The errors are
+against the naive form in float64. `--profile` adds what each part of ours takes.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from eval.architectures import ARCHITECTURES, arguments, build, guided_arguments
+from eval.captured import Step, capture, sharpen
+from eval.report import command, markdown, write_json
+from eval.speed import _PeakMemory, alone, device_name
+from goca_guidance import GoCAConfig, segmentor
+from goca_guidance.families import denoiser_of
+
+
+SHARPER = 16  # queries: attention then peaks as a trained model's does
+FORMS = {"ours": Step.ours, "naive": Step.naive}
+PARTS = {  # functions that the segmentor calls; what none of them does is "the rest"
+    "head weights": ("head_weights",),
+    "token maps": ("token_maps",),
+    "self-attention": ("probabilities",),  # which agreement and refinement share
+    "agreement": ("pseudo_attention", "pull_affinity", "agreement"),
+    "refinement": ("refine", "affinity_product"),
+}
+
+
+def capture_to(path: Path, family: str, device: str, dtype: str) -> None:
+    """A step at the family's native size to a file."""
+    pipe = build(family, device, getattr(torch, dtype))
+    sharpen(denoiser_of(pipe.components), SHARPER)
+    call = arguments(family, pipe, ARCHITECTURES[family].size, batch=1, steps=2)
+    torch.save(capture(pipe, 1, guided_arguments(family).get("region_tokens"), **call), path)
+
+
+def regions(step: Step, form: str) -> tuple:
+    """What is measured: a segmentor that reads everything, and its regions."""
+    reader = FORMS[form](step, GoCAConfig())
+    return reader, reader.regions(step.latent)
+
+
+def measure(path: Path, device: str, form: str, repeats: int) -> dict:
+    """Time and memory of a form, and what it found; run it in a process of its own."""
+    step, seconds = torch.load(path, map_location=device, weights_only=False), []
+    before = torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    with _PeakMemory(device) as memory:
+        found = regions(step, form)
+    for _ in tqdm(range(repeats), desc=form):
+        found = None  # what was stored is let go
+        start = _now(device)
+        found = regions(step, form)
+        seconds.append(_now(device) - start)
+    scores, masks = found[0].scores().cpu().numpy(), found[1].masks.cpu().numpy()
+    milliseconds, megabytes = round(1000 * statistics.median(seconds), 1), (memory.peak - before) // 2**20
+    return {"ms": milliseconds, "peak_mb": megabytes, "scores": scores, "masks": masks}
+
+
+def exact(path: Path, device: str) -> dict:
+    """What the naive form finds in float64."""
+    step = torch.load(path, map_location=device, weights_only=False)
+    reader = step.naive(GoCAConfig(), torch.float64)
+    return {"scores": reader.scores().cpu().numpy(), "masks": reader.regions(step.latent).masks.cpu().numpy()}
+
+
+def profile(path: Path, device: str, repeats: int) -> dict[str, float]:
+    """Share of each part in the time of ours, while the functions that it calls carry timers."""
+    step, seconds, total = torch.load(path, map_location=device, weights_only=False), dict.fromkeys(PARTS, 0.0), 0.0
+    with ExitStack() as stack:
+        for part, names in PARTS.items():
+            for name in names:
+                clock = partial(_clock, seconds, part, device)
+                stack.enter_context(patch.object(segmentor, name, _timed(getattr(segmentor, name), clock)))
+        for repeat in tqdm(range(repeats + 1), desc="profile"):
+            if repeat == 1:
+                seconds.update(dict.fromkeys(PARTS, 0.0))  # so far the warm-up's
+            start = _now(device)
+            regions(step, "ours")
+            total += _now(device) - start if repeat else 0.0
+    shares = {part: round(spent / total, 3) for part, spent in seconds.items()}
+    return {**shares, "the rest": round(1 - sum(shares.values()), 3)}
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], part: str, device: str):
+    """Counts the block's time for a part, less the time of parts within it."""
+    start, counted = _now(device), sum(seconds.values())
+    yield
+    seconds[part] += _now(device) - start - (sum(seconds.values()) - counted)
+
+
+def _timed(function: Callable, clock: Callable) -> Callable:
+    """The function under a clock, also while it yields."""
+
+    def call(*args, **kwargs):
+        with clock():
+            result = function(*args, **kwargs)
+        return each(result) if isinstance(result, Iterator) else result
+
+    def each(items):
+        while True:
+            with clock():
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+    return call
+
+
+def _now(device) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(family: str, device: str, dtype: str, repeats: int, profiled: bool) -> dict:
+    """Rows of both forms, and how they differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "step.pt"
+        alone(capture_to, path, family, device, dtype)
+        found = {form: alone(measure, path, device, form, repeats) for form in FORMS}
+        truth = alone(exact, path, device)
+        parts = {"parts": alone(profile, path, device, repeats)} if profiled else {}
+    ours, naive, shared = found["ours"], found["naive"], {"device": device_name(device)}
+    return {
+        "rows": [
+            {**shared, "form": form, "ms": x["ms"], "peak_mb": x["peak_mb"], **_difference(x, truth)}
+            for form, x in found.items()
+        ],
+        "time_ratio": round(naive["ms"] / ours["ms"], 2),
+        "memory_ratio": round(naive["peak_mb"] / max(1, ours["peak_mb"]), 2),
+        "between_forms": _difference(ours, naive),
+        **parts,
+    }
+
+
+def _difference(one: dict, other: dict) -> dict[str, float]:
+    """Largest difference of scores, and share of pixels in the same region."""
+    return {
+        "score_error": float(f"{np.abs(one['scores'] - other['scores']).max():.1e}"),
+        "mask_agreement": round(float((one["masks"] == other["masks"]).all(1).mean()), 5),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="sd-1.5", choices=list(ARCHITECTURES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="also what each part of ours takes")
+    parser.add_argument("--result", type=Path, help="results/core-DEVICE.json by default")
+    args = parser.parse_args()
+    compared = compare(args.family, args.device, args.dtype, args.repeats, args.profile)
+    settings = {"family": args.family, "repeats": args.repeats, "dtype": args.dtype, "torch": torch.__version__}
+    result = args.result or Path(f"results/core-{args.device}.json")
+    write_json(result, {"command": command(), "settings": settings, **compared})
+    print(markdown(compared.pop("rows")))
+    print("\n".join(f"{name}: {value}" for name, value in compared.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""GoCA's core as the paper says it (arXiv 2603.06178), with everything built and stored: the reference of time and numbers.
+
+Every layer's softmax map of all heads is kept until the step ends; per-head outputs and resized maps are built. In float32;
+or in float64, to know the rounding of both forms.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from goca_guidance.config import GoCAConfig, LayerPreset
+from goca_guidance.maps import as_maps, blur, min_max, nearest, resize
+from goca_guidance.records import AttentionRecord, Regions, TokenLayout
+
+
+@dataclass
+class NaiveSegmentor:
+    """`GoCASegmentor` in its naive form: the same calls, for the records of every family, joint attention and masks included.
+
+    Every field of `GoCAConfig` is supported, and means the same. Of the unconditional prediction only text maps are built,
+    where `unconditional_sink` asks for them. Contribution heads need the output `projections` too, without bias.
+    """
+
+    config: GoCAConfig
+    preset: LayerPreset
+    layout: TokenLayout
+    unconditional_sink: bool = False
+    projections: Mapping[str, Float[Tensor, "hd c"]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        config, preset = self.config, self.preset
+        self.order = preset.order if config.refine_order is None else config.refine_order
+        self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise
+        self._views, self._maps, self._shares = {}, {}, {}  # by prediction and layer: b h p n; b h p 1, or one number
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Names of the layers that must be observed."""
+        own = (*self.preset.own, self.preset.reference) if self.config.layers == "agreement" else ()
+        return frozenset((*self.preset.cross, *own, *(self.preset.fine if self.order else ())))
+
+    @property
+    def projected(self) -> frozenset[str]:
+        """Names of the layers whose output projection is needed."""
+        return frozenset(self.preset.cross if (self.config.heads or self.preset.heads) == "contribution" else ())
+
+    def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
+        """Take a record of the conditional prediction (1), of the unconditional one (0), or of both, the latter first."""
+        for branch in branches:
+            part = record.branch(branch) if len(branches) == 2 else record
+            wanted = self.layers if branch == 1 else self.preset.cross if self.unconditional_sink else ()
+            if part.name in wanted:
+                self._store(part, branch)
+
+    def _store(self, record, branch):
+        if (branch, record.name) == (1, self.preset.reference):
+            query = record.query if record.features is None else record.features
+            features = record.output if self.preset.features == "output" else query
+            self._features = features.to(self.dtype).transpose(1, 2).flatten(2)[..., : self.config.reference_channels]
+        self._views[record.name], self._maps[branch, record.name] = record.view, probabilities(record, self.dtype)
+        self._shares[branch, record.name] = 1 / record.query.shape[1]
+        if record.name in self.projected:
+            tensors = (x.to(self.dtype) for x in (record.output, self.projections[record.name]))
+            self._shares[branch, record.name] = head_shares(*tensors, self.config.clamp_heads)
+
+    def weights(self) -> Float[Tensor, "b l"]:
+        """Weight of each text layer, in the preset's order: <A_p, resize(mean_h A_self)>, clamped, over the sum."""
+        if self.config.layers == "uniform":
+            uniform = self.layout.groups.new_ones(len(self.layout.labels), len(self.preset.cross))
+            return uniform / len(self.preset.cross)
+        reference = (self._features @ self._features.mT / self._features.shape[-1] ** 0.5).softmax(-1)
+        grid, found = self._views[self.preset.reference].grid, []
+        for name in self.preset.own:
+            resized = resize_affinity(self._affinity(name), self._views[name].grid, grid)
+            resized = resized / resized.sum(-1, keepdim=True) if self.row_normalise else resized
+            found.append((reference * resized).sum((1, 2)).clamp(min=0))
+        return torch.stack([torch.where(sum(found) > 0, one / sum(found), 1 / len(found)) for one in found], -1)
+
+    def _affinity(self, name):  # b p p: the mean over heads of a layer's map, pixel keys only
+        return self._maps[1, name][..., self._views[name].image].mean(1)
+
+    def scores(self) -> Float[Tensor, "b k H W"]:
+        """One map in [0, 1] for each region of the layout, at the finest text layer's grid."""
+        return self._scores(self.weights())
+
+    def regions(self, size: tuple[int, int]) -> Regions:
+        """The argmax over regions, and the foreground: where the sink token's map is below one half."""
+        weights, layout = self.weights(), self.layout
+        winner = self._scores(weights).masked_fill(~layout.present[..., None, None], -torch.inf).argmax(1)
+        masks = torch.stack([winner == k for k in range(layout.groups.shape[2])], 1)
+        sink = self._normalised(self._tokens(0 if self.unconditional_sink else 1, weights, layout.sink))
+        return Regions(nearest(masks, size), nearest(sink < 0.5, size), layout.labels)
+
+    def _tokens(self, branch, weights, columns):
+        """b m H W: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, for all of the text; then its `columns`."""
+        size, total = max((self._views[name].grid for name in self.preset.cross), key=math.prod), 0
+        for layer, name in enumerate(self.preset.cross):
+            text = (self._maps[branch, name][..., self._views[name].text] * self._shares[branch, name]).sum(1)
+            total = total + weights[:, layer, None, None, None] * resize(as_maps(text, self._views[name].grid), size)
+        return torch.stack([maps[at] for maps, at in zip(total.clamp(min=0), columns, strict=True)])
+
+    def _scores(self, weights):
+        tokens, groups = self._tokens(1, weights, self.layout.columns), self.layout.groups.to(self.dtype)
+        content = self.layout.content[..., None, None]
+        maps = torch.einsum("bmhw,bmk->bkhw", tokens, groups)
+        total = (tokens * content).sum(1, keepdim=True)
+        rivals = ((groups > 0) & content[..., 0]).any(1).sum(-1)  # a single region of content is left as it is
+        divided = (total > 0) & (rivals > 1)[:, None, None, None] & self.config.rescale
+        return self._refined(self._normalised(torch.where(divided, maps / total, maps)))
+
+    def _refined(self, maps):
+        if not self.order:
+            return maps
+        affinity, refined = sum(map(self._affinity, self.preset.fine)) / len(self.preset.fine), maps.flatten(2).mT
+        for _ in range(self.order):
+            refined = affinity @ refined
+        return min_max(as_maps(refined, maps.shape[-2:]))
+
+    def _normalised(self, maps):
+        """Gaussian blur, then min-max; the kernel is given for 64 x 64 maps, and grows or shrinks with them."""
+        relative = math.prod(maps.shape[-2:]) ** 0.5 / 64
+        size = 2 * math.ceil(self.config.blur_size // 2 * relative) + 1
+        return min_max(blur(maps, size, self.config.blur_sigma * relative))
+
+
+def probabilities(record: AttentionRecord, dtype: torch.dtype) -> Float[Tensor, "b h p n"]:
+    """softmax(q k^T) of all heads, pixels and keys."""
+    logits = record.query.to(dtype) @ record.key.to(dtype).mT * record.scale
+    return (logits if record.mask is None else logits + record.mask.to(dtype)).softmax(-1)
+
+
+def head_shares(output: Tensor, projection: Float[Tensor, "hd c"], clamp: bool) -> Float[Tensor, "b h p 1"]:
+    """<o_h, o> / <o, o> with every per-head output o_h = z_h W_h built (GoCA, heads)."""
+    outputs = output @ projection.unflatten(0, (output.shape[1], -1))  # b h p c
+    share = (outputs * outputs.sum(1, keepdim=True)).sum(-1, keepdim=True).clamp(min=0 if clamp else -torch.inf)
+    total = share.sum(1, keepdim=True)
+    return torch.where(total > 0, share / total, 1 / share.shape[1])
+
+
+def resize_affinity(affinity: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Float[Tensor, "b P Q"]:
+    """A self-attention map b p p on another grid: its keys bilinear, its queries nearest (GoCA, layers)."""
+    keys = resize(affinity.unflatten(-1, grid), target).flatten(2)  # b p Q
+    return F.interpolate(keys.mT.unflatten(-1, grid), target, mode="nearest").flatten(2).mT

@@ -1,0 +1,79 @@
+"""The fast segmentor's numbers are the naive one's, on the attention of each family's tiny model: the project's target."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from eval.captured import Step, capture, sharpen
+from eval.core import PARTS, measure, profile
+from eval.naive import head_shares, probabilities
+from goca_guidance import GoCAConfig
+from goca_guidance.records import AttentionRecord, AttentionView
+from tests.families import FAMILIES, stock_pipeline
+
+
+PROMPTS = ["a cat on grass", "a bus"]  # the second one has fewer regions: padding
+
+
+@cache
+def step(name: str) -> Step:
+    """The first step of a family's tiny model."""
+    pipe = stock_pipeline(name)
+    sharpen(getattr(pipe, FAMILIES[name].denoiser), 6)
+    call = {"prompt": PROMPTS, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    return capture(pipe, len(PROMPTS), **call, **FAMILIES[name].call)
+
+
+def compare(name, config):
+    fast, naive = step(name).ours(config), step(name).naive(config)
+    assert (fast.layers, fast.projected) == (naive.layers, naive.projected)
+    assert torch.allclose(fast.weights(), naive.weights(), rtol=0, atol=1e-4)
+    assert torch.allclose(fast.scores(), naive.scores(), rtol=0, atol=1e-4)
+    ours, theirs = (segmentor.regions((32, 32)) for segmentor in (fast, naive))
+    assert (ours.masks == theirs.masks).all(1).float().mean() >= 0.999
+    assert (ours.foreground == theirs.foreground).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("heads", [None, "contribution"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fast_equals_naive(name, heads):
+    compare(name, GoCAConfig(heads=heads))
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GoCAConfig.vanilla(),
+        GoCAConfig.released(row_normalise=True),
+        GoCAConfig(row_normalise=False, clamp_heads=True),
+        GoCAConfig(rescale=False, refine_order=0),
+    ],
+    ids=["vanilla", "released", "clamped", "plain"],
+)
+def test_fast_equals_naive_in_every_configuration(name, config):
+    compare(name, config)
+
+
+def test_naive_by_hand():
+    """Two pixels, two heads that write (3, 0) and (1, 2); two words of which each head sees one."""
+    query = torch.tensor([[[[1.0, 0.0]] * 2, [[0.0, 1.0]] * 2]])
+    key = torch.tensor([[[[9.0, 0.0], [0.0, 9.0]]]]).expand(1, 2, -1, -1)
+    z = torch.tensor([[[[3.0, 0.0]] * 2, [[1.0, 2.0]] * 2]])
+    projection = torch.cat([torch.eye(2), torch.eye(2)])
+    view = AttentionView((1, 2), text=slice(0, 2))
+    record = AttentionRecord("layer", query, key, None, z, 1.0, view)
+    assert torch.allclose(head_shares(z, projection, clamp=False)[..., 0], torch.tensor([[[0.6, 0.6], [0.4, 0.4]]]))
+    assert torch.allclose(probabilities(record, torch.float32)[0, :, 0], torch.eye(2), atol=1e-3)
+
+
+def test_core_measures(tmp_path):
+    path = tmp_path / "step.pt"
+    torch.save(step("sd"), path)
+    ours, naive = (measure(path, "cpu", form, repeats=1) for form in ("ours", "naive"))
+    assert ours["masks"].shape == naive["masks"].shape
+    assert min(ours["ms"], naive["ms"]) > 0
+    shares = profile(path, "cpu", repeats=1)
+    assert shares.keys() == {*PARTS, "the rest"}
+    assert all(0 <= share < 1 for share in shares.values())
