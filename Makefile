@@ -5,7 +5,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
 FLOOR := .venv-floor
 
-.PHONY: demo test test-floor check features format report clean
+.PHONY: demo test test-floor check features format speed speed-gpu report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,14 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+speed: $(VENV)/installed  ## what guidance costs on this machine's CPU: an hour, and a killed run goes on
+	$(RUN)/python -m eval.speed --device cpu
+	$(RUN)/python -m eval.core --device cpu
+
+speed-gpu: $(VENV)/installed  ## the same on a GPU, in half precision; with the embedded model's options
+	$(RUN)/python -m eval.speed --device cuda
+	$(RUN)/python -m eval.core --device cuda --dtype bfloat16
 
 report: $(VENV)/installed  ## results/*.json and the pictures of `make demo` into README.md
 	$(RUN)/python -m eval.report

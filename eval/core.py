@@ -3,7 +3,7 @@
 One step of a denoiser with random weights is captured: one image, two predictions. Then each form, in a process of its own,
 reads the records in network order and makes regions of the latent's size: its time is the median after one warm-up, its
 memory what the warm-up's peak adds to the captured step (resident on the CPU, allocated on an accelerator). The errors are
-against the naive form in float64. `--profile` adds what each part of ours takes.
+against the naive form in float64. The last columns are the shares of our time that the parts take.
 """
 
 import argparse
@@ -24,27 +24,28 @@ from tqdm.auto import tqdm
 from eval.architectures import ARCHITECTURES, arguments, build, guided_arguments
 from eval.captured import Step, capture, sharpen
 from eval.report import command, markdown, write_json
-from eval.speed import _PeakMemory, alone, device_name
+from eval.speed import PeakMemory, alone, device_name
 from goca_guidance import GoCAConfig, segmentor
 from goca_guidance.families import denoiser_of
 
 
-SHARPER = 16  # queries: attention then peaks as a trained model's does
+SHARPER = 16  # times louder queries: of evener attention the naive form keeps mostly rounding
 FORMS = {"ours": Step.ours, "naive": Step.naive}
-PARTS = {  # functions that the segmentor calls; what none of them does is "the rest"
-    "head weights": ("head_weights",),
-    "token maps": ("token_maps",),
-    "self-attention": ("probabilities",),  # which agreement and refinement share
+FAMILIES = ("sd-1.5", "sdxl", "pixart-sigma", "flux-short", "hunyuan", "sd3")
+PARTS = {  # functions that the segmentor calls; what none of them does is "rest"
+    "head_weights": ("head_weights",),
+    "token_maps": ("token_maps",),
+    "self_attention": ("probabilities",),  # which agreement and refinement share
     "agreement": ("pseudo_attention", "pull_affinity", "agreement"),
     "refinement": ("refine", "affinity_product"),
 }
 
 
-def capture_to(path: Path, family: str, device: str, dtype: str) -> None:
-    """A step at the family's native size to a file."""
+def capture_to(path: Path, family: str, size: int, device: str, dtype: str) -> None:
+    """A step to a file."""
     pipe = build(family, device, getattr(torch, dtype))
     sharpen(denoiser_of(pipe.components), SHARPER)
-    call = arguments(family, pipe, ARCHITECTURES[family].size, batch=1, steps=2)
+    call = arguments(family, pipe, size, batch=1, steps=2)
     torch.save(capture(pipe, 1, guided_arguments(family).get("region_tokens"), **call), path)
 
 
@@ -58,7 +59,7 @@ def measure(path: Path, device: str, form: str, repeats: int) -> dict:
     """Time and memory of a form, and what it found; run it in a process of its own."""
     step, seconds = torch.load(path, map_location=device, weights_only=False), []
     before = torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
-    with _PeakMemory(device) as memory:
+    with PeakMemory(device) as memory:
         found = regions(step, form)
     for _ in tqdm(range(repeats), desc=form):
         found = None  # what was stored is let go
@@ -67,7 +68,7 @@ def measure(path: Path, device: str, form: str, repeats: int) -> dict:
         seconds.append(_now(device) - start)
     scores, masks = found[0].scores().cpu().numpy(), found[1].masks.cpu().numpy()
     milliseconds, megabytes = round(1000 * statistics.median(seconds), 1), (memory.peak - before) // 2**20
-    return {"ms": milliseconds, "peak_mb": megabytes, "scores": scores, "masks": masks}
+    return {"ms": milliseconds, "mb": megabytes, "scores": scores, "masks": masks}
 
 
 def exact(path: Path, device: str) -> dict:
@@ -92,7 +93,7 @@ def profile(path: Path, device: str, repeats: int) -> dict[str, float]:
             regions(step, "ours")
             total += _now(device) - start if repeat else 0.0
     shares = {part: round(spent / total, 3) for part, spent in seconds.items()}
-    return {**shares, "the rest": round(1 - sum(shares.values()), 3)}
+    return {**shares, "rest": round(1 - sum(shares.values()), 3)}
 
 
 @contextmanager
@@ -128,23 +129,24 @@ def _now(device) -> float:
     return time.perf_counter()
 
 
-def compare(family: str, device: str, dtype: str, repeats: int, profiled: bool) -> dict:
-    """Rows of both forms, and how they differ."""
+def compare(family: str, size: int, device: str, dtype: str, repeats: int) -> dict:
+    """A row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.pt"
-        alone(capture_to, path, family, device, dtype)
-        found = {form: alone(measure, path, device, form, repeats) for form in FORMS}
+        alone(capture_to, path, family, size, device, dtype)
+        ours, naive = (alone(measure, path, device, form, repeats) for form in FORMS)
         truth = alone(exact, path, device)
-        parts = {"parts": alone(profile, path, device, repeats)} if profiled else {}
-    ours, naive, shared = found["ours"], found["naive"], {"device": device_name(device)}
+        parts = alone(profile, path, device, repeats)
     return {
-        "rows": [
-            {**shared, "form": form, "ms": x["ms"], "peak_mb": x["peak_mb"], **_difference(x, truth)}
-            for form, x in found.items()
-        ],
-        "time_ratio": round(naive["ms"] / ours["ms"], 2),
-        "memory_ratio": round(naive["peak_mb"] / max(1, ours["peak_mb"]), 2),
-        "between_forms": _difference(ours, naive),
+        "device": device_name(device),
+        "family": family,
+        "size": size,
+        "dtype": dtype,
+        **{f"{key}_{name}": found[key] for key in ("ms", "mb") for name, found in (("ours", ours), ("naive", naive))},
+        "time_ratio": round(naive["ms"] / ours["ms"], 1),
+        "memory_ratio": round(naive["mb"] / max(1, ours["mb"]), 1),
+        **_difference(ours, truth),
+        "naive": _difference(naive, truth),
         **parts,
     }
 
@@ -159,19 +161,18 @@ def _difference(one: dict, other: dict) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="sd-1.5", choices=list(ARCHITECTURES))
+    parser.add_argument("--families", nargs="+", default=FAMILIES, choices=list(ARCHITECTURES))
+    parser.add_argument("--size", type=int, default=512, help="at which the naive form of every family can be held")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", action="store_true", help="also what each part of ours takes")
     parser.add_argument("--result", type=Path, help="results/core-DEVICE.json by default")
-    args = parser.parse_args()
-    compared = compare(args.family, args.device, args.dtype, args.repeats, args.profile)
-    settings = {"family": args.family, "repeats": args.repeats, "dtype": args.dtype, "torch": torch.__version__}
+    args, rows = parser.parse_args(), []
     result = args.result or Path(f"results/core-{args.device}.json")
-    write_json(result, {"command": command(), "settings": settings, **compared})
-    print(markdown(compared.pop("rows")))
-    print("\n".join(f"{name}: {value}" for name, value in compared.items()))
+    for family in args.families:
+        rows.append(compare(family, args.size, args.device, args.dtype, args.repeats))
+        write_json(result, {"command": command(), "torch": torch.__version__, "rows": rows})
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

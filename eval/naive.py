@@ -22,7 +22,8 @@ from goca_guidance.records import AttentionRecord, Regions, TokenLayout
 class NaiveSegmentor:
     """`GoCASegmentor` in its naive form: the same calls, for the records of every family, joint attention and masks included.
 
-    Every field of `GoCAConfig` is supported, and means the same. Of the unconditional prediction only text maps are built,
+    Every field of `GoCAConfig` is supported, and means the same, except the options that trade exactness for
+    speed (`agreement_rows`, `working_size`). Of the unconditional prediction only text maps are built,
     where `unconditional_sink` asks for them. Contribution heads need the output `projections` too, without bias.
     """
 

@@ -1,6 +1,8 @@
-"""Results to the README: `python -m eval.report` puts every results/*.json that README.md names into its place there.
+"""Results to the documents: `python -m eval.report` puts every results/*.json that one names into its place there.
 
-Where `make demo` left its pictures, the README's picture is made of them.
+`<!-- results: NAME -->` stands for the whole table of results/NAME.json, `<!-- results: NAME column ... -->` for some of its
+columns. The plots of docs/ are drawn from the results too, and where `make demo` left its pictures, the README's picture is
+made of them.
 """
 
 import hashlib
@@ -61,10 +63,11 @@ def write_json(path: Path, value) -> None:
         part.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def markdown(rows: list[dict]) -> str:
-    """A GitHub table of the rows' plain values; dictionaries are left to the JSON file."""
+def markdown(rows: list[dict], columns: list[str] | None = None) -> str:
+    """A GitHub table of the rows' plain values, of all columns or some; dictionaries are left to the JSON file."""
     frame = pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows])
-    lines = [frame.columns, ["---"] * len(frame.columns), *frame.astype(object).to_numpy()]
+    frame = frame[columns] if columns else frame
+    lines = [frame.columns, ["---"] * len(frame.columns), *frame.astype(object).fillna("").to_numpy()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
@@ -72,10 +75,36 @@ def fill(text: str, results: Path) -> str:
     """Replace what stands between `<!-- results: NAME -->` and `<!-- end -->` by NAME.json's table and its command."""
 
     def table(match):
-        result = json.loads((results / f"{match[1]}.json").read_text())
-        return f"<!-- results: {match[1]} -->\n{markdown(result['rows'])}\n\n`{result['command']}`\n<!-- end -->"
+        name, *columns = match[1].split()
+        result = json.loads((results / f"{name}.json").read_text())
+        lines = [f"<!-- results: {match[1]} -->", markdown(result["rows"], columns), "", f"`{result['command']}`"]
+        return "\n".join([*lines, "<!-- end -->"])
 
-    return re.sub(r"<!-- results: (\S+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- results: ([^>]+?) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def growth(rows: list[dict], path: Path) -> None:
+    """How a step's time grows with the picture and with the batch: stock and guided, and their ratio."""
+    from matplotlib.figure import Figure
+
+    frame = pd.DataFrame(rows).query("options == '' and family != 'tiny-sd'")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    time, ratio = figure.subplots(1, 2)
+    for number, (family, group) in enumerate(frame.groupby("family", sort=False)):
+        group = group.assign(pixels=group["size"] ** 2 * group["batch"] / 1e6).sort_values("pixels")
+        time.plot(group["pixels"], group["stock_ms"] / 1000, "o--", color=f"C{number}", mfc="white")
+        time.plot(group["pixels"], group["guided_ms"] / 1000, "o-", color=f"C{number}", label=family)
+        ratio.plot(group["pixels"], group["time_ratio"], "o-", color=f"C{number}")
+        ratio.plot(group["pixels"], group["memory_ratio"], "s:", color=f"C{number}", mfc="white")
+    time.set(xscale="log", yscale="log", ylabel="seconds a step (dashed: stock)")
+    ratio.set(xscale="log", ylabel="guided / stock (dotted: peak memory)")
+    for axes in (time, ratio):
+        axes.set_xlabel("megapixels in a batch")
+        axes.grid(alpha=0.3)
+    time.legend(frameon=False)
+    figure.suptitle(rows[0]["device"])
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
 
 
 def stack(pictures: list[Image.Image], width: int = 1000) -> Image.Image:
@@ -89,9 +118,12 @@ def stack(pictures: list[Image.Image], width: int = 1000) -> Image.Image:
 
 
 def main() -> None:
-    readme, picture, demo = Path("README.md"), Path("docs/picture.png"), Path("demo")
-    with replacing(readme) as part:
-        part.write_text(fill(readme.read_text(), Path("results")))
+    results, picture, demo = Path("results"), Path("docs/picture.png"), Path("demo")
+    for document in (Path("README.md"), Path("eval/speed.md")):
+        with replacing(document) as part:
+            part.write_text(fill(document.read_text(), results))
+    for path in results.glob("speed-*.json"):
+        growth(json.loads(path.read_text())["rows"], Path(f"docs/{path.stem}.png"))
     if demo.exists():
         parts = [Image.open(demo / f"{name}.png") for name in ("comparison", "strip", "segmentation")]
         with replacing(picture) as part:

@@ -1,9 +1,10 @@
 """Time and peak memory of a GoCA-S-CFG step over the stock step, in one run: `python -m eval.speed`.
 
-Stock and guided calls of three steps alternate, so that a machine whose speed drifts slows both, until `--seconds` are over;
-a step's time is the median over all steps but each call's first. Memory is the peak of a call of one step: resident memory of
-a process of its own on the CPU, allocated memory on an accelerator. Full-size denoisers have random weights, and there are
-no text encoders (`eval.architectures`).
+Stock and guided calls alternate, so that a machine whose speed drifts slows both, until `--seconds` are over. A step's time
+is the mean over a call's steps but the first, and the median over calls; `once_ms` is what a guided call's first step takes
+beyond that (Gram matrices, constants), less what the stock call's does. Memory is the peak of a call of one step: resident
+memory of a process of its own on the CPU, allocated memory on an accelerator. Full-size denoisers have random weights, and
+there are no text encoders (`eval.architectures`).
 
 Without `--families` the plan of the device is measured. Rows that the result file has from the same code are not measured
 again, so that a killed run goes on where it stopped.
@@ -20,7 +21,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -33,7 +33,6 @@ from eval.report import command, fingerprint, markdown, write_json
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 
 
-STEPS = 3
 NATIVE = ("sd-1.5", "sdxl", "pixart-sigma", "flux", "hunyuan", "sd3")
 PLANS = {  # family, size, batch; the most telling ones first
     "cpu": [
@@ -65,11 +64,14 @@ class Case:
         guided.set_progress_bar_config(disable=True)
         return {"stock": stock, "guided": guided}
 
+    def chosen(self) -> dict[str, int]:
+        """The options, read."""
+        return {key: int(value) for key, value in (pair.split("=") for pair in self.options.split())}
+
     def call(self, pipe, name: str, steps: int):
         """Generate latents."""
-        kwargs = arguments(self.family, pipe, self.size, self.batch, steps)
+        kwargs, given = arguments(self.family, pipe, self.size, self.batch, steps), self.chosen()
         if name == "guided":
-            given = {key: int(value) for key, value in (pair.split("=") for pair in self.options.split())}
             every = given.pop("every", 1)
             kwargs |= guided_arguments(self.family) | {"goca": GoCAConfig(**given), "scfg": SCFGConfig(every=every)}
         return pipe(**kwargs)
@@ -77,16 +79,20 @@ class Case:
 
 # ---- time ------------------------------------------------------------------------------------------------------------
 def step_seconds(case: Case, device: str, seconds: float) -> dict[str, float]:
-    """Median seconds of a step: stock and guided calls alternate until the time is over."""
-    pipes, found = case.pipelines(device), {"stock": [], "guided": []}
+    """Seconds of a stock and of a guided step, and what only the first guided one takes ("once")."""
+    pipes, steps, firsts = case.pipelines(device), {"stock": [], "guided": []}, {"stock": [], "guided": []}
+    length = 1 + max(2, case.chosen().get("every", 1))  # after the first, every kind of step as often as it occurs
     with tqdm(desc=f"{case.family} {case.size} px, batch {case.batch}", unit="step") as bar:
-        start = time.perf_counter()
-        while not found["guided"] or time.perf_counter() - start < seconds:
+        begun = time.perf_counter()
+        while not steps["guided"] or time.perf_counter() - begun < seconds:
             for name, pipe in pipes.items():
+                start = time.perf_counter()
                 with _stamped(pipe.scheduler, device, bar) as stamps:
-                    case.call(pipe, name, STEPS)
-                found[name] += [b - a for a, b in pairwise(stamps)]
-    return {name: statistics.median(steps) for name, steps in found.items()}
+                    case.call(pipe, name, length)
+                steps[name].append((stamps[length - 1] - stamps[0]) / (length - 1))
+                firsts[name].append(stamps[0] - start - steps[name][-1])
+    once = statistics.median(firsts["guided"]) - statistics.median(firsts["stock"])
+    return {**{name: statistics.median(found) for name, found in steps.items()}, "once": once}
 
 
 @contextmanager
@@ -110,12 +116,12 @@ def _stamped(scheduler, device: str, bar: tqdm) -> Iterator[list[float]]:
 def peak_bytes(case: Case, device: str, name: str) -> int:
     """Peak memory of one call of one step; run it in a process of its own."""
     pipe = case.pipelines(device)[name]
-    with _PeakMemory(device) as memory:
+    with PeakMemory(device) as memory:
         case.call(pipe, name, 1)
     return memory.peak
 
 
-class _PeakMemory:
+class PeakMemory:
     """Peak memory while the block runs."""
 
     def __init__(self, device: str):
@@ -130,8 +136,9 @@ class _PeakMemory:
         return self
 
     def _sample(self):
-        process = psutil.Process()
-        while not self._stop.wait(0.005):
+        process, ended = psutil.Process(), False
+        while not ended:
+            ended = self._stop.wait(0.005)
             self.peak = max(self.peak, process.memory_info().rss)
 
     def __exit__(self, *_):
@@ -152,6 +159,7 @@ def compare(case: Case, device: str, seconds: float) -> dict:
         "stock_ms": round(1000 * times["stock"], 1),
         "guided_ms": round(1000 * times["guided"], 1),
         "time_ratio": round(times["guided"] / times["stock"], 3),
+        "once_ms": round(1000 * times["once"], 1),
         "stock_mb": peaks["stock"] // 2**20,
         "memory_ratio": round(peaks["guided"] / peaks["stock"], 3),
     }

@@ -65,6 +65,7 @@ class GuidedCall(Watch):
         self.segmentor: Any = None  # of the step in progress, where regions are found
         self._guided = False  # the step in progress is guided, by its own regions or the last ones
         self._found: Any = None  # the last regions
+        self._words: WordMaps | None = None  # the last word maps of the negative prompt
         self._age = 0  # for how many steps they served
         self.negative: GoCASegmentor | None = None
         self._layouts: list[TokenLayout] = []  # the prompt's, then the negative prompt's
@@ -110,6 +111,10 @@ class GuidedCall(Watch):
         self.segmentor.keep(record, self._branches)
         if self.negative is not None and 0 in self._branches:
             self.negative.keep(record.branch(0) if 1 in self._branches else record)
+
+    def forget(self) -> None:
+        super().forget()
+        self.segmentor = self.negative = None
 
     def begin_step(self) -> None:
         """The next call of the denoiser is the first one of a step (where a loop tells; `rate` says so too)."""
@@ -189,12 +194,14 @@ class GuidedCall(Watch):
         return self.family.pack(rate.expand_as(maps))
 
     def _find_regions(self) -> Regions:
-        """Those of this step's attention, or, between recomputations, the last ones."""
+        """Those of this step's attention, or, between recomputations, the last ones; word maps alike."""
         if self.segmentor is not None:
             check_seen(self.segmentor.layers, self.observer.seen)
             self._found, self._age = self.segmentor.regions(self.call.latent), 0
             if self.negative is not None:
-                self._negative_maps.append(WordMaps(self.negative.scores(), self.negative.layout.labels))
+                self._words = WordMaps(self.negative.scores(), self.negative.layout.labels)
+        if self._words is not None:
+            self._negative_maps.append(self._words)
         self.segmentor = self.negative = None
         self._age += 1
         return self._found

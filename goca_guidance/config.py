@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 
 
 # English function words that a prompt's regions may leave out (GoCA, per-pixel rescaling: content tokens).
@@ -30,9 +30,9 @@ class GoCAConfig:
         refine_order: applications of the self-attention to the maps; None takes the family's preset.
         blur_size, blur_sigma: the Gaussian before min-max; sigma in pixels of a 64 x 64 map, as the paper's maps are.
         agreement_rows: compare layers in so many rows of the self-attention, the same random ones at every call; None
-            compares all. No effect on joint attention, whose rows are needed for the words. Error: docs/speed.md.
-        working_size: longer side of the grid, in pixel tokens, above which maps and attention are read at fewer pixels,
-            as nearest resizing reads them; None keeps the finest grid. Error: docs/speed.md.
+            compares all. No effect on joint attention, whose rows are needed for the words. Error: eval/speed.md.
+        working_size: longer side, in pixel tokens, of the grid to which maps are averaged before they are rescaled and
+            refined, and at whose pixels alone self-attention is asked; None keeps the finest grid. Error: eval/speed.md.
     """
 
     heads: str | None = None
@@ -60,8 +60,8 @@ class GoCAConfig:
             raise ValueError(f"Expected `refine_order` to be None or at least 0, but got {self.refine_order}.")
         for name in ("reference_channels", "agreement_rows", "working_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Expected `{name}` to be None or at least 1, but got {value}.")
+            if value is not None:
+                _whole(name, value)
 
     @classmethod
     def vanilla(cls, **changes) -> "GoCAConfig":
@@ -87,7 +87,7 @@ class SCFGConfig:
         variance_channels: let the norm of the guidance run over a learned variance too, where the denoiser predicts one
             (PixArt), as the released code of GoCA does.
         every: find regions at each `every`-th guided step, and guide the steps between by the last ones found. Error:
-            docs/speed.md.
+            eval/speed.md.
     """
 
     rate_min: float = 0.8
@@ -106,8 +106,7 @@ class SCFGConfig:
                 "Expected 0 < `rate_min` <= `rate_max` and a positive `ceiling`, but got "
                 f"{self.rate_min}, {self.rate_max} and {self.ceiling}."
             )
-        if self.every < 1:
-            raise ValueError(f"Expected `every` to be at least 1, but got {self.every}.")
+        _whole("every", self.every)
         if self.smooth_size % 2 == 0 or self.smooth_size < 1 or self.smooth_sigma <= 0:
             raise ValueError(
                 "Expected an odd, positive `smooth_size` and a positive `smooth_sigma`, but got "
@@ -172,6 +171,11 @@ class LayerPreset:
     def layers(self) -> frozenset[str]:
         """Every layer that may be read."""
         return frozenset((*self.cross, *self.own, *self.fine, self.reference))
+
+
+def _whole(name, value):
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Expected `{name}` to be a whole number of at least 1, but got {value!r}.")
 
 
 def _among(name, value, choices):

@@ -1,8 +1,8 @@
 """GoCA (arXiv 2603.06178), its stages as pure functions of tensors. Heads -> layers -> rescaling -> refinement.
 
-Sums are float32 whatever the model's dtype. No layer's p x p attention map is ever stored: every use of one is a sum that
-is taken in blocks of query rows. Two p x p tensors exist an image: the pseudo self-attention of the reference layer, and,
-up to `STORED` pixels, the mean self-attention that refines.
+Attention is recomputed in float32 whatever the model's dtype. No layer's p x p map is ever stored: every use of one is a sum
+that is taken in blocks of query rows. Two p x p tensors are held an image: the pseudo self-attention of the reference layer,
+with what of it a layer of another grid is compared with, and, up to `STORED` pixels, the sum that refines.
 """
 
 import math
@@ -20,7 +20,7 @@ from goca_guidance.records import AttentionRecord
 
 BLOCK = {"cpu": 2**19}  # probabilities held at one time, over batch, heads, query rows and keys: a CPU's cache
 LARGE_BLOCK = 2**24  # on any other device (64 MB)
-STORED = 2**13  # pixels up to which the mean self-attention is stored for refinement (256 MB an image)
+STORED = 10_000  # pixels up to which the fine layers' sum is stored for refinement (400 MB an image)
 
 
 # ---- heads (paper: auto aggregation, heads) --------------------------------------------------------------------------
@@ -31,11 +31,12 @@ def head_weights(
 
     `grams` holds W W^T of the layer's output projection W, or of several layers whose images follow one another in the
     batch; any factor cancels. The shares sum to one over heads; one may be negative or above one, unless `clamp`. Uniform
-    where the layer writes nothing. No per-head output is built: <o_h, o> = sum over the channels of head h of z * (z W W^T).
+    where the layer writes nothing. No per-head output is built: <o_h, o> = sum over the channels of head h of z * (z W W^T),
+    of which z W W^T has the output's dtype and the sum is float32.
     """
     heads = output.shape[1]
     z = output.transpose(1, 2).flatten(2)
-    zww = joined([layer @ gram for layer, gram in zip(z.chunk(len(grams)), grams, strict=True)], 0)
+    zww = joined([layer @ gram.to(z.dtype) for layer, gram in zip(z.chunk(len(grams)), grams, strict=True)], 0)
     share = (z.float() * zww.float()).unflatten(-1, (heads, -1)).sum(-1).mT
     return shares(share.clamp(min=0) if clamp else share, dim=1)
 
@@ -54,7 +55,7 @@ def token_maps(
     `columns` count from the first text key; in joint attention the softmax runs over the pixels' keys too.
     """
     columns = columns + record.view.text.start
-    return joined([pick(p, columns, weights, rows) for rows, p in probabilities(record.float())], 1)
+    return joined([pick(p, columns, weights, rows) for rows, p in probabilities(record)], 1)
 
 
 def pick(
@@ -142,30 +143,26 @@ def refine(
 def affinity_product(record: AttentionRecord, x: Float[Tensor, "b q k"]) -> Float[Tensor, "b p k"]:
     """mean_h softmax(q_h k_h^T) x by fused attention, whose kernels want values as wide as a head: x is padded to that.
 
-    In joint attention the text keys' values are zero: a pixel's row sums to the share of the pixels' keys. The product has
-    the model's precision, so that half precision takes the kernels made for it.
+    In joint attention the text keys' values are zero: a pixel's row sums to the share of the pixels' keys.
     """
+    record = record.float()
     query, width = record.query, record.query.shape[-1]
     first, keys, _ = record.view.image.indices(record.key.shape[2])
-    peak = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # half precision has a short range
-    x = F.pad(x / peak, (0, 0, first, record.key.shape[2] - keys)).to(query.dtype)
+    x = F.pad(x, (0, 0, first, record.key.shape[2] - keys))
     products = []
     for part in x.split(width, dim=-1):
         value = F.pad(part, (0, width - part.shape[-1]))[:, None].expand(-1, query.shape[1], -1, -1)
         product = F.scaled_dot_product_attention(query, record.key, value, attn_mask=record.mask, scale=record.scale)
-        products.append(product.float().mean(1)[..., : part.shape[-1]])
-    return joined(products, -1) * peak
+        products.append(product.mean(1)[..., : part.shape[-1]])
+    return joined(products, -1)
 
 
 # ---- attention in blocks ---------------------------------------------------------------------------------------------
 def probabilities(
     record: AttentionRecord, rows: Int[Tensor, " rows"] | None = None
 ) -> Iterator[tuple[slice, Float[Tensor, "b h r n"]]]:
-    """Recomputed float32 probabilities in blocks of query rows, few enough at a time to stay small.
-
-    The logits of bfloat16 records are bfloat16; those of float16 could overflow, and are float32.
-    """
-    record = record.float() if record.query.dtype == torch.float16 else record
+    """Recomputed float32 probabilities in blocks of query rows, few enough at a time to stay small."""
+    record = record.float()
     query = record.query if rows is None else record.query[:, :, rows]
     query, key, mask = query * record.scale, record.key.mT, record.mask
     if mask is not None and mask.shape[-2] > 1 and rows is not None:
@@ -177,7 +174,7 @@ def probabilities(
         logits = query[:, :, block] @ key
         if mask is not None:
             logits = logits + (mask if mask.shape[-2] == 1 else mask[:, :, block])
-        yield block, logits.softmax(-1, dtype=torch.float32)
+        yield block, logits.softmax(-1)
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
@@ -187,5 +184,5 @@ def joined(parts: list[Tensor], dim: int) -> Tensor:
 
 def one_hot(scores: Float[Tensor, "b k H W"], present: Bool[Tensor, "b k"]) -> Bool[Tensor, "b k H W"]:
     """The argmax as masks: one region a pixel, the first one of equals; padding never wins."""
-    winner = scores.masked_fill(~present[..., None, None], -torch.inf).argmax(1)
-    return F.one_hot(winner, scores.shape[1]).movedim(-1, 1).bool()
+    winner = scores.masked_fill(~present[..., None, None], -torch.inf).argmax(1, keepdim=True)
+    return winner == torch.arange(scores.shape[1], device=scores.device)[:, None, None]

@@ -95,12 +95,12 @@ def pull_affinity(
     Returns the query rows that the resize reads at all, and the pulled affinity in those rows, so that
     <affinity, resize(a)> = <pulled, a[rows]> for any affinity `a` of the layer. A fine layer needs few of its rows.
     """
-    (y, y_position), (x, x_position) = (_read(a, b, affinity.device) for a, b in zip(queries, reference, strict=True))
-    rows, position = (y[:, None] * queries[1] + x).flatten(), (y_position[:, None] * len(x) + x_position).flatten()
+    (y, y_read), (x, x_read) = (_read(a, b, affinity.device) for a, b in zip(queries, reference, strict=True))
     pulled = resize_adjoint(affinity.unflatten(-1, reference), keys).flatten(-2)
-    if len(rows) == len(position):
-        return rows, pulled
-    return rows, pulled.new_zeros(len(pulled), len(rows), pulled.shape[-1]).index_add_(1, position, pulled)
+    if len(y) * len(x) < pulled.shape[1]:  # some rows are read more than once
+        readers = y_read.to(pulled.dtype), x_read.to(pulled.dtype)
+        pulled = torch.einsum("yh,xw,bhwq->byxq", *readers, pulled.unflatten(1, reference)).flatten(1, 2)
+    return (y[:, None] * queries[1] + x).flatten(), pulled
 
 
 def coarser(grid: tuple[int, int], side: int | None) -> tuple[int, int]:
@@ -112,14 +112,13 @@ def coarser(grid: tuple[int, int], side: int | None) -> tuple[int, int]:
 @_constant
 def sample(count: int, wanted: int, device) -> Int[Tensor, " wanted"]:
     """So many different numbers below `count`, in order, the same ones at every call."""
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:wanted]
     return chosen.sort().values.to(device)
 
 
 @_constant
-def _read(source: int, target: int, device) -> tuple[Int[Tensor, " read"], Int[Tensor, " target"]]:
-    """Along one axis: the source pixels that nearest resizing reads, and for each target pixel its place among them."""
+def _read(source: int, target: int, device) -> tuple[Int[Tensor, " read"], Float[Tensor, "read target"]]:
+    """Along one axis: the source pixels that nearest resizing reads, and which target pixels read each of them."""
     index = torch.arange(target, device=device) * source // target
-    if target <= source:
-        return index, torch.arange(target, device=device)
-    return torch.arange(source, device=device), index
+    read = index if target <= source else torch.arange(source, device=device)
+    return read, (read[:, None] == index).float()

@@ -1,7 +1,7 @@
 """Seeing every attention call of a denoiser without changing it: forward hooks, and wrappers around the kernels.
 
-Processors are never replaced and outputs stay bit-equal. Hooks live for one `with` block; torch's own kernel is wrapped
-only while an observed module runs.
+Processors are never replaced and outputs stay bit-equal. Hooks live for one `with` block. Torch's own kernel is wrapped
+only while an observed module runs; a wrapper is seen by the whole process, and reports calls of its own thread alone.
 """
 
 import threading
@@ -83,6 +83,8 @@ class AttentionObserver:
 
     def _leave_module(self, name: str):
         def leave(module, args, output):
+            if not self._open:  # another hook failed before ours began
+                return
             call = self._open.pop()
             call.close()
             if output is not None and call.first is not None and not self.paused:
@@ -159,12 +161,15 @@ class WatchedKernel:
 
     def __init__(self, name: str, kernel: Callable, observer: AttentionObserver):
         self.name, self.kernel = name, kernel
+        self.__name__ = getattr(kernel, "__name__", name)  # asked for by torch's compiler
         self.observer: AttentionObserver | None = observer
 
     def __call__(self, *args, **kwargs):
-        output = self.kernel(*args, **kwargs)
-        if self.observer is not None:
-            self.observer.saw(self.name, args, kwargs, output)
+        if torch.compiler.is_dynamo_compiling():  # in another thread: nothing of ours belongs into its graph
+            return self.kernel(*args, **kwargs)
+        output, observer = self.kernel(*args, **kwargs), self.observer
+        if observer is not None:
+            observer.saw(self.name, args, kwargs, output)
         return output
 
 
@@ -176,12 +181,18 @@ def _watch(table: dict, names: list[str], observer: AttentionObserver) -> list[W
 
 
 def _release(table: dict, kernels: list[WatchedKernel]) -> None:
-    """Let the observer go, and take off every wrapper that watches for no one: calls in other threads may end in any order."""
+    """Let the observer go, and take its wrappers off, also from below others': calls in other threads end in any order."""
     with _LOCK:
-        for kernel in kernels:
-            kernel.observer, name = None, kernel.name
-            while isinstance(table[name], WatchedKernel) and table[name].observer is None:
-                table[name] = table[name].kernel
+        for mine in kernels:
+            mine.observer = None
+            if table[mine.name] is mine:
+                table[mine.name] = mine.kernel
+                continue
+            outer = table[mine.name]
+            while isinstance(outer, WatchedKernel) and outer.kernel is not mine:
+                outer = outer.kernel
+            if isinstance(outer, WatchedKernel):
+                outer.kernel = mine.kernel
 
 
 class _Call:

@@ -35,7 +35,7 @@ class AttentionRecord:
 
     Shapes: `query` b h p d (pixel queries only), `key` and `value` b h n d, `output` b h p d (before the output
     projection), `mask` additive, broadcastable to b h p n, or None. `gram`: W W^T of the output projection W [h*d c]
-    without bias, up to a factor. `features` b h p d: the query before norm and rotary
+    without bias, over its largest entry. `features` b h p d: the query before norm and rotary
     embeddings, where the observer was asked for it, else None. The probabilities are never stored: they are recomputed
     where they are needed, and their softmax runs over all keys.
     """
@@ -69,10 +69,9 @@ class AttentionRecord:
     def at(self, grid: tuple[int, int], rows: Int[Tensor, " rows"]) -> "AttentionRecord":
         """Of the queries those `rows` only, which form `grid`; the keys stay."""
         mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[:, :, rows]
-        output = None if self.output is None else self.output[:, :, rows]
-        return replace(
-            self, query=self.query[:, :, rows], output=output, mask=mask, view=replace(self.view, grid=grid)
-        )
+        pixels = {name: getattr(self, name) for name in ("query", "output", "features")}
+        tensors: dict[str, Any] = {name: None if x is None else x[:, :, rows] for name, x in pixels.items()}
+        return replace(self, mask=mask, view=replace(self.view, grid=grid), **tensors)
 
     def float(self) -> "AttentionRecord":
         """Queries, keys and mask in float32."""

@@ -191,6 +191,10 @@ class _Forwards(Watch):
     def keep(self, record) -> None:
         self.segmentor.keep(record)
 
+    def forget(self) -> None:
+        super().forget()
+        self.segmentor = None
+
     def _finish(self):
         """Scores of the forward that just ended, if one did."""
         if self.segmentor is not None:

@@ -1,9 +1,11 @@
 """GoCA (arXiv 2603.06178) on one denoiser call: attention records in, regions out."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,6 +74,7 @@ class GoCASegmentor:
         self._sinks: list[tuple[list[str], Float[Tensor, "l b s H W"]]] = []
         self._sum: Float[Tensor, "b p q"] | None = None  # of the fine layers' self-attention
         self._large: list[AttentionRecord] = []  # fine layers too large for it
+        self._finest = (0, 0)  # grid of the finest cross layer, before it is read at the working size
         self._keys, self._joint = (0, 0), False  # of the fine layers: grid of the pixel keys, keys that are text
 
     @property
@@ -90,13 +93,15 @@ class GoCASegmentor:
         if 1 in branches and record.name in self._pixel_layers:
             conditional = record.branch(1) if 0 in branches else record
             if self._own and record.name == self.preset.reference:
-                self._see_reference(conditional)
+                self._see_reference(self._sampled(conditional))
             self._keep_pixels(self._sampled(conditional), record.grid)
         together = record.view.joint and record.name in self._own  # words are read with the pixels
         wanted = tuple(b for b in branches if (self.unconditional_sink if b == 0 else not together))
+        if record.name in self.preset.cross:
+            self._finest = max(self._finest, record.grid, key=math.prod)
         if wanted and record.name in self.preset.cross:
             part = record if wanted == branches else record.branch(wanted[0])
-            self._add(("words", wanted), self._sampled(part).only("output", "gram"))
+            self._add(("words", wanted), part.only("output", "gram"))
 
     def _sampled(self, record):
         """The record at the working size."""
@@ -130,7 +135,14 @@ class GoCASegmentor:
 
     def _add(self, asked, record):
         """Records that are too small for a call of their own wait for others of their shape."""
-        key = (asked, record.query.shape, record.key.shape, str(record.view), record.scale, record.mask is None)
+        key = (
+            asked,
+            record.query.shape,
+            record.key.shape,
+            str(record.view),
+            record.scale,
+            getattr(record.mask, "shape", None),
+        )
         waiting = self._waiting.setdefault(key, [])
         waiting.append(record)
         if len(waiting) * record.query.numel() >= BATCH.get(record.query.device.type, LARGE_BATCH):
@@ -250,8 +262,10 @@ class GoCASegmentor:
             of_layers = torch.stack([by_name[name] for name in names])[..., None, None, None]
             total, grid = (of_layers * layers).sum(0), layers.shape[-2:]
             merged[grid] = merged[grid] + total if grid in merged else total
-        size = max(merged, key=lambda grid: grid[0] * grid[1])
-        return sum(resize(total, size) for total in merged.values()).clamp(min=0)
+        size = max(merged, key=math.prod)
+        whole = sum(resize(total, size) for total in merged.values()).clamp(min=0)
+        working = coarser(self._finest, self.config.working_size)
+        return whole if size == working else F.adaptive_avg_pool2d(whole, working)
 
     def regions(self, size: tuple[int, int]) -> Regions:
         """The argmax over regions, and the foreground: where the sink token's map is below one half."""

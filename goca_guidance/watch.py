@@ -35,6 +35,10 @@ class Watch:
         """An attention call of it was seen."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Let go of what refers to this object: records would wait for the garbage collector, also after an error."""
+        del self.observer
+
     @contextmanager
     def installed(self):
         """All hooks, gone afterwards, whatever happens. What is compiled runs eagerly, because it would ignore them."""
@@ -50,8 +54,8 @@ class Watch:
             for module, hook in hooked:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(self.observer)
+            stack.callback(self.forget)
             yield
-        del self.observer  # it refers to this object, and records would wait for the garbage collector
 
     def encoded(self, turn: int) -> list[Encoded]:
         """What each encoder read the first time (0) or the second time (1); nothing where it did not."""

@@ -38,7 +38,9 @@ def test_nothing_is_left_after_an_error_in_the_denoiser(name, error):
 
     def fail(module, args):
         calls.append(module)
-        if len(calls) == (2 if name == "sd3" else 3):  # in the second step: heads are uniform there, and nothing is probed
+        if len(calls) == (
+            2 if name == "sd3" else 3
+        ):  # in the second step: heads are uniform there, and nothing is probed
             raise error("a full memory")
 
     hook = last.register_forward_pre_hook(fail)

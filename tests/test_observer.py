@@ -1,5 +1,6 @@
 """What the observer hands over is what the layer computed, the model does not notice, and nothing stays behind."""
 
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import AttnProcessor
 
 from goca_guidance.families import family_of
-from goca_guidance.observer import AttentionObserver, check_seen
+from goca_guidance.observer import AttentionObserver, WatchedKernel, _Call, check_seen
 from goca_guidance.records import AttentionView
 from tests import families
 from tests.families import FAMILIES, stock_pipeline
@@ -206,6 +207,44 @@ def test_only_what_is_asked_for_is_projected(unet):
         observer.projected = wanted
         run(unet)
     assert {r.name for r in records if r.gram is not None} == wanted
+
+
+def idle_observer():
+    view = AttentionView((1, 1))
+    return AttentionObserver({}, lambda record: None, lambda *_: view, lambda name: lambda x: x)
+
+
+def test_watchers_that_overlap_leave_no_chain():
+    """Calls of many threads begin and end in any order: the first one to come is the first one to go."""
+    torch_kernel, open_calls = torch.nn.functional.scaled_dot_product_attention, []
+    for _ in range(50):
+        observer = idle_observer()
+        open_calls.append(_Call(observer))
+        if len(open_calls) == 3:
+            open_calls.pop(0).close()
+        length, kernel = 0, torch.nn.functional.scaled_dot_product_attention
+        while isinstance(kernel, WatchedKernel):
+            length, kernel = length + 1, kernel.kernel
+        assert length == len(open_calls)
+    for call in open_calls:
+        call.close()
+    assert torch.nn.functional.scaled_dot_product_attention is torch_kernel
+
+
+def test_another_thread_may_compile_attention_meanwhile():
+    """The compiler meets the wrapper, and looks through it: one graph, without breaks."""
+    query = torch.randn(1, 2, 4, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    compiled = torch.compile(
+        lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), backend="eager", fullgraph=True
+    )
+    call = _Call(idle_observer())
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(compiled(query)))
+    thread.start()
+    thread.join()
+    call.close()
+    assert torch.equal(found[0], expected)
 
 
 def test_no_hook_is_left_after_an_exception(unet):
