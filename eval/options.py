@@ -3,7 +3,8 @@
 Images are generated for the captions of held-out scenes by the default guidance. Then, with each option, twice more: with
 the default's latents put in place at every step, where the regions of both are compared; and left to itself, where the
 images are. Plain guidance (CFG) stands beside them for scale. Segmentation of the scenes is measured for the options that
-it has. `--full` adds the time of GoCA's core on the attention of a full-size Stable Diffusion 1.5 step (random weights).
+it has. `--core` measures, instead, the time of GoCA's core on the attention of a full-size Stable Diffusion 1.5 step (random
+weights), into options-core.json.
 """
 
 import argparse
@@ -147,7 +148,7 @@ def core_milliseconds(repeats: int) -> list[dict]:
             seconds.append((time.perf_counter() - start) / option.every)
     medians = {option: statistics.median(seconds[1:]) for option, seconds in taken.items()}
     base, rows = medians[OPTIONS[0]], medians.items()
-    return [{"option": o.name(FULL_SIDE), "core ms": round(1000 * s, 1), "ratio": round(s / base, 3)} for o, s in rows]
+    return [{"option": o.name(FULL_SIDE), "core_ms": round(1000 * s, 1), "ratio": round(s / base, 3)} for o, s in rows]
 
 
 def run(settings: Settings, model: str) -> list[dict]:
@@ -177,16 +178,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=Settings.captions, help="a multiple of 16, or fewer")
     parser.add_argument("--scenes", type=int, default=Settings.scenes)
-    parser.add_argument("--full", action="store_true", help="also the core's time on a full-size step")
+    parser.add_argument("--core", action="store_true", help="the core's time on a full-size step instead")
     parser.add_argument("--model", default=TINY_SD)
-    parser.add_argument("--result", type=Path, default=Path("results/options.json"))
+    parser.add_argument("--result", type=Path)
     args = parser.parse_args()
     settings = Settings(captions=args.captions, scenes=args.scenes)
-    rows = run(settings, args.model)
-    core = {"core": core_milliseconds(repeats=5)} if args.full else {}
+    rows = core_milliseconds(repeats=5) if args.core else run(settings, args.model)
+    result = args.result or Path(f"results/options{'-core' * args.core}.json")
     shared = {**vars(settings), "weights": weights_digest(args.model), "threads": torch.get_num_threads()}
-    write_json(args.result, {"command": command(), "settings": shared, "rows": rows, **core})
-    print("\n\n".join(markdown(table) for table in (rows, *core.values())))
+    write_json(result, {"command": command(), "settings": shared, "rows": rows})
+    print(markdown(rows))
 
 
 if __name__ == "__main__":
