@@ -1,8 +1,9 @@
 """Time and peak memory of a GoCA-S-CFG step over the stock step, in one run: `python -m eval.speed`.
 
-Stock and guided calls alternate, so that a machine whose speed drifts slows both, until `--seconds` are over. A step's time
-is the mean over a call's steps but the first, and the median over calls; `once_ms` is what a guided call's first step takes
-beyond that (Gram matrices, constants), less what the stock call's does. Memory is the peak of a call of one step: resident
+Stock and guided calls alternate, so that a machine whose speed drifts slows both, until `--seconds` are over or twenty pairs
+were seen. A step's time is the mean over a call's steps but the first, and the median over calls; the ratio is the median over
+pairs of neighbours. `once_ms` is what a guided call's first step takes beyond that (Gram matrices, constants), less what the
+stock call's does. Memory is the peak of a call of one step: resident
 memory of a process of its own on the CPU, allocated memory on an accelerator. Full-size denoisers have random weights, and
 there are no text encoders (`eval.architectures`).
 
@@ -33,11 +34,12 @@ from eval.report import command, fingerprint, markdown, write_json
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 
 
+PAIRS = 20  # of calls, at the most
 NATIVE = ("sd-1.5", "sdxl", "pixart-sigma", "flux", "hunyuan", "sd3")
 PLANS = {  # family, size, batch; the most telling ones first
     "cpu": [
-        ("tiny-sd", 64, 1), ("tiny-sd", 64, 8), ("sd-1.5", 512, 1), ("pixart-sigma", 512, 1), ("sdxl", 512, 1),
-        ("flux-short", 512, 1), ("sd-1.5", 768, 1), ("sd-1.5", 512, 4), ("sdxl", 1024, 1), ("pixart-sigma", 1024, 1),
+        ("tiny-sd", 64, 1), ("tiny-sd", 64, 8), ("sd-1.5", 512, 1), ("flux-short", 512, 1), ("pixart-sigma", 512, 1),
+        ("sdxl", 512, 1), ("sd-1.5", 512, 4), ("sd-1.5", 768, 1), ("sdxl", 1024, 1), ("pixart-sigma", 1024, 1),
         ("sd3", 512, 1), ("hunyuan", 512, 1), ("sd-1.5", 1024, 1), ("flux-short", 1024, 1), ("sd-1.5", 512, 8),
     ],
     "cuda": [
@@ -79,12 +81,12 @@ class Case:
 
 # ---- time ------------------------------------------------------------------------------------------------------------
 def step_seconds(case: Case, device: str, seconds: float) -> dict[str, float]:
-    """Seconds of a stock and of a guided step, and what only the first guided one takes ("once")."""
+    """Seconds of a stock and of a guided step, their "ratio", and what only the first guided one takes ("once")."""
     pipes, steps, firsts = case.pipelines(device), {"stock": [], "guided": []}, {"stock": [], "guided": []}
     length = 1 + max(2, case.chosen().get("every", 1))  # after the first, every kind of step as often as it occurs
     with tqdm(desc=f"{case.family} {case.size} px, batch {case.batch}", unit="step") as bar:
         begun = time.perf_counter()
-        while not steps["guided"] or time.perf_counter() - begun < seconds:
+        while not (pairs := len(steps["guided"])) or (pairs < PAIRS and time.perf_counter() - begun < seconds):
             for name, pipe in pipes.items():
                 start = time.perf_counter()
                 with _stamped(pipe.scheduler, device, bar) as stamps:
@@ -92,7 +94,8 @@ def step_seconds(case: Case, device: str, seconds: float) -> dict[str, float]:
                 steps[name].append((stamps[length - 1] - stamps[0]) / (length - 1))
                 firsts[name].append(stamps[0] - start - steps[name][-1])
     once = statistics.median(firsts["guided"]) - statistics.median(firsts["stock"])
-    return {**{name: statistics.median(found) for name, found in steps.items()}, "once": once}
+    ratio = statistics.median(guided / stock for stock, guided in zip(*steps.values(), strict=True))
+    return {**{name: statistics.median(found) for name, found in steps.items()}, "once": once, "ratio": ratio}
 
 
 @contextmanager
@@ -158,7 +161,7 @@ def compare(case: Case, device: str, seconds: float) -> dict:
         **asdict(case),
         "stock_ms": round(1000 * times["stock"], 1),
         "guided_ms": round(1000 * times["guided"], 1),
-        "time_ratio": round(times["guided"] / times["stock"], 3),
+        "time_ratio": round(times["ratio"], 3),
         "once_ms": round(1000 * times["once"], 1),
         "stock_mb": peaks["stock"] // 2**20,
         "memory_ratio": round(peaks["guided"] / peaks["stock"], 3),
@@ -200,7 +203,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", help="the native one by default")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--options", default="", help='for example "every=2 agreement_rows=256 working_size=32"')
-    parser.add_argument("--seconds", type=float, default=60, help="to spend on the steps of a row, at the least")
+    parser.add_argument("--seconds", type=float, default=150, help="to spend on the steps of a row, at the least")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda by default")
     parser.add_argument("--result", type=Path, help="results/speed-DEVICE.json by default")

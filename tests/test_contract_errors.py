@@ -1,7 +1,9 @@
 """What the pipelines of every family refuse, and what is left after an error: nothing."""
 
+import gc
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import diffusers
 import pytest
@@ -10,7 +12,9 @@ from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from PIL import Image
 
-from goca_guidance import GoCASCFGPipeline
+from goca_guidance import GoCAConfig, GoCASCFGPipeline
+from goca_guidance.records import AttentionRecord
+from goca_guidance.segmentor import GoCASegmentor
 from tests.families import FAMILIES, MAX_TOKENS, run, stock_pipeline
 from tests.test_contract import (
     NEUTRAL,
@@ -49,6 +53,39 @@ def test_nothing_is_left_after_an_error_in_the_denoiser(name, error):
     hook.remove()
     assert_clean(ours)
     assert torch.equal(latents(ours, name), before)
+
+
+@every_family
+def test_an_error_lets_go_of_all_records_at_once(name):
+    """Who ran out of memory must not wait for the garbage collector."""
+    ours = guided(stock_pipeline(name))
+    last = [m for n, m in denoiser_of(ours).named_modules() if n.endswith("to_out.0")][-1]
+
+    def fail(module, args):
+        raise RuntimeError("a full memory")
+
+    def alive():
+        return sum(type(found) in (AttentionRecord, GoCASegmentor) for found in gc.get_objects())
+
+    hook = last.register_forward_pre_hook(fail)
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        with suppress(RuntimeError):
+            run(ours, name)
+        assert alive() == before
+    finally:
+        gc.enable()
+        hook.remove()
+
+
+@every_family
+def test_heads_are_weighed_under_autocast(name):
+    """Norms may leave queries in float32 while outputs are bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        images = latents(guided(stock_pipeline(name)), name, goca=GoCAConfig(heads="contribution"))
+    assert torch.isfinite(images).all()
 
 
 @every_family
