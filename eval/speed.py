@@ -193,7 +193,8 @@ def measure(cases: list[Case], device: str, seconds: float, result: Path) -> lis
         key = name, *asdict(case).values()
         if found.get(key, {}).get("run") != run:
             found[key] = compare(case, device, seconds) | {"run": run}
-            write_json(result, {"command": command(), "rows": list(found.values())})
+            commands = dict.fromkeys(row["run"]["command"] for row in found.values())
+            write_json(result, {"command": " && ".join(commands), "rows": list(found.values())})
     return list(found.values())
 
 
