@@ -41,7 +41,7 @@ speed: $(VENV)/installed  ## what guidance costs on this machine's CPU: an hour,
 	$(RUN)/python -m eval.speed --device cpu
 	$(RUN)/python -m eval.core --device cpu
 
-speed-gpu: $(VENV)/installed  ## the same on a GPU, in half precision; with the embedded model's options
+speed-gpu: $(VENV)/installed  ## the same on a GPU, in half precision
 	$(RUN)/python -m eval.speed --device cuda
 	$(RUN)/python -m eval.core --device cuda --dtype bfloat16
 

@@ -9,10 +9,11 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from eval.architectures import arguments, build, guided_arguments
 from eval.naive import NaiveSegmentor
 from goca_guidance.config import GoCAConfig, LayerPreset
 from goca_guidance.families import denoiser_of, family_of, readers_of
-from goca_guidance.family import Family
+from goca_guidance.observer import output_projection
 from goca_guidance.records import AttentionRecord, TokenLayout
 from goca_guidance.segmentor import GoCASegmentor
 from goca_guidance.tokens import named_layout, prompt_layout
@@ -92,8 +93,18 @@ def capture(pipe: DiffusionPipeline, images: int, words: Mapping[str, Sequence[i
     else:
         layout = named_layout(words, images, watch.call.text, family.sink, watch.encoded(0))
     layout, records = layout.to(watch.calls[0][0].query.device), {record.name: record for record in watch.calls[0]}
-    projections = {name: _projection(family, records[name]) for name in family.preset.cross}
+    projections = {name: output_projection(family.project(name), records[name].query) for name in family.preset.cross}
     return Step(watch.call.latent, family.preset, layout, family.unconditional_sink, projections, watch.calls)
+
+
+def full_size(
+    family: str, size: int, device: str = "cpu", dtype: torch.dtype = torch.float32, sharper: float = 1
+) -> Step:
+    """One image's step of an architecture with random weights, whose queries are made louder by a factor."""
+    pipe = build(family, device, dtype)
+    sharpen(denoiser_of(pipe.components), sharper)
+    call = arguments(family, pipe, size, batch=1, steps=2)
+    return capture(pipe, 1, guided_arguments(family).get("region_tokens"), **call)
 
 
 def sharpen(denoiser: torch.nn.Module, factor: float) -> None:
@@ -101,11 +112,3 @@ def sharpen(denoiser: torch.nn.Module, factor: float) -> None:
     for name, module in denoiser.named_modules():
         if name.endswith(("to_q", "norm_q")):
             module.weight.data *= factor
-
-
-def _projection(family: Family, record: AttentionRecord) -> Float[Tensor, "hd c"]:
-    """What a layer's output projection does to each unit vector, less what it does to zero."""
-    width = record.query.shape[1] * record.query.shape[3]
-    vectors = torch.eye(width + 1, width).roll(1, 0).to(record.query)
-    answer = family.project(record.name)(vectors[None])[0].float()
-    return answer[1:] - answer[:1]

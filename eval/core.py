@@ -9,7 +9,6 @@ against the naive form in float64. The last columns are the shares of our time t
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,12 +20,11 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from eval.architectures import ARCHITECTURES, arguments, build, guided_arguments
-from eval.captured import Step, capture, sharpen
+from eval.architectures import ARCHITECTURES
+from eval.captured import Step, full_size
 from eval.report import command, markdown, write_json
-from eval.speed import PeakMemory, alone, device_name
+from eval.speed import PeakMemory, alone, device_name, now
 from goca_guidance import GoCAConfig, segmentor
-from goca_guidance.families import denoiser_of
 
 
 SHARPER = 16  # times louder queries: of evener attention the naive form keeps mostly rounding
@@ -43,10 +41,7 @@ PARTS = {  # functions that the segmentor calls; what none of them does is "rest
 
 def capture_to(path: Path, family: str, size: int, device: str, dtype: str) -> None:
     """A step to a file."""
-    pipe = build(family, device, getattr(torch, dtype))
-    sharpen(denoiser_of(pipe.components), SHARPER)
-    call = arguments(family, pipe, size, batch=1, steps=2)
-    torch.save(capture(pipe, 1, guided_arguments(family).get("region_tokens"), **call), path)
+    torch.save(full_size(family, size, device, getattr(torch, dtype), SHARPER), path)
 
 
 def regions(step: Step, form: str) -> tuple:
@@ -63,9 +58,9 @@ def measure(path: Path, device: str, form: str, repeats: int) -> dict:
         found = regions(step, form)
     for _ in tqdm(range(repeats), desc=form):
         found = None  # what was stored is let go
-        start = _now(device)
+        start = now(device)
         found = regions(step, form)
-        seconds.append(_now(device) - start)
+        seconds.append(now(device) - start)
     scores, masks = found[0].scores().cpu().numpy(), found[1].masks.cpu().numpy()
     milliseconds, megabytes = round(1000 * statistics.median(seconds), 1), (memory.peak - before) // 2**20
     return {"ms": milliseconds, "mb": megabytes, "scores": scores, "masks": masks}
@@ -89,9 +84,9 @@ def profile(path: Path, device: str, repeats: int) -> dict[str, float]:
         for repeat in tqdm(range(repeats + 1), desc="profile"):
             if repeat == 1:
                 seconds.update(dict.fromkeys(PARTS, 0.0))  # so far the warm-up's
-            start = _now(device)
+            start = now(device)
             regions(step, "ours")
-            total += _now(device) - start if repeat else 0.0
+            total += now(device) - start if repeat else 0.0
     shares = {part: round(spent / total, 3) for part, spent in seconds.items()}
     return {**shares, "rest": round(1 - sum(shares.values()), 3)}
 
@@ -99,9 +94,9 @@ def profile(path: Path, device: str, repeats: int) -> dict[str, float]:
 @contextmanager
 def _clock(seconds: dict[str, float], part: str, device: str):
     """Counts the block's time for a part, less the time of parts within it."""
-    start, counted = _now(device), sum(seconds.values())
+    start, counted = now(device), sum(seconds.values())
     yield
-    seconds[part] += _now(device) - start - (sum(seconds.values()) - counted)
+    seconds[part] += now(device) - start - (sum(seconds.values()) - counted)
 
 
 def _timed(function: Callable, clock: Callable) -> Callable:
@@ -121,12 +116,6 @@ def _timed(function: Callable, clock: Callable) -> Callable:
             yield item
 
     return call
-
-
-def _now(device) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def compare(family: str, size: int, device: str, dtype: str, repeats: int) -> dict:

@@ -95,17 +95,19 @@ def shown(model, images: torch.Tensor) -> np.ndarray:
         return (model(images)[:, : len(OBJECTS)] > 0).cpu().numpy()
 
 
-def generate(pipe, scenes, first: int, settings: Settings, arguments: dict) -> torch.Tensor:
-    """Images in [-1, 1] for the captions of some scenes; the seed is the scene's number, the same for every method."""
-    output = pipe(
-        [s.caption for s in scenes],
+def generate(pipe, first: int, settings, **arguments):
+    """A batch's output for the captions of scenes from number `first`; a scene's number is its seed, whatever the method.
+
+    `settings`: captions, batch, steps and guidance_scale. Images are in [0, 1], b 3 H W.
+    """
+    numbers = range(first, min(first + settings.batch, settings.captions))
+    return pipe(
+        [scene("test", i).caption for i in numbers],
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
-        generator=[torch.Generator().manual_seed(first + i) for i in range(len(scenes))],
-        output_type="pt",
-        **arguments,
+        generator=[torch.Generator().manual_seed(i) for i in numbers],
+        **{"output_type": "pt", **arguments},
     )
-    return output.images * 2 - 1
 
 
 def measure(pipe, model, settings: Settings, name: str, cache: Path) -> np.ndarray:
@@ -114,8 +116,7 @@ def measure(pipe, model, settings: Settings, name: str, cache: Path) -> np.ndarr
     if not path.exists():
         found = []
         for first in tqdm(range(0, settings.captions, settings.batch), desc=name):
-            scenes = [scene("test", i) for i in range(first, min(first + settings.batch, settings.captions))]
-            found.append(shown(model, generate(pipe, scenes, first, settings, METHODS[name])))
+            found.append(shown(model, generate(pipe, first, settings, **METHODS[name]).images * 2 - 1))
         with replacing(path) as part, part.open("wb") as file:
             np.save(file, np.concatenate(found))
     return np.load(path)

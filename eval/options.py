@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eval.architectures import arguments, build, guided_arguments
-from eval.captured import capture
+from eval import faithfulness
+from eval.captured import full_size
 from eval.report import command, markdown, weights_digest, write_json
-from eval.scenes import scene
 from eval.segmentation import Experiment, load
 from eval.segmentation import run as segmented
 from goca_guidance import TINY_SD, GoCAConfig, Regions, SCFGConfig
@@ -79,21 +78,14 @@ class Trajectory:
 # ---- generation ------------------------------------------------------------------------------------------------------
 def generate(pipe, first: int, settings: Settings, on: Trajectory | None = None, **kwargs) -> Trajectory:
     """Images for the captions of some scenes; with `on`, every step ends in the latents of that trajectory."""
-    count, found = min(settings.batch, settings.captions - first), Trajectory()
+    found = Trajectory()
 
     def after(pipe, step, timestep, tensors):
         found.latents.append(tensors["latents"] if on is None else on.latents[step])
         return {"latents": found.latents[-1]}
 
-    output = pipe(
-        [scene("test", first + i).caption for i in range(count)],
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        generator=[torch.Generator().manual_seed(first + i) for i in range(count)],
-        output_type="pt" if on is None else "latent",
-        callback_on_step_end=after,
-        **kwargs,
-    )
+    kind = "pt" if on is None else "latent"
+    output = faithfulness.generate(pipe, first, settings, output_type=kind, callback_on_step_end=after, **kwargs)
     found.regions, found.images = getattr(output, "regions", None), None if on else 255 * output.images
     return found
 
@@ -138,9 +130,7 @@ def miou(settings: Settings, model: str) -> dict[str, dict]:
 
 def core_milliseconds(repeats: int) -> list[dict]:
     """A step's mean time in GoCA's core, for Stable Diffusion 1.5 at 512 pixels, one image; options take turns."""
-    pipe, taken = build("sd-1.5"), {option: [] for option in OPTIONS}
-    call = arguments("sd-1.5", pipe, 512, batch=1, steps=2)
-    step = capture(pipe, 1, guided_arguments("sd-1.5")["region_tokens"], **call)
+    step, taken = full_size("sd-1.5", 512), {option: [] for option in OPTIONS}
     for _ in tqdm(range(repeats + 1), desc="core"):
         for option, seconds in taken.items():
             start = time.perf_counter()

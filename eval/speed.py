@@ -105,14 +105,19 @@ def _stamped(scheduler, device: str, bar: tqdm) -> Iterator[list[float]]:
 
     def stamp(*args, **kwargs):
         result = step(*args, **kwargs)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        stamps.append(time.perf_counter())
+        stamps.append(now(device))
         bar.update()
         return result
 
     with patch.object(scheduler, "step", stamp):
         yield stamps
+
+
+def now(device: str) -> float:
+    """Seconds on a clock, when all work given to the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -25,13 +25,9 @@ class SCFGSegmentor:
 
     def __init__(self, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
         self.preset, self.layout, self.unconditional_sink = preset, layout, unconditional_sink
+        self.layers = frozenset((*preset.cross, *preset.own))  # names of the layers that must be observed
         self._conditional: dict[str, AttentionRecord] = {}
         self._unconditional: dict[str, AttentionRecord] = {}
-
-    @property
-    def layers(self) -> frozenset[str]:
-        """Names of the layers that must be observed."""
-        return frozenset((*self.preset.cross, *self.preset.own))
 
     def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
         """Keep a record until the step's grids are known (see `GoCASegmentor.keep`)."""

@@ -62,7 +62,6 @@ class GuidedCall(Watch):
         self.step = 0  # conditional predictions begun
         self._pending = False  # one of them waits for its product with the guidance scale
         self._mixed = False  # a product was seen at all
-        self.segmentor: Any = None  # of the step in progress, where regions are found
         self._guided = False  # the step in progress is guided, by its own regions or the last ones
         self._found: Any = None  # the last regions
         self._words: WordMaps | None = None  # the last word maps of the negative prompt
@@ -114,7 +113,7 @@ class GuidedCall(Watch):
 
     def forget(self) -> None:
         super().forget()
-        self.segmentor = self.negative = None
+        self.negative = None
 
     def begin_step(self) -> None:
         """The next call of the denoiser is the first one of a step (where a loop tells; `rate` says so too)."""

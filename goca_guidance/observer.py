@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.records import AttentionRecord, AttentionView
@@ -133,15 +134,20 @@ class AttentionObserver:
         )
 
     def _gram(self, name, like) -> Tensor:
-        """W W^T of the output projection W without bias: what it does to zero and to each unit vector. Largest entry one."""
+        """W W^T of the output projection W without bias. Largest entry one."""
         if name not in self._grams:
-            width = like.shape[1] * like.shape[3]
-            probe = torch.eye(width + 1, width, dtype=like.dtype, device=like.device).roll(1, 0) * PROBE
-            answer = self.project(name)(probe[None])[0].float()
-            projection = (answer[1:] - answer[:1]) / PROBE
+            projection = output_projection(self.project(name), like)
             gram = projection @ projection.mT
             self._grams[name] = (gram / gram.amax().clamp(min=torch.finfo(gram.dtype).tiny)).to(like.dtype)
         return self._grams[name]
+
+
+def output_projection(project: Callable[[Tensor], Tensor], like: Tensor) -> Float[Tensor, "hd c"]:
+    """The matrix without bias, float32: what `project` does to each unit vector, less what it does to zero; `like` b h n d."""
+    width = like.shape[1] * like.shape[3]
+    probe = torch.eye(width + 1, width, dtype=like.dtype, device=like.device).roll(1, 0) * PROBE
+    answer = project(probe[None])[0].float()
+    return (answer[1:] - answer[:1]) / PROBE
 
 
 def check_seen(expected: frozenset[str], seen: set[str]) -> None:

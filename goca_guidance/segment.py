@@ -157,7 +157,6 @@ class _Forwards(Watch):
         self.pipe, self.names, self.goca = pipe, names, goca
         self.scores: list[Tensor] = []
         self.layout: TokenLayout | None = None
-        self.segmentor: Any = None
 
     def run(self, stock, prompts, noisy) -> Float[Tensor, "b k H W"]:
         """Mean scores of the noise samples: (timestep, latents b c H W) each."""
@@ -190,10 +189,6 @@ class _Forwards(Watch):
 
     def keep(self, record) -> None:
         self.segmentor.keep(record)
-
-    def forget(self) -> None:
-        super().forget()
-        self.segmentor = None
 
     def _finish(self):
         """Scores of the forward that just ended, if one did."""

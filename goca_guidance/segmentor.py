@@ -66,9 +66,7 @@ class GoCASegmentor:
         self._waiting: dict[tuple, list[AttentionRecord]] = {}  # by what is asked of them, and shape
         self._early: list[tuple[AttentionRecord, tuple[int, int]]] = []  # self layers seen before the reference
         self._affinity: Tensor | None = None  # pseudo self-attention of the reference, at `_grid`
-        self._pulled: dict[
-            tuple, tuple
-        ] = {}  # by grids of queries and keys: rows, the affinity pulled to them, row mass
+        self._pulled: dict[tuple, tuple] = {}  # by grids of queries and keys: what `_pull` gives
         self._agreements: dict[str, Float[Tensor, " b"]] = {}
         self._maps: list[tuple[list[str], Float[Tensor, "l b m H W"]]] = []
         self._sinks: list[tuple[list[str], Float[Tensor, "l b s H W"]]] = []
@@ -91,24 +89,30 @@ class GoCASegmentor:
     def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
         """Take a record of the conditional prediction (1), of the unconditional one (0), or of both, the latter first."""
         if 1 in branches and record.name in self._pixel_layers:
-            conditional = record.branch(1) if 0 in branches else record
+            conditional = self._sampled(record.branch(1) if 0 in branches else record)
             if self._own and record.name == self.preset.reference:
-                self._see_reference(self._sampled(conditional))
-            self._keep_pixels(self._sampled(conditional), record.grid)
-        together = record.view.joint and record.name in self._own  # words are read with the pixels
-        wanted = tuple(b for b in branches if (self.unconditional_sink if b == 0 else not together))
+                self._see_reference(conditional)
+            self._keep_pixels(conditional, record.grid)
         if record.name in self.preset.cross:
-            self._finest = max(self._finest, record.grid, key=math.prod)
-        if wanted and record.name in self.preset.cross:
-            part = record if wanted == branches else record.branch(wanted[0])
-            self._add(("words", wanted), part.only("output", "gram"))
+            self._keep_words(record, branches)
 
     def _sampled(self, record):
         """The record at the working size."""
         grid = coarser(record.grid, self.config.working_size)
-        return (
-            record if grid == record.grid else record.at(grid, nearest_index(record.grid, grid, record.query.device))
-        )
+        if grid == record.grid:
+            return record
+        return record.at(grid, nearest_index(record.grid, grid, record.query.device))
+
+    def _together(self, record):
+        """Whether the conditional prediction's words are read with its pixels, from one softmax."""
+        return record.view.joint and record.name in self._own
+
+    def _keep_words(self, record, branches):
+        self._finest = max(self._finest, record.grid, key=math.prod)
+        wanted = tuple(b for b in branches if (self.unconditional_sink if b == 0 else not self._together(record)))
+        if wanted:
+            part = record if wanted == branches else record.branch(wanted[0])
+            self._add(("words", wanted), part.only("output", "gram"))
 
     def _see_reference(self, record):
         tensor = record.output if self.preset.features == "output" else record.features
@@ -121,7 +125,7 @@ class GoCASegmentor:
     def _keep_pixels(self, record, keys):
         """`keys`: grid of the pixel keys, which are all there at any working size."""
         own, fine = record.name in self._own, record.name in self._fine
-        needed = ("output", "gram") if own and record.view.joint and self.heads == "contribution" else ()
+        needed = ("output", "gram") if self._together(record) and self.heads == "contribution" else ()
         if own and self._affinity is None:
             self._early.append((record.only(*needed).alone(), keys))
             return
@@ -184,8 +188,7 @@ class GoCASegmentor:
     def _reduce_pixels(self, record, records, keys, own, fine):
         """Agreement with the reference, in the rows that its grid reads; the sum that refines, and words, in all rows."""
         layers, agreed, words, columns, weights = len(records), [], [], None, None
-        together = own and record.view.joint
-        if together:
+        if together := self._together(record):
             columns = self._columns((1,)).repeat(layers, 1) + record.view.text.start
             weights = self._head_weights(record, records)
         some, reference, mass = self._pull(record, keys) if own else (None, None, None)

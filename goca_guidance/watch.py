@@ -26,6 +26,7 @@ class Watch:
         self.readers = [(module, tokenizer) for module, tokenizer in readers if module is not None]
         self._ids: list[list[Tensor]] = [[] for _ in self.readers]
         self._calls: dict[torch.Size, DenoiserCall] = {}
+        self.segmentor: Any = None  # of the forward in progress, where one is
 
     def open(self, call: DenoiserCall, device: torch.device) -> None:
         """A forward of the denoiser begins."""
@@ -38,6 +39,7 @@ class Watch:
     def forget(self) -> None:
         """Let go of what refers to this object: records would wait for the garbage collector, also after an error."""
         del self.observer
+        self.segmentor = None
 
     @contextmanager
     def installed(self):

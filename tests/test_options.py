@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eval import options as program
 from eval.captured import Step, capture, sharpen
+from eval.naive import head_shares, probabilities
 from eval.segmentation import load
 from goca_guidance import TINY_SD, GoCAConfig, GoCAGuidance, GoCASCFGPipeline, SCFGConfig, segmentor
 from goca_guidance.call import GuidedCall
@@ -246,7 +247,7 @@ class Explicit:
     def read(self, name: str, half: int = 0) -> Tensor:
         """b h w n: a layer's probabilities in the rows of the working grid."""
         record = self.records[half][name]
-        return probabilities(record)[:, :, rows(record.grid, self.grids[name])]
+        return probabilities(record, torch.float32)[:, :, rows(record.grid, self.grids[name])]
 
     def affinity(self, name: str) -> Tensor:
         """b w p: working queries, all pixel keys."""
@@ -276,8 +277,8 @@ class Explicit:
         for layer, name in enumerate(self.step.preset.cross):
             record, share = records[name], 1 / records[name].query.shape[1]
             if (self.config.heads or self.step.preset.heads) == "contribution":
-                share = head_shares(record.output, self.step.projections[name])
-            text = (probabilities(record)[..., record.view.text] * share).sum(1)
+                share = head_shares(record.output, self.step.projections[name], clamp=False)
+            text = (probabilities(record, torch.float32)[..., record.view.text] * share).sum(1)
             text = text[:, rows(record.grid, grids[name])]
             total = total + weights[:, layer, None, None, None] * resize(as_maps(text, grids[name]), size)
         total = F.adaptive_avg_pool2d(total.clamp(min=0), self.size)
@@ -304,19 +305,6 @@ class Explicit:
     def foreground(self, size: tuple[int, int]) -> Tensor:
         sink = self.words(int(self.step.unconditional_sink), self.weights(), self.step.layout.sink)
         return nearest(self.normalised(sink) < 0.5, size)
-
-
-def probabilities(record) -> Tensor:
-    """b h p n: softmax(q k^T) of all heads, pixels and keys."""
-    logits = record.query @ record.key.mT * record.scale
-    return (logits if record.mask is None else logits + record.mask).softmax(-1)
-
-
-def head_shares(output: Tensor, projection: Tensor) -> Tensor:
-    """b h p 1: <o_h, o> / <o, o> with every per-head output built."""
-    outputs = output @ projection.unflatten(0, (output.shape[1], -1))
-    share = (outputs * outputs.sum(1, keepdim=True)).sum(-1, keepdim=True)
-    return share / share.sum(1, keepdim=True)
 
 
 def rows(grid, working) -> Tensor:
