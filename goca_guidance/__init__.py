@@ -11,7 +11,6 @@ from goca_guidance.config import Background as Background
 from goca_guidance.config import GoCAConfig as GoCAConfig
 from goca_guidance.config import SCFGConfig as SCFGConfig
 from goca_guidance.records import Regions as Regions
-from goca_guidance.records import Segmentation as Segmentation
 from goca_guidance.records import WordMaps as WordMaps
 
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from goca_guidance.guider import GoCAGuidance as GoCAGuidance
     from goca_guidance.pipeline import GoCASCFGPipeline as GoCASCFGPipeline
     from goca_guidance.pipeline import GoCASCFGPipelineOutput as GoCASCFGPipelineOutput
+    from goca_guidance.segment import Segmentation as Segmentation
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,12 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    rooms = {"GoCASCFGPipeline": "pipeline", "GoCASCFGPipelineOutput": "pipeline", "GoCAGuidance": "guider"}
+    rooms = {
+        "GoCASCFGPipeline": "pipeline",
+        "GoCASCFGPipelineOutput": "pipeline",
+        "GoCAGuidance": "guider",
+        "Segmentation": "segment",
+    }
     if name in rooms:
         return getattr(import_module(f"goca_guidance.{rooms[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

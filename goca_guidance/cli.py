@@ -84,7 +84,7 @@ def generate(args) -> None:
 def segment(args) -> None:
     """Overlay, and label map as a palette picture, of one image."""
     from goca_guidance import pictures
-    from goca_guidance.segment import load_image
+    from goca_guidance.images import load_image
 
     image = load_image(args.image)
     rule = (

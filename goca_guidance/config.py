@@ -20,7 +20,8 @@ class GoCAConfig:
         heads: "contribution" weights each head by its share of the layer's output; "uniform" is the plain mean. None takes
             the family's preset: "uniform" for Flux and HunyuanDiT, as released, else "contribution".
         clamp_heads: clamp negative head shares at zero (neither the paper nor the released code does).
-        layers: "agreement" weights each layer by its likeness to the pseudo self-attention; "uniform" is the plain mean.
+        layers: "agreement" weights each layer by its likeness to the pseudo self-attention; "uniform" is the plain mean;
+            "manual" the mean of the middle half of the layers, which for Stable Diffusion 1.x are those picked by hand.
         row_normalise: let every resized self-attention row sum to one before the layers are compared. Off in the
             released code, where a coarse layer of r x r weighs (R / r)^2 more. None takes the family's preset.
         reference_channels: keep the first few channels of the dense features; 1 is what the released benchmark code does.
@@ -50,7 +51,7 @@ class GoCAConfig:
 
     def __post_init__(self):
         _among("heads", self.heads, (None, "contribution", "uniform"))
-        _among("layers", self.layers, ("agreement", "uniform"))
+        _among("layers", self.layers, ("agreement", "uniform", "manual"))
         if self.blur_size % 2 == 0 or self.blur_size < 1 or self.blur_sigma <= 0:
             raise ValueError(
                 "Expected an odd, positive `blur_size` and a positive `blur_sigma`, but got "
@@ -166,6 +167,13 @@ class LayerPreset:
     heads: str = "contribution"
     features: str = "query"
     row_normalise: bool = False
+
+    @property
+    def middle(self) -> "LayerPreset":
+        """The middle half of the cross layers only: of the 16 of Stable Diffusion 1.x the 8 that are picked by hand."""
+        count = len(self.cross)
+        half = slice(count // 4, -(-3 * count // 4))
+        return replace(self, cross=self.cross[half], own=self.own[half])
 
     @property
     def layers(self) -> frozenset[str]:

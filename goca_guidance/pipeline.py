@@ -19,11 +19,10 @@ from torch import Tensor
 from goca_guidance.call import GuidedCall, check_input, config_of
 from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.families import denoiser_of, family_of, readers_of
-from goca_guidance.loading import PREFIX, check_folder, is_text_to_image, named_pipeline, scale_name, stock_class
-from goca_guidance.records import Regions, Segmentation, WordMaps
+from goca_guidance.loading import PREFIX, check_folder, named_pipeline, scale_name, stock_class
+from goca_guidance.reading import ReadingMixin, stock_of
+from goca_guidance.records import Regions, WordMaps
 from goca_guidance.scfg import SpatialGuidanceScale
-from goca_guidance.segment import segment
-from goca_guidance.tokens import named_words, read
 
 
 @dataclasses.dataclass
@@ -45,7 +44,7 @@ class GoCASCFGPipelineOutput(BaseOutput):
     negative_maps: list[WordMaps] | None = None
 
 
-class GoCASCFGPipeline(DiffusionPipeline):
+class GoCASCFGPipeline(ReadingMixin, DiffusionPipeline):
     r"""
     Any stock text-to-image pipeline that mixes two predictions, with S-CFG guided by GoCA regions at every denoising step.
 
@@ -67,7 +66,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
     def __init_subclass__(cls, **kwargs):
         """Give the subclass's `__call__` the stock arguments and ours to show: in help() and to tools."""
         super().__init_subclass__(**kwargs)
-        stock, ours = inspect.signature(_stock(cls).__call__), inspect.signature(GoCASCFGPipeline.__call__)
+        stock, ours = inspect.signature(stock_of(cls).__call__), inspect.signature(GoCASCFGPipeline.__call__)
 
         @functools.wraps(GoCASCFGPipeline.__call__)
         def __call__(self, *args, **kwargs):  # noqa: N807
@@ -151,10 +150,10 @@ class GoCASCFGPipeline(DiffusionPipeline):
         return _output(output, state, arguments.get("return_dict", True), output_regions, output_negative_maps)
 
     def _is_guided(self, arguments, given) -> bool:
-        scale = arguments[scale_name(_stock(type(self)))]
+        scale = arguments[scale_name(stock_of(type(self)))]
         if getattr(family_of(denoiser_of(self.components)).denoiser.config, "time_cond_proj_dim", None) is not None:
             return False  # a latent consistency model: the scale is embedded, and nothing is mixed
-        if scale_name(_stock(type(self))) == "guidance_scale":
+        if scale_name(stock_of(type(self))) == "guidance_scale":
             return scale > 1
         if "true_cfg_scale" in given and scale <= 1:
             return False
@@ -177,7 +176,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
             images=prompts * (arguments.get("num_images_per_prompt") or 1),
             prompts=prompts,
             prompt_read=prompt is not None,
-            separate=scale_name(_stock(type(self))) == "true_cfg_scale",
+            separate=scale_name(stock_of(type(self))) == "true_cfg_scale",
             **kwargs,
         )
 
@@ -188,7 +187,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
         """The stock call; with a state, observed, and its scale spatial: as argument, and as property (`guidance_scale`)."""
         if state is None:
             return stock(**{**arguments, "return_dict": True})
-        name = scale_name(_stock(type(self)))
+        name = scale_name(stock_of(type(self)))
         spatial = SpatialGuidanceScale(arguments[name], state.rate)
         with state.installed(), self._in_call(state):
             output = stock(**{**arguments, name: spatial, "return_dict": True})
@@ -205,28 +204,6 @@ class GoCASCFGPipeline(DiffusionPipeline):
             self._goca_call = None
             if isinstance(getattr(self, "_guidance_scale", None), SpatialGuidanceScale):
                 self._guidance_scale = float(self._guidance_scale)
-
-    # ---- beside generation -------------------------------------------------------------------------------------------
-    def segment(self, images, classes: Sequence[str], **kwargs) -> Segmentation:
-        """Segment real images by class names; see [`goca_guidance.segment.segment`] for the arguments."""
-        stock = _stock(type(self))
-        if not is_text_to_image(stock):
-            stock = named_pipeline(family_of(denoiser_of(self.components)))
-        return segment(self, stock, images, classes, **kwargs)
-
-    def words(self, prompt: str) -> dict[str, list[int]]:
-        """The words of a prompt with their token positions, in the form that `region_tokens` takes."""
-        family = family_of(denoiser_of(self.components))
-        tokenizers = [tokenizer for _, tokenizer in readers_of(self, family)]
-        limit = inspect.signature(_stock(type(self)).__call__).parameters.get("max_sequence_length")
-        longest = None if limit is None else limit.default
-        return named_words(read(prompt, tokenizers, self._as_read, longest), family.sink)
-
-    def _as_read(self, prompt: str, tokenizer) -> str:
-        """The text that the stock pipeline gives to its tokenizer: cleaned (PixArt), textual inversions spelled out."""
-        if hasattr(self, "_text_preprocessing"):
-            prompt = self._text_preprocessing(prompt, clean_caption=True)[0]
-        return self.maybe_convert_prompt(prompt, tokenizer) if hasattr(self, "maybe_convert_prompt") else prompt
 
     # ---- loading and saving ------------------------------------------------------------------------------------------
     @classmethod
@@ -250,7 +227,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
             kwargs: components or settings that replace the ones of `pipeline`; `dtype` converts the shared modules.
         """
         if cls is GoCASCFGPipeline:
-            denoiser, ours = denoiser_of(pipeline.components), guided(_stock(type(pipeline)))
+            denoiser, ours = denoiser_of(pipeline.components), guided(stock_of(type(pipeline)))
             family_of(denoiser).preset  # noqa: B018 (refuses what has no readable layers)
             return ours.from_pipe(pipeline, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
@@ -260,7 +237,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
         needed = {name for name, p in parameters.items() if p.default is p.empty and name != "self"}
         if missing := sorted(needed - set(arguments)):
             raise ValueError(
-                f"Expected a pipeline with the components of {_stock(cls).__name__}, but {type(pipeline).__name__} has no "
+                f"Expected a pipeline with the components of {stock_of(cls).__name__}, but {type(pipeline).__name__} has no "
                 f"{', '.join(missing)}. Use a pipeline of that family."
             )
         ours = cls(**arguments)
@@ -268,7 +245,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     def to_json_string(self) -> str:
         """What is saved names the stock pipeline: anyone can load it, with us or without."""
-        saved = {**json.loads(super().to_json_string()), "_class_name": _stock(type(self)).__name__}
+        saved = {**json.loads(super().to_json_string()), "_class_name": stock_of(type(self)).__name__}
         return json.dumps(saved, indent=2, sort_keys=True) + "\n"
 
 
@@ -292,11 +269,6 @@ def __getattr__(name: str):
     if name.startswith(PREFIX) and hasattr(diffusers, name.removeprefix(PREFIX)):
         return guided(getattr(diffusers, name.removeprefix(PREFIX)))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _stock(cls: type) -> type[DiffusionPipeline]:
-    """The class that does the work: the first one that is not ours."""
-    return next(base for base in cls.__mro__ if not issubclass(base, GoCASCFGPipeline))
 
 
 def _output(stock, state, return_dict, regions, negative_maps):

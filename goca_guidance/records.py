@@ -152,17 +152,3 @@ class WordMaps:
 
     scores: Float[Tensor, "b k H W"]
     labels: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """Segmentation of real images.
-
-    `scores` b k H W: float32 in [0, 1] at the working size, one map per class (background not included).
-    `label_maps`: one H W int64 tensor per image, at that image's own size: an index into `classes`.
-    `classes`: the names; "background" is the last one where a background rule was given.
-    """
-
-    scores: Float[Tensor, "b k H W"]
-    label_maps: list[Int[Tensor, "_ _"]]
-    classes: tuple[str, ...]

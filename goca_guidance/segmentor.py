@@ -55,8 +55,8 @@ class GoCASegmentor:
     """
 
     def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
-        self.config, self.preset, self.layout = config, preset, layout
-        self.unconditional_sink = unconditional_sink
+        self.config, self.layout, self.unconditional_sink = config, layout, unconditional_sink
+        self.preset = preset.middle if config.layers == "manual" else preset
         self.heads = config.heads or preset.heads
         self.order = preset.order if config.refine_order is None else config.refine_order
         self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise
@@ -72,7 +72,7 @@ class GoCASegmentor:
         self._sinks: list[tuple[list[str], Float[Tensor, "l b s H W"]]] = []
         self._sum: Float[Tensor, "b p q"] | None = None  # of the fine layers' self-attention
         self._large: list[AttentionRecord] = []  # fine layers too large for it
-        self._finest = (0, 0)  # grid of the finest cross layer, before it is read at the working size
+        self._finest = (0, 0)  # grid of the maps, but for the working size
         self._keys, self._joint = (0, 0), False  # of the fine layers: grid of the pixel keys, keys that are text
 
     @property
@@ -131,6 +131,7 @@ class GoCASegmentor:
             return
         if fine:
             self._keys, self._joint = keys, record.view.joint
+            self._finest = max(self._finest, keys, key=math.prod)
             if record.query.shape[2] * keys[0] * keys[1] > STORED**2:
                 self._large.append(record.only().alone())
                 fine = False
@@ -265,9 +266,9 @@ class GoCASegmentor:
             of_layers = torch.stack([by_name[name] for name in names])[..., None, None, None]
             total, grid = (of_layers * layers).sum(0), layers.shape[-2:]
             merged[grid] = merged[grid] + total if grid in merged else total
-        size = max(merged, key=math.prod)
-        whole = sum(resize(total, size) for total in merged.values()).clamp(min=0)
         working = coarser(self._finest, self.config.working_size)
+        size = max(*merged, working, key=math.prod)
+        whole = sum(resize(total, size) for total in merged.values()).clamp(min=0)
         return whole if size == working else F.adaptive_avg_pool2d(whole, working)
 
     def regions(self, size: tuple[int, int]) -> Regions:

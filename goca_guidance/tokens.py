@@ -244,23 +244,35 @@ def _sinks(encoded, sink) -> list[int]:
     return [last.start + position for position in ends]
 
 
-def class_layout(encoded: Sequence[Encoded], names: Sequence[str]) -> TokenLayout:
-    """One region for each class name, wherever its words stand in each prompt (segmentation)."""
-    entities: list[Words] = [[(name, []) for name in names] for _ in encoded[0].ids]
+def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]]) -> TokenLayout:
+    """One region for each class name of each image, wherever its words stand in the image's prompt (segmentation).
+
+    A name can hold several phrases, separated by commas: its region averages the tokens of all of them.
+    """
+    found: list[dict[str, list[int]]] = [{phrase: [] for name in own for phrase in _phrases(name)} for own in names]
     for part in encoded:
-        spellings = {name: _spelled(words(part.tokenizer, part.tokenizer(name).input_ids)) for name in names}
-        for image, row in enumerate(part.ids.tolist()):
-            prompt = words(part.tokenizer, row)
-            for name, positions in entities[image]:
-                positions.extend(part.start + p for p in _find(prompt, name, spellings))
-    for image, regions in enumerate(entities):
-        if missing := next((name for name, positions in regions if not positions), None):
+        phrases = dict.fromkeys(phrase for own in found for phrase in own)
+        spelled = {phrase: _spelled(words(part.tokenizer, part.tokenizer(phrase).input_ids)) for phrase in phrases}
+        for row, own in zip(part.ids.tolist(), found, strict=True):
+            prompt, spellings = words(part.tokenizer, row), {phrase: spelled[phrase] for phrase in own}
+            for phrase, positions in own.items():
+                positions.extend(part.start + p for p in _find(prompt, phrase, spellings))
+    for image, own in enumerate(found):
+        if missing := next((phrase for phrase, positions in own.items() if not positions), None):
             raise ValueError(
                 f"Expected the class {missing!r} among the words that the text encoder reads, but it reads "
                 f"{' '.join(word for word, _ in sentence(encoded, image))!r}. Name it in the prompt, or shorten the prompt: "
                 f"the encoder keeps {encoded[-1].ids.shape[1]} tokens."
             )
-    return layout(entities)
+    return layout([[(name, _tokens(name, own)) for name in of] for of, own in zip(names, found, strict=True)])
+
+
+def _phrases(name: str) -> list[str]:
+    return [phrase.strip() for phrase in name.split(",") if phrase.strip()]
+
+
+def _tokens(name: str, found: dict[str, list[int]]) -> list[int]:
+    return sorted({position for phrase in _phrases(name) for position in found[phrase]})
 
 
 def _spelled(found: Words) -> list[str]:

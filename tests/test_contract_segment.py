@@ -15,7 +15,8 @@ from goca_guidance import GoCAConfig, SCFGConfig
 from goca_guidance.families import family_of
 from goca_guidance.goca import normalise
 from goca_guidance.scfg import rate_map
-from goca_guidance.segment import _Forwards
+from goca_guidance.segment import ClassForwards
+from goca_guidance.segmentor import GoCASegmentor
 from tests.families import FAMILIES, run, stock_pipeline
 from tests.test_contract import (
     END_SINK,
@@ -232,7 +233,7 @@ def test_negative_word_maps(name):
     for t, latent, maps in zip(ours.scheduler.timesteps, noisy, output.negative_maps, strict=True):
         if name == "flux":
             latent = diffusers.FluxPipeline._unpack_latents(latent, 32, 32, 2)
-        forwards = _Forwards(ours, family_of(denoiser_of(ours)), ["dog", "grass"], GoCAConfig())
+        forwards = ClassForwards(ours, family_of(denoiser_of(ours)), [["dog", "grass"]], GoCAConfig(), GoCASegmentor)
         scores = forwards.run(FAMILIES[name].stock, [NEGATIVE], [(t.item(), latent)])
         assert scores.std() > 0.05
         assert torch.allclose(maps.scores, scores, atol=1e-3)

@@ -13,11 +13,13 @@ import goca_guidance
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # a module may import modules of lower floors only
     {"records", "config", "maps"},
-    {"observer", "tokens", "goca", "scfg", "images", "noising"},
-    {"baselines", "family", "segmentor"},
+    {"observer", "tokens", "goca", "diffcut", "scfg", "images", "noising"},
+    {"baselines", "word_baselines", "family", "segmentor"},
     {"families", "loading"},
     {"watch"},
-    {"call", "segment"},
+    {"call", "forwards"},
+    {"segment", "discover"},
+    {"reading"},
     {"pipeline", "guider"},
     {"pictures", "cli"},
 ]

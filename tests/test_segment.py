@@ -1,6 +1,7 @@
 """Segmentation of real images: shapes, rules, seeds, batches, every kind of picture, every error."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from goca_guidance import Background, GoCAConfig
 from goca_guidance.families import family_of
 from goca_guidance.images import load_image
+from goca_guidance.segmentor import GoCASegmentor
 from tests.tiny import WORDS, hooks_of
 
 
@@ -86,6 +88,102 @@ def test_a_batch_equals_single_images(pipe, image):
         assert torch.allclose(both.scores[i], alone.scores[0], atol=1e-3)
         assert both.label_maps[i].shape == alone.label_maps[0].shape
         assert (both.label_maps[i] == alone.label_maps[0]).float().mean() > 0.99
+
+
+def test_each_image_has_classes_of_its_own(pipe, image):
+    """As single images have; what others have more is zero, and never wins."""
+    other, own = image.transpose(Image.ROTATE_90), [CLASSES, ["dog", "sky"]]
+    both = pipe.segment([image, other], own, background=0.3)
+    assert both.classes == ((*CLASSES, "background"), ("dog", "sky", "background"))
+    assert both.scores.shape[1] == 3
+    assert not both.scores[1, 2].any()
+    for i, (one, names) in enumerate(zip((image, other), own, strict=True)):
+        alone = pipe.segment(one, names, background=0.3)
+        assert torch.allclose(both.scores[i, : len(names)], alone.scores[0], atol=1e-3)
+        assert (both.label_maps[i] == alone.label_maps[0]).float().mean() > 0.99
+        assert both.label_maps[i].shape == one.size[::-1]
+
+
+def test_background_entities_beside_classes_of_each_image(pipe, image):
+    own = [["cat", "grass"], ["dog"]]
+    prompts = ["cat, grass, sky", "dog, sky"]
+    both = pipe.segment([image, image], own, prompt=prompts, background=["sky"])
+    for i, names in enumerate(own):
+        alone = pipe.segment(image, names, prompt=prompts[i], background=["sky"])
+        assert torch.allclose(both.entities[i], alone.entities[0], atol=1e-3)
+        assert torch.allclose(both.scores[i, : len(names)], alone.scores[0], atol=1e-3)
+
+
+def test_a_name_of_several_phrases_averages_their_words(pipe, image):
+    """Without rescaling a map is linear in its tokens' maps, up to min-max."""
+    plain = GoCAConfig.vanilla(refine_order=0, blur_size=1)
+    prompt = "cat, dog, grass"
+    both = pipe.segment(image, ["cat, dog", "grass"], prompt=prompt, goca=plain)
+    with_raw = {}
+    for name in ("cat", "dog"):
+        with_raw[name] = raw_scores(pipe, image, [name], prompt, plain)
+    mean = (with_raw["cat"] + with_raw["dog"]) / 2
+    expected = (mean - mean.min()) / (mean.max() - mean.min())
+    assert both.classes == ("cat, dog", "grass")
+    assert torch.allclose(both.scores[0, 0], expected, atol=1e-4)
+
+
+def raw_scores(pipe, image, names, prompt, config):
+    """One map before min-max."""
+    seen = []
+
+    class Raw(GoCASegmentor):
+        def _scores(self, weights):
+            seen.append(self._merge(self._maps, weights))
+            return super()._scores(weights)
+
+    pipe.segment(image, names, prompt=prompt, goca=config, segmentor=Raw)
+    return seen[0][0, 0]
+
+
+def test_another_rule_on_the_same_forward(pipe, image):
+    first = pipe.segment(image, CLASSES, background=0.6)
+    changed = dataclasses.replace(first, background=Background(threshold=0.2))
+    assert torch.equal(changed.label_maps[0], pipe.segment(image, CLASSES, background=0.2).label_maps[0])
+
+
+def test_a_segmentor_of_ones_own(pipe, image):
+    made = []
+
+    class Constant:
+        projected = frozenset()
+
+        def __init__(self, config, preset, layout):
+            made.append(config)
+            self.layers, self.layout, self.names = frozenset(preset.cross), layout, []
+
+        def keep(self, record):
+            self.names.append(record.name)
+
+        def scores(self):
+            assert self.layers <= set(self.names)
+            return torch.full((1, 3, 4, 4), 0.5)
+
+    result = pipe.segment(image, CLASSES, goca=GoCAConfig(refine_order=1), segmentor=Constant)
+    assert made == [GoCAConfig(refine_order=1)]
+    assert (result.scores == 0.5).all()
+
+
+def test_layers_picked_by_hand(pipe, image):
+    """The plain mean over the middle half: as uniform weights give it where the other layers do not exist."""
+    preset = family_of(pipe.unet).preset
+
+    class Middle(GoCASegmentor):
+        def __init__(self, config, preset, layout):
+            count = len(preset.cross)
+            half = slice(count // 4, -(-3 * count // 4))
+            picked = dataclasses.replace(preset, cross=preset.cross[half], own=preset.own[half])
+            super().__init__(GoCAConfig.vanilla(), picked, layout)
+
+    manual = pipe.segment(image, CLASSES, goca=GoCAConfig.vanilla(layers="manual")).scores
+    assert torch.equal(manual, pipe.segment(image, CLASSES, segmentor=Middle).scores)
+    assert 0 < len(preset.middle.cross) < len(preset.cross)
+    assert manual.shape == (1, 3, 16, 16)
 
 
 def test_labels_are_the_argmax_at_the_images_size(pipe, image):
@@ -203,6 +301,8 @@ def test_bad_input(pipe, image, kwargs, message):
 
 
 def test_a_string_is_not_a_list_of_classes(pipe, image):
+    with pytest.raises(TypeError, match="'dog' among them"):
+        pipe.segment([image, image], [["cat"], "dog"])
     with pytest.raises(TypeError, match="got the string"):
         pipe.segment(image, "cat")
     with pytest.raises(TypeError, match="got the string"):

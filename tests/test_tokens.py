@@ -77,7 +77,7 @@ def test_empty_prompt():
 
 
 def test_classes_of_several_words_and_several_places():
-    layout = tokens.class_layout(clip("cat, potted plant, cat"), ["cat", "potted plant"])
+    layout = tokens.class_layout(clip("cat, potted plant, cat"), [["cat", "potted plant"]])
     assert layout.labels == (("cat", "potted plant"),)
     assert layout.columns[0].tolist() == [1, 3, 4, 6]
     assert torch.allclose(layout.groups[0].T, torch.tensor([[0.5, 0, 0, 0.5], [0, 0.5, 0.5, 0]]))
@@ -85,20 +85,35 @@ def test_classes_of_several_words_and_several_places():
 
 
 def test_a_longer_name_keeps_its_words():
-    layout = tokens.class_layout(clip("potted plant, plant"), ["plant", "potted plant"])
+    layout = tokens.class_layout(clip("potted plant, plant"), [["plant", "potted plant"]])
     columns = layout.columns[0]
     assert [columns[layout.groups[0, :, k] > 0].tolist() for k in (0, 1)] == [[4], [1, 2]]
 
 
+def test_phrases_of_one_name_and_names_of_each_image():
+    layout = tokens.class_layout(
+        clip("cat, potted plant, grass", "plant, dog"), [["cat, potted plant", "grass"], ["dog"]]
+    )
+    assert layout.labels == (("cat, potted plant", "grass"), ("dog",))
+    read = [[layout.columns[b][layout.groups[b, :, k] > 0].tolist() for k in range(2)] for b in range(2)]
+    assert read == [[[1, 3, 4], [6]], [[3], []]]
+    assert torch.allclose(layout.groups.sum(1), torch.tensor([[1.0, 1], [1, 0]]))
+
+
+def test_every_phrase_must_be_there():
+    with pytest.raises(ValueError, match="'dog' among the words"):
+        tokens.class_layout(clip("cat, grass"), [["cat, dog"]])
+
+
 def test_part_of_a_word_is_not_the_word():
     with pytest.raises(ValueError, match="'cat' among the words"):
-        tokens.class_layout(clip("a catalog"), ["cat"])
+        tokens.class_layout(clip("a catalog"), [["cat"]])
 
 
 @pytest.mark.parametrize("prompt", ["a dog", "a " * 40 + "cat"])
 def test_missing_or_truncated_class(prompt):
     with pytest.raises(ValueError, match="encoder keeps 24 tokens"):
-        tokens.class_layout(clip(prompt), ["cat"])
+        tokens.class_layout(clip(prompt), [["cat"]])
 
 
 def test_every_token_is_a_region_for_the_scfg_baseline():
@@ -286,15 +301,17 @@ def test_layouts_over_two_encoders():
 
 def test_classes_over_two_encoders():
     """Where either of them reads the name; the parts of a name stand together in each."""
-    layout = tokens.class_layout(both("a potted plant, Zebra", "zebra plant, potted plant"), ["zebra", "potted plant"])
+    layout = tokens.class_layout(
+        both("a potted plant, Zebra", "zebra plant, potted plant"), [["zebra", "potted plant"]] * 2
+    )
     names = [[layout.columns[b, layout.groups[b, :, k] > 0].tolist() for k in (0, 1)] for b in (0, 1)]
     assert names[0] == [[5, 6, 7, 8, 9, *range(81, 87)], [2, 3, 78, 79]]
     assert names[1] == [[1, 2, 3, 4, 5, *range(77, 83)], [8, 9, 85, 86]]
     assert torch.allclose(layout.groups.sum(1), torch.ones(2, 2))
-    far = tokens.class_layout(both("a " * 80 + "cat"), ["cat"])
+    far = tokens.class_layout(both("a " * 80 + "cat"), [["cat"]])
     assert far.columns.tolist() == [[77 + 80]]
     with pytest.raises(ValueError, match=r"'dog' among the words.*encoder keeps 256 tokens"):
-        tokens.class_layout(both("a cat"), ["dog"])
+        tokens.class_layout(both("a cat"), [["dog"]])
 
 
 # ---- sinks -----------------------------------------------------------------------------------------------------------
@@ -321,7 +338,7 @@ def test_no_sink():
     layout = tokens.prompt_layout(clip("a cat", "dog"), None)
     assert layout.sink.shape == (2, 0)
     assert layout.labels == (("a", "cat"), ("dog",))
-    assert tokens.class_layout(clip("a cat"), ["cat"]).sink.shape == (1, 0)
+    assert tokens.class_layout(clip("a cat"), [["cat"]]).sink.shape == (1, 0)
 
 
 def test_named_regions_and_their_sink():
@@ -346,7 +363,7 @@ def test_named_regions_and_their_sink():
 )
 @settings(max_examples=50, deadline=None)
 def test_group_weights_average(names):
-    layout = tokens.class_layout(clip(", ".join(names)), names)
+    layout = tokens.class_layout(clip(", ".join(names)), [names])
     assert torch.allclose(layout.groups.sum(1), torch.ones(1, len(names)))
 
 

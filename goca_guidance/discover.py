@@ -1,0 +1,86 @@
+"""Segments of real images without any names: DiffCut (arXiv 2406.02842) on the features of a U-Net's encoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from goca_guidance.diffcut import cut
+from goca_guidance.family import Family
+from goca_guidance.forwards import Forwards, noised
+from goca_guidance.maps import nearest_index
+from goca_guidance.records import AttentionRecord
+
+
+@torch.no_grad()
+def discover(
+    pipe: DiffusionPipeline,
+    stock: type[DiffusionPipeline],
+    images,
+    *,
+    threshold: float = 0.5,
+    alpha: float = 10.0,
+    timestep: int = 50,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    size: int = 128,
+) -> list[Int[Tensor, "_ _"]]:
+    """Segment real images without names (DiffCut, arXiv 2406.02842): recursive normalised cut of dense features.
+
+    The features are what the last self-attention layer of the U-Net's encoder puts out, for an empty prompt.
+
+    Args:
+        pipe, stock, images, generator, height, width: see [`goca_guidance.segment.segment`].
+        threshold: a segment is cut in two while the normalised cut costs less (the paper's tau).
+        alpha: exponent of the affinity.
+        timestep: at which the image is noised, of the scheduler's training steps.
+        size: side of the map on which pixels choose the nearest segment.
+
+    Returns:
+        One H W int64 map for each image, at its own size: numbers of segments, which mean nothing beyond the image.
+    """
+    read = noised(pipe, images, timestep, 1, generator, height, width)
+    forwards = EncoderFeatures(pipe, read.family)
+    features = forwards.run(stock, [""] * len(read.pictures), read.samples)
+    labels = cut(features, (size, size), threshold, alpha).cpu()
+    sizes = [picture.size[::-1] for picture in read.pictures]
+    return [
+        own.flatten()[nearest_index((size, size), to)].unflatten(0, to) for own, to in zip(labels, sizes, strict=True)
+    ]
+
+
+class EncoderFeatures(Forwards):
+    """Output of the last self-attention layer of a U-Net's encoder, [b c H W]."""
+
+    def __init__(self, pipe: DiffusionPipeline, family: Family):
+        super().__init__(pipe, family)
+        names = [name for name in family.preset.own if name.startswith("down_blocks.")]
+        if not names:
+            raise ValueError(
+                "Expected a U-Net, whose encoder has attention layers, but got "
+                f"{type(family.denoiser).__name__}: DiffCut is defined for U-Nets."
+            )
+        self.layer = names[-1]
+        self._features: Any = None  # of the forward in progress
+
+    def run(self, stock, prompts: Sequence[str], samples) -> Float[Tensor, "b c H W"]:
+        handle = self.family.attention_modules[self.layer].register_forward_hook(self._see)
+        try:
+            return super().run(stock, prompts, samples)
+        finally:
+            handle.remove()
+
+    def keep(self, record: AttentionRecord) -> None:
+        """The layer's output is what is wanted, not its attention."""
+
+    def result(self) -> Float[Tensor, "b c H W"]:
+        grid = self.family.grid(self._features.shape[1], self.call.latent)
+        features, self._features = self._features.mT.unflatten(-1, grid).float(), None
+        return features
+
+    def _see(self, module, args, output):
+        self._features = output

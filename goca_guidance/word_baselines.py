@@ -1,0 +1,150 @@
+"""Segmentors of other papers by the words' attention, with the face of `GoCASegmentor`: `keep` each record, ask for `scores`.
+
+Which prompt is read, how often the network runs, and what happens to the scores afterwards, is the caller's business.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from goca_guidance.config import GoCAConfig, LayerPreset
+from goca_guidance.goca import affinity_product, refine, token_maps
+from goca_guidance.maps import as_maps, min_max, resize
+from goca_guidance.records import AttentionRecord, TokenLayout
+
+
+class DiffSegmenter:
+    """DiffSegmenter (arXiv 2309.02773; constants of its released code).
+
+    Head-mean cross maps, averaged over the layers of each grid, resized to the finest grid, min-max, and summed with weights
+    by grid; multiplied once by the mean self-attention of the finest grid's layers; min-max per class. The paper applies the
+    last min-max after resizing to the picture.
+
+    The paper's grids are 8, 16, 32 and 64, of Stable Diffusion at 512 pixels. Elsewhere (ours) the weights go to the grids in
+    the same order, from the coarsest; grids beyond the fourth weigh as it does; and the weights are divided by their sum.
+    Families with one grid have one weight, 1.
+
+    The paper runs the network once for each class, with a prompt of its own for it. `config` is not read: it has no choice
+    that this method leaves open.
+    """
+
+    grid_weights = (0.3, 0.5, 0.1, 0.1)  # from the coarsest grid to the finest
+    projected: frozenset[str] = frozenset()
+
+    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout):
+        self.preset, self.layout = preset, layout
+        self.layers = frozenset((*preset.cross, *preset.own))  # names of the layers that must be observed
+        self._maps: dict[tuple[int, int], list[Tensor]] = {}  # of the cross layers, by grid
+        self._own: list[AttentionRecord] = []  # self layers of the finest grid so far
+
+    def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
+        """Take a record (see `GoCASegmentor.keep`); of the unconditional prediction nothing is read."""
+        if 1 not in branches or record.name not in self.layers:
+            return
+        record = _conditional(record, branches)
+        if record.name in self.preset.cross:
+            self._maps.setdefault(record.grid, []).append(word_maps(record, self.layout))
+        if record.name in self.preset.own:
+            finest = max(math.prod(other.grid) for other in (*self._own, record))
+            self._own = [other for other in (*self._own, record.only().alone()) if math.prod(other.grid) == finest]
+
+    def scores(self) -> Float[Tensor, "b k H W"]:
+        """One map in [0, 1] for each region of the layout, at the finest grid; a constant map is zero."""
+        grids = sorted(self._maps, key=math.prod)
+        maps = [min_max(resize(torch.stack(self._maps[grid]).mean(0), grids[-1])) for grid in grids]
+        weights = [self.grid_weights[min(rank, len(self.grid_weights) - 1)] for rank in range(len(grids))]
+        merged = torch.stack([weight * m for weight, m in zip(weights, maps, strict=True)]).sum(0) / sum(weights)
+        return refine(merged, self._attend, 1, self._own[0].view.joint)
+
+    def _attend(self, x: Float[Tensor, "b p k"], grid: tuple[int, int]) -> Float[Tensor, "b p k"]:
+        return torch.stack([affinity_product(record, x) for record in self._own]).mean(0)
+
+
+class FTTM:
+    """From Text to Mask (arXiv 2309.04109; constants of its released code for Pascal VOC). Not GoCA's "FTTM" row.
+
+    Head-mean cross maps of the middle layers, resized to the grid of one self-attention layer, averaged, min-max; class
+    activation refinement: the map, kept inside the boxes around its parts above `box_threshold`, is multiplied by that layer's
+    self-attention, `power` times as in the released code; min-max. `fttm_labels` makes labels of the scores.
+
+    Of the 16 layers of Stable Diffusion the paper reads the cross layers 4 to 8 and the self layer 11, counted from 0. For
+    another number of layers (ours) these are the layers in the same fractions of the preset's: 4/16 to 9/16, and at 11/16.
+
+    `config` is not read: it has no choice that this method leaves open.
+    """
+
+    cross_layers = (4, 9)  # first one, and the one after the last, of 16
+    own_layer = 11  # of 16
+    box_threshold = 0.2  # of the map's maximum; the paper has 0.5 for COCO
+    power = 2
+    projected: frozenset[str] = frozenset()
+
+    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout):
+        first, last, own = (index * len(preset.cross) // 16 for index in (*self.cross_layers, self.own_layer))
+        self.layout = layout
+        self.cross, self.own = frozenset(preset.cross[first : max(last, first + 1)]), preset.own[own]
+        self.layers = self.cross | {self.own}  # names of the layers that must be observed
+        self._maps: list[Tensor] = []
+        self._own: AttentionRecord  # once it was seen
+
+    def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
+        """Take a record (see `GoCASegmentor.keep`); of the unconditional prediction nothing is read."""
+        if 1 not in branches or record.name not in self.layers:
+            return
+        record = _conditional(record, branches)
+        if record.name in self.cross:
+            self._maps.append(word_maps(record, self.layout))
+        if record.name == self.own:
+            self._own = record.only().alone()
+
+    def scores(self) -> Float[Tensor, "b k H W"]:
+        """One map in [0, 1] for each region of the layout, at the self-attention layer's grid; a constant map is zero."""
+        own, grid = self._own, self._own.grid
+        maps = min_max(torch.stack([resize(maps, grid) for maps in self._maps]).mean(0))
+        inside = maps * boxes(maps, self.box_threshold)
+        return refine(inside, lambda x, _: affinity_product(own, x), self.power, own.view.joint)
+
+
+def boxes(maps: Float[Tensor, "b k H W"], threshold: float) -> Bool[Tensor, "b k H W"]:
+    """The pixels in the boxes around each map's connected parts above `threshold` times its maximum (FTTM, refinement).
+
+    Pixels that meet at a corner are connected, as in the contours of the released code.
+    """
+    try:
+        from scipy import ndimage
+    except ImportError as error:
+        raise ImportError(
+            "Expected scipy for FTTM's boxes, but it is missing: install goca-guidance[eval]."
+        ) from error
+    above = (maps > threshold * maps.amax((-2, -1), keepdim=True)).flatten(0, 1).cpu().numpy()
+    inside = torch.zeros(above.shape, dtype=torch.bool)
+    for pixels, part in zip(above, inside, strict=True):
+        numbered, _ = ndimage.label(pixels, structure=[[1] * 3] * 3)
+        for box in ndimage.find_objects(numbered):
+            part[box] = True
+    return inside.view(maps.shape).to(maps.device)
+
+
+def fttm_background(scores: Float[Tensor, "b k H W"], threshold: float = 0.5) -> Float[Tensor, "b 1 H W"]:
+    """The background's score, (2 threshold - highest)^2 (FTTM); 0.5 is the paper's threshold for Pascal VOC, 0.35 for COCO.
+
+    It beats every region where the highest score is below (1 + 4 t - sqrt(1 + 8 t)) / 2: 0.38 for VOC, 0.23 for COCO.
+    """
+    return (2 * threshold - scores.amax(1, keepdim=True)) ** 2
+
+
+def fttm_labels(scores: Float[Tensor, "b k H W"], threshold: float = 0.5) -> Int[Tensor, "b H W"]:
+    """0 for the background (see `fttm_background`), 1 + k for region k, whichever has the highest score."""
+    return torch.cat([fttm_background(scores, threshold), scores], 1).argmax(1)
+
+
+def word_maps(record: AttentionRecord, layout: TokenLayout) -> Float[Tensor, "b k H W"]:
+    """Head-mean cross map of each region, averaged over the region's tokens."""
+    tokens = as_maps(token_maps(record, layout.columns, None), record.grid)
+    return torch.einsum("bmhw,bmk->bkhw", tokens, layout.groups)
+
+
+def _conditional(record: AttentionRecord, branches: tuple[int, ...]) -> AttentionRecord:
+    return record.branch(1) if 0 in branches else record
