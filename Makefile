@@ -5,7 +5,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
 FLOOR := .venv-floor
 
-.PHONY: demo test test-floor check features format speed speed-gpu report clean
+.PHONY: demo bench test test-floor check features format speed speed-gpu report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,12 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed  ## six pictures in demo/, and mIoU of vanilla and GoCA on held-out scenes
 	$(RUN)/goca demo --out demo
 	$(RUN)/python -m eval.segmentation configs/demo.toml
+
+bench: $(VENV)/installed  ## every method on Scenes with the embedded model, and the ablation of GoCA: some minutes
+	$(RUN)/python -m eval.segmentation configs/segment/scenes.toml --pictures 4
+	$(RUN)/python -m eval.segmentation configs/segment/scenes_ablation.toml
+	$(RUN)/python -m eval.segmentation configs/segment/scenes_switches.toml
+	$(RUN)/python -m eval.page
 
 test: check  ## what CI runs
 	$(RUN)/python -m pytest

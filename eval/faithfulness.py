@@ -17,9 +17,9 @@ from diffusers import DPMSolverMultistepScheduler
 from torchvision.models import resnet18
 from tqdm.auto import tqdm
 
+from eval.experiment import load
 from eval.report import command, fingerprint, markdown, replacing, weights_digest, write_json
 from eval.scenes import CLASSES, OBJECTS, scene
-from eval.segmentation import load
 from goca_guidance import TINY_SD, SCFGConfig
 
 

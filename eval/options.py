@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from eval import faithfulness
 from eval.captured import full_size
+from eval.experiment import Experiment, load
 from eval.report import command, markdown, weights_digest, write_json
-from eval.segmentation import Experiment, load
 from eval.segmentation import run as segmented
 from goca_guidance import TINY_SD, GoCAConfig, Regions, SCFGConfig
 
@@ -125,7 +125,8 @@ def difference(ours: Trajectory, default: Trajectory) -> dict[str, float]:
 def miou(settings: Settings, model: str) -> dict[str, dict]:
     """Rows of `eval.segmentation` by name, for the options without `every`, which segmentation does not have."""
     methods = {o.name(TINY_SIDE): o.goca(TINY_SIDE) for o in OPTIONS if o.every == 1}
-    return {row["method"]: row for row in segmented(Experiment(methods, scenes=settings.scenes, model=model))}
+    rows = segmented(Experiment(methods, limit=settings.scenes, model=model))["rows"]
+    return {row["method"]: row for row in rows}
 
 
 def core_milliseconds(repeats: int) -> list[dict]:
@@ -158,8 +159,8 @@ def row(name: str, batches: list[dict[str, float]], segmentation: dict | None) -
         "guidance": name,
         **shown,
         "pixels, of 255": f"{mean['pixels']:.2f}",
-        "mIoU": segmentation["mIoU"] if segmentation else "–",
-        "95 % interval of its difference": segmentation["95 % interval"] if segmentation else "–",
+        "mIoU": segmentation["miou"] if segmentation else "–",
+        "95 % interval of its difference": segmentation.get("interval", "–") if segmentation else "–",
         "values": mean,
     }
 

@@ -119,7 +119,7 @@ def stack(pictures: list[Image.Image], width: int = 1000) -> Image.Image:
 
 def main() -> None:
     results, picture, demo = Path("results"), Path("docs/picture.png"), Path("demo")
-    for document in (Path("README.md"), Path("eval/speed.md")):
+    for document in map(Path, ("README.md", "eval/speed.md", "eval/benchmarks.md")):
         with replacing(document) as part:
             part.write_text(fill(document.read_text(), results))
     for path in results.glob("speed-*.json"):

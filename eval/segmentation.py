@@ -1,148 +1,101 @@
-"""mIoU of segmentation methods on held-out scenes: `python -m eval.segmentation configs/scenes.toml`.
+"""mIoU of segmentation methods on a benchmark: `python -m eval.segmentation configs/segment/voc_sd15.toml`.
 
-Protocol: the names of a scene's own classes are given (image tags), every pixel counts, there is no void and no
-threshold to choose. Intersections and unions are summed over the whole set, then IoU is averaged over classes. The
-difference from the first method comes with a 95 % interval of a paired bootstrap over scenes.
+Over many processes: `accelerate launch --num_processes 8 -m eval.segmentation configs/segment/voc_sd15.toml`.
 
-A method that was measured before by the same code on the same weights, scenes and settings is read from runs/.
+Images are counted in chunks, each kept under runs/ as soon as it is done: a killed run goes on with those that are missing,
+and any number of processes has the same result. What was measured by the same code on the same weights and settings is
+read.
+
+The result is one JSON file: a row for each method, with the settings, the versions and the commit that it was measured with.
+Intersections and unions are summed over the whole set. The difference from the first method comes with a 95 % interval of a
+paired bootstrap over images. Images of the best and the worst cases are drawn under runs/pictures/.
 """
 
 import argparse
-import tomllib
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm.auto import tqdm
 
-from eval.report import command, fingerprint, markdown, replacing, weights_digest, write_json
-from eval.scenes import CLASSES, OBJECTS, scene
-from goca_guidance import TINY_SD, GoCAConfig, GoCASCFGPipeline
+from eval.benchmarks import present
+from eval.cases import draw
+from eval.counting import Counts, mean_iou, total
+from eval.experiment import Experiment, images_of, method_of, rule_of
+from eval.prompts import write_prompts
+from eval.report import markdown, write_json
+from eval.rows import result_of
+from eval.running import Run
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """One TOML file: which scenes, which model, which methods (a `GoCAConfig` each, plus `timestep`)."""
-
-    methods: dict[str, dict]
-    split: str = "test"
-    scenes: int = 200
-    model: str = TINY_SD
-    timestep: int | None = None
-    num_noises: int = 1
-    result: str = "results/segmentation-scenes.json"
-    seed: int = 0
-
-    def conditions(self) -> dict:
-        """What every method of the experiment shares, the weights by their digest."""
-        shared = {k: v for k, v in asdict(self).items() if k not in ("methods", "result", "model")}
-        return {**shared, "weights": weights_digest(self.model)}
-
-
-def confusions(pipe, experiment: Experiment, name: str, settings: dict) -> np.ndarray:
-    """Confusion matrix of each scene, [scenes classes classes], rows are the truth."""
-    settings = dict(settings)
-    timestep = settings.pop("timestep", experiment.timestep)
-    config, found = from_mapping(GoCAConfig, settings), []
-    for index in tqdm(range(experiment.scenes), desc=name):
-        drawn = scene(experiment.split, index)
-        segmentation = pipe.segment(
-            drawn.image,
-            drawn.names,
-            timestep=timestep,
-            num_noises=experiment.num_noises,
-            generator=torch.Generator().manual_seed(experiment.seed + index),
-            goca=config,
-        )
-        classes = torch.tensor([CLASSES.index(n) for n in segmentation.classes])
-        prediction, truth = classes[segmentation.label_maps[0]], torch.from_numpy(drawn.mask).long()
-        found.append(multiclass_confusion_matrix(prediction, truth, num_classes=len(CLASSES)).numpy())
-    return np.stack(found)
+def measured(experiment: Experiment) -> dict[str, tuple[Counts, int, tuple[float, ...]]]:
+    """For each row its counts, which value of the background's rule is reported, and all values."""
+    run, found = Run(experiment), {}
+    judge = run.on_training_images() if experiment.tune and not experiment.counted.best_value else run
+    for name, settings in experiment.rows.items():
+        rule = rule_of(experiment, method_of(name, settings), run.images)
+        values = rule.values if rule else (0.0,)
+        counts = run.counts(name)
+        if not counts.images:
+            raise ValueError(
+                f"Expected images that {name} can be measured on, but all were skipped: {counts.skipped}."
+            )
+        judged = counts if judge is run or len(values) == 1 else judge.counts(name)
+        matrices = total(judged, len(values), len(run.images.classes))
+        best = int(np.argmax(mean_iou(matrices, experiment.counted.absent_counts)))
+        found[name] = counts, best, values
+    return found
 
 
-def iou(confusion: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class, in percent; NaN for a class that neither truth nor prediction has."""
-    hit = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
-    union = confusion.sum(-1) + confusion.sum(-2) - hit
-    return np.divide(100 * hit, union, out=np.full_like(hit, np.nan), where=union > 0)
+def run(experiment: Experiment) -> dict:
+    """The result of an experiment, as its JSON file holds it."""
+    return result_of(experiment, images_of(experiment), measured(experiment))
 
 
-def interval(ours: np.ndarray, base: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of mIoU(ours) - mIoU(base), resampling scenes in pairs."""
-    rng, differences = np.random.default_rng(seed), []
-    for _ in range(draws):
-        times = np.bincount(rng.integers(len(ours), size=len(ours)), minlength=len(ours))
-        sums = [np.tensordot(times, c, axes=1) for c in (ours, base)]
-        differences.append(np.nanmean(iou(sums[0])) - np.nanmean(iou(sums[1])))
-    return tuple(np.percentile(differences, [2.5, 97.5]).round(2).tolist())
-
-
-def run(experiment: Experiment, cache: Path = Path("runs/segmentation")) -> list[dict]:
-    """A table row for each method, the first one being the base of the differences."""
-    pipe, rows, base = load(experiment.model), [], None
-    for name, settings in experiment.methods.items():
-        matrices = cached(cache, experiment, settings, partial(confusions, pipe, experiment, name, settings))
-        base = matrices if base is None else base
-        each = iou(matrices.sum(0))
-        difference = np.nanmean(each) - np.nanmean(iou(base.sum(0)))
-        low, high = interval(matrices, base)
-        rows.append(
-            {
-                "method": name,
-                "mIoU": round(float(np.nanmean(each)), 2),
-                "mIoU objects": round(float(np.nanmean(each[: len(OBJECTS)])), 2),
-                "difference": round(float(difference), 2),
-                "95 % interval": f"{low:+.2f} to {high:+.2f}",
-                "settings": settings,
-            }
-        )
-    return rows
-
-
-def cached(folder: Path, experiment: Experiment, settings: dict, compute) -> np.ndarray:
-    """Confusions of one method, from disk where the same thing was measured before by the same code."""
-    path = folder / f"{fingerprint(**experiment.conditions(), settings=settings)}.npy"
-    if not path.exists():
-        matrices = compute()
-        with replacing(path) as part, part.open("wb") as file:
-            np.save(file, matrices)
-    return np.load(path)
-
-
-def load(model: str) -> GoCASCFGPipeline:
-    """The pipeline on the accelerator, if there is one, and silent."""
-    pipe = GoCASCFGPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def from_mapping(cls, values: dict):
-    """A dataclass from a table of a TOML file; an unknown key is an error that lists the known ones."""
-    known = {field.name for field in fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"Expected keys of {cls.__name__} among {sorted(known)}, but got {unknown}.")
-    return cls(**values)
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a TOML file with the fields of Experiment")
-    parser.add_argument("--scenes", type=int, help="how many scenes, instead of the file's number")
-    parser.add_argument("--methods", nargs="+", help="only these methods of the file")
-    parser.add_argument("--result", help="where the JSON goes, instead of the file's place")
-    args = parser.parse_args()
-    experiment = from_mapping(Experiment, tomllib.loads(args.config.read_text()))
-    changes = {name: value for name in ("scenes", "result") if (value := getattr(args, name)) is not None}
-    if args.methods:
-        changes["methods"] = {name: experiment.methods[name] for name in args.methods}
-    experiment = replace(experiment, **changes)
-    rows = run(experiment)
-    result = {"command": command(), "experiment": experiment.conditions(), "rows": rows}
-    write_json(Path(experiment.result), result)
-    print(markdown(rows))
+    parser.add_argument("config", type=Path, help="a TOML file with the fields of eval.experiment.Experiment")
+    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--root", help="the dataset's folder, instead of the file's")
+    parser.add_argument("--model", help="the model's folder or repository, instead of the file's")
+    parser.add_argument("--methods", nargs="+", help="only these rows of the file")
+    parser.add_argument("--pictures", type=int, default=0, help="draw so many of the best and of the worst cases")
+    parser.add_argument(
+        "--write-prompts", type=Path, help="write every image's prompts to this file, and measure nothing"
+    )
+    parser.add_argument("--result", type=Path, help="results/segment-CONFIG.json by default")
+    args = parser.parse_args(arguments)
+    changes = {name: value for name in ("limit", "root", "model") if (value := getattr(args, name)) is not None}
+    experiment = Experiment.read(args.config, **changes)
+    experiment = experiment.only(args.methods) if args.methods else experiment
+    if args.write_prompts:
+        write_prompts(args.write_prompts, prompts_of(Run(experiment)))
+        return
+    found, own = measured(experiment), Run(experiment)
+    if own.state.is_main_process:
+        result = result_of(experiment, own.images, found)
+        write_json(args.result or Path(f"results/segment-{args.config.stem}.json"), result)
+        print(markdown(result["rows"]))
+        _print_speed(found)
+        if args.pictures:
+            draw(own, found, args.pictures, Path("runs/pictures"))
+
+
+def prompts_of(run: Run) -> dict:
+    """The prompts of every image that can be read."""
+    found = {}
+    for name in tqdm(run.images.ids, desc="prompts", unit="image"):
+        image, mask = run.images.read(name)
+        found[name] = run.prompts(name, image, tuple(c for c in present(mask) if c != run.background))
+    return found
+
+
+def _print_speed(found) -> None:
+    """Images a second of one process, and where the time goes; measured when the counts were, by whatever machine did."""
+    for name, (counts, _, _) in found.items():
+        spent = sum(counts.seconds.values())
+        shares = ", ".join(f"{stage} {seconds / spent:.0%}" for stage, seconds in counts.seconds.items())
+        print(f"{name}: {len(counts.images) / spent:.2f} images/s ({shares})" if spent else name)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,13 @@
-"""The programs: mIoU against torchmetrics, results that are whole or absent, training that resumes exactly."""
+"""The programs: results that are whole or absent, training that resumes exactly."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from eval import report, segmentation, train_tiny
-from eval.scenes import CLASSES
+from eval import report, train_tiny
 from tests.tiny import tiny_components
-
-
-def test_miou_is_the_dataset_level_jaccard_index():
-    g = torch.Generator().manual_seed(0)
-    truth, prediction = (torch.randint(len(CLASSES), (5, 30, 30), generator=g) for _ in range(2))
-    matrices = np.stack(
-        [
-            segmentation.multiclass_confusion_matrix(p, t, num_classes=len(CLASSES)).numpy()
-            for p, t in zip(prediction, truth, strict=True)
-        ]
-    )
-    expected = multiclass_jaccard_index(prediction, truth, num_classes=len(CLASSES), average="macro")
-    assert np.nanmean(segmentation.iou(matrices.sum(0))) == pytest.approx(100 * expected.item(), abs=1e-3)
-
-
-def test_iou_by_hand():
-    """Class 0: 2 right of 2 + 1; class 1: 1 right of 1 + 1; class 2 occurs nowhere."""
-    each = segmentation.iou(np.array([[2, 0, 0], [1, 1, 0], [0, 0, 0]]))
-    assert each[:2] == pytest.approx([100 * 2 / 3, 50])
-    assert np.isnan(each[2])
-
-
-def test_interval_of_no_difference_is_zero():
-    matrices = np.random.default_rng(0).integers(0, 9, (6, 3, 3))
-    assert segmentation.interval(matrices, matrices) == (0, 0)
 
 
 def test_replacing_leaves_the_old_file_after_a_failure(tmp_path):
@@ -55,27 +27,6 @@ def test_tables_are_filled_in(tmp_path):
     assert "`python -m x`" in text
     assert "old" not in text
     assert report.fill(text, tmp_path) == text
-
-
-def test_segmentation_program(tmp_path, monkeypatch, pipe):
-    """A run, its result, and a second run that reads what the first one measured."""
-    pipe.components["tokenizer"].model_max_length = 24
-    calls = []
-    monkeypatch.setattr(segmentation, "load", lambda model: pipe)
-    real = segmentation.confusions
-    monkeypatch.setattr(segmentation, "confusions", lambda *a: calls.append(a) or real(*a))
-    experiment = segmentation.Experiment({"vanilla": {"heads": "uniform"}, "all": {}}, scenes=2, model="none")
-    rows = segmentation.run(experiment, tmp_path)
-    assert [row["method"] for row in rows] == ["vanilla", "all"]
-    assert 0 <= rows[1]["mIoU"] <= 100
-    assert rows[0]["difference"] == 0
-    assert segmentation.run(experiment, tmp_path) == rows
-    assert len(calls) == 2
-
-
-def test_unknown_setting_is_an_error():
-    with pytest.raises(ValueError, match="among"):
-        segmentation.from_mapping(segmentation.Experiment, {"scene": 3})
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

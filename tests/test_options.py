@@ -14,8 +14,8 @@ from torch import Tensor
 
 from eval import options as program
 from eval.captured import Step, capture, sharpen
+from eval.experiment import load
 from eval.naive import head_shares, probabilities
-from eval.segmentation import load
 from goca_guidance import TINY_SD, GoCAConfig, GoCAGuidance, GoCASCFGPipeline, SCFGConfig, segmentor
 from goca_guidance.call import GuidedCall
 from goca_guidance.config import LayerPreset

@@ -1,0 +1,186 @@
+"""What one TOML file says: which images, which model, which prompts, which methods; and the parts that are built from it."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.aliases import aliases_of
+from eval.benchmarks import Benchmark, benchmark
+from eval.captioner import Endpoint
+from eval.labelling import Rule
+from eval.methods import METHODS, Method
+from eval.prompts import Captions, Tags, Vocabulary, Written, read_captions, release
+from eval.protocol import PROTOCOLS, Protocol
+from eval.report import weights_digest
+from eval.tagger import Tagger
+from goca_guidance import TINY_SD, GoCAConfig, GoCASCFGPipeline
+
+
+OURS = ("base", "timestep", "num_noises", "background", "crf")  # keys of a method that are no `GoCAConfig`
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The fields of a TOML file.
+
+    `methods`: a table for each row: a method of `eval.methods` by its name or by `base`, with changes of its `GoCAConfig`,
+    of `timestep`, `num_noises`, `crf`, and of the background's rule. `grid`: values of `GoCAConfig` fields; every combination
+    is a row. `benchmark`, `root`, `split` (None: the protocol's), `limit` (the first so many images): see `eval.benchmarks`.
+    `protocol`: see `eval.protocol`. `prompts`: `source` and its settings, see `source`. `background`: `kind` and `values` of
+    a `Rule`; among several values, `tune` training images choose. `size`: side of the model's input, None is its native one.
+    `batch`: prompts in a forward.
+    """
+
+    methods: dict[str, dict] = field(default_factory=dict)
+    grid: dict[str, list] = field(default_factory=dict)
+    benchmark: str = "scenes"
+    root: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    protocol: str = "standard"
+    prompts: dict = field(default_factory=lambda: {"source": "tags"})
+    background: dict = field(default_factory=lambda: {"kind": "offset", "values": [0.2]})
+    tune: int = 0
+    model: str = TINY_SD
+    dtype: str = "float32"
+    size: int | None = None
+    timestep: int | None = None
+    num_noises: int = 1
+    batch: int = 8
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"Expected a protocol among {', '.join(PROTOCOLS)}, but got {self.protocol!r}.")
+        if not self.methods and not self.grid:
+            raise ValueError("Expected at least one method or a grid, but got neither.")
+        for number in ("batch", "num_noises", "limit"):
+            if getattr(self, number) is not None and getattr(self, number) < 1:
+                raise ValueError(f"Expected `{number}` to be at least 1, but got {getattr(self, number)}.")
+        for name, settings in self.rows.items():
+            method_of(name, settings)
+
+    @property
+    def rows(self) -> dict[str, dict]:
+        """Settings of every row by its name, those of the grid last."""
+        names = list(self.grid)
+        combinations = (
+            [dict(zip(names, values, strict=True)) for values in product(*self.grid.values())] if names else []
+        )
+        return self.methods | {", ".join(f"{k} {v}" for k, v in row.items()): row for row in combinations}
+
+    @property
+    def counted(self) -> Protocol:
+        """The protocol itself."""
+        return PROTOCOLS[self.protocol]
+
+    def conditions(self) -> dict:
+        """What all rows share and each image's counts depend on; the weights by their digest."""
+        left_out = ("methods", "grid", "model", "limit", "tune", "batch")
+        shared = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return {
+            **shared,
+            "split": self.split or self.counted.split(self.benchmark),
+            "weights": weights_digest(self.model),
+        }
+
+    @classmethod
+    def read(cls, path: Path, **changes: Any) -> "Experiment":
+        """From a TOML file, with some fields changed; unknown keys are an error."""
+        return from_mapping(cls, tomllib.loads(path.read_text()) | changes)
+
+    def only(self, names: list[str]) -> "Experiment":
+        """Some of the rows."""
+        if unknown := sorted(set(names) - set(self.rows)):
+            raise ValueError(f"Expected methods among {list(self.rows)}, but got {unknown}.")
+        return replace(self, methods={name: self.rows[name] for name in names}, grid={})
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+def images_of(experiment: Experiment) -> Benchmark:
+    """The benchmark as the protocol counts it, with the images that are evaluated.
+
+    GoCA's protocol evaluates the images that a caption file names, where there is one.
+    """
+    protocol, prompts, ids = experiment.counted, experiment.prompts, None
+    if protocol.name == "goca" and prompts.get("source") == "captions":
+        ids = list(read_captions(Path(prompts["path"])))
+    split, root = experiment.split or protocol.split(experiment.benchmark), experiment.root
+    found = benchmark(experiment.benchmark, None if root is None else Path(root).expanduser(), split, ids)
+    return protocol.applied(replace(found, ids=found.ids[: experiment.limit]))
+
+
+def source_of(experiment: Experiment, images: Benchmark) -> Callable:
+    """The source of prompts: "tags", "vocabulary", "captions", "tagger", "endpoint" or "written"."""
+    settings = dict(experiment.prompts)
+    kind = settings.pop("source", "tags")
+    classes = images.classes
+    captioned = {"aliases": aliases_of(images.name, classes), **release(images.name)}
+    sources: Mapping[str, Callable] = {
+        "tags": lambda: Tags(classes, **settings),
+        "vocabulary": lambda: Vocabulary(classes, **settings),
+        "captions": lambda: Captions(settings.pop("path"), classes, **(captioned | settings)),
+        "tagger": lambda: Tagger(classes, **settings),
+        "endpoint": lambda: Endpoint(classes, **(captioned | settings)),
+        "written": lambda: Written(settings["path"]),
+    }
+    if kind not in sources:
+        raise ValueError(f"Expected a source of prompts among {', '.join(sources)}, but got {kind!r}.")
+    return sources[kind]()
+
+
+def base_of(name: str, settings: Mapping[str, Any]) -> str:
+    """The method of `eval.methods` that a row starts from: the one of its name, else GoCA, unless it says `base`."""
+    base = settings.get("base", name if name in METHODS else "goca")
+    if base not in METHODS:
+        raise ValueError(f"Expected a base method among {', '.join(METHODS)}, but got {base!r}.")
+    return base
+
+
+def method_of(name: str, settings: Mapping[str, Any]) -> Method:
+    """A method of `eval.methods`, with what a row changes."""
+    base = base_of(name, settings)
+    config = {key: value for key, value in settings.items() if key not in OURS}
+    check_keys(GoCAConfig, config, OURS)
+    changes = {key: settings[key] for key in ("timestep", "num_noises", "crf") if key in settings}
+    if "background" in settings:
+        changes["rule"] = settings["background"]["kind"], tuple(settings["background"]["values"])
+    return replace(METHODS[base], config=replace(METHODS[base].config, **config), **changes)
+
+
+def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Rule | None:
+    """The background's rule, where the benchmark has a background."""
+    if "background" not in images.classes:
+        return None
+    kind, values = method.rule or (experiment.background["kind"], tuple(experiment.background["values"]))
+    if len(values) > 1 and not experiment.counted.best_value and not experiment.tune:
+        raise ValueError(
+            f"Expected one value of the background's rule under the protocol {experiment.protocol!r}, or `tune` training "
+            f"images to choose among the {len(values)} that came."
+        )
+    return Rule(kind, tuple(map(float, values)))
+
+
+def load(model: str, dtype: str = "float32", device: str | torch.device | None = None) -> GoCASCFGPipeline:
+    """The pipeline on a device, by default the accelerator, if there is one; silent."""
+    pipe = GoCASCFGPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def from_mapping(cls: type, values: Mapping[str, Any]):
+    """A dataclass from a table of a TOML file; an unknown key is an error that lists the known ones."""
+    check_keys(cls, values)
+    return cls(**values)
+
+
+def check_keys(cls: type, values: Mapping[str, Any], others: tuple[str, ...] = ()) -> None:
+    """ValueError for a key that is neither a field of `cls` nor one of the others."""
+    known = {*(each.name for each in fields(cls)), *others}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"Expected keys of {cls.__name__} among {sorted(known)}, but got {unknown}.")

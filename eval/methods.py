@@ -1,0 +1,147 @@
+"""Segmentation methods as rows of a table: each reads a batch of images with its prompts and answers with class scores.
+
+goca           auto aggregation over heads and layers, per-pixel rescaling (arXiv 2603.06178)
+vanilla        plain means over heads and layers, min-max only
+manual         vanilla on the layers picked by hand
+fttm           as GoCA re-implements it: manual, then a dense CRF
+fttm-paper     FTTM's own definition (arXiv 2309.04109): its layers, boxes, background rule and noises, then a dense CRF
+diffsegmenter  one pass per class, weights by resolution, one refinement (arXiv 2309.02773)
+diffcut        segments without names, given the best ones by Hungarian matching (arXiv 2406.02842)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from eval.prompts import Entity, Prompt
+from goca_guidance import GoCAConfig, GoCASCFGPipeline
+from goca_guidance.word_baselines import FTTM, DiffSegmenter
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a method says of an image: `maps` [k H W] in [0, 1] for the classes `labels`; the highest one of the background's
+    entities, `background` [H W], zeros where there are none. Or `segments` [H W] without names.
+    """
+
+    maps: Float[Tensor, "k H W"] | None = None
+    labels: tuple[int, ...] = ()
+    background: Float[Tensor, "H W"] | None = None
+    segments: Int[Tensor, "H W"] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their prompts, a seed for the noise of each, and the names of all classes."""
+
+    images: list[Image.Image]
+    prompts: list[list[Prompt]]
+    seeds: list[int]
+    classes: tuple[str, ...]
+
+    def generators(self, which: Sequence[int]) -> list[torch.Generator]:
+        """One for each of some images: an image's noise depends on its seed alone."""
+        return [torch.Generator().manual_seed(self.seeds[image]) for image in which]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method reads, and what of the experiment's settings it overrides.
+
+    `crf`: the label map is refined by a dense CRF. `timestep`, `num_noises`: None leaves the experiment's. `rule`: its own
+    background rule, kind and values, where the experiment gives it none.
+    """
+
+    answer: Callable[..., list[Scores]]
+    config: GoCAConfig
+    crf: bool = False
+    timestep: int | None = None
+    num_noises: int | None = None
+    rule: tuple[str, tuple[float, ...]] | None = None
+
+
+def by_words(
+    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, segmentor: type | None = None, **settings: Any
+) -> list[Scores]:
+    """All classes of a prompt in one forward; the class score is the highest of its entities'."""
+    asked = [(image, prompt) for image, prompts in enumerate(batch.prompts) for prompt in prompts]
+    return _answers(
+        pipe, batch, asked, size, goca=config, **({"segmentor": segmentor} if segmentor else {}), **settings
+    )
+
+
+def by_class(pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, **settings: Any) -> list[Scores]:
+    """DiffSegmenter's prompts: one forward for each class."""
+    asked = []
+    for image, prompts in enumerate(batch.prompts):
+        labels = {entity.label for prompt in prompts for entity in prompt.entities} - {None}
+        for label in sorted(labels):
+            name = batch.classes[label]
+            asked.append((image, Prompt(f"a photograph of {name}", (Entity(name, label),))))
+    return _answers(pipe, batch, asked, size, goca=config, segmentor=DiffSegmenter, **settings)
+
+
+def by_sentence(pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, **settings: Any) -> list[Scores]:
+    """FTTM's prompt: a sentence that lists the classes, then the background's entities."""
+    said = [[replace(p, text=f"a photo including {p.text}.") for p in prompts] for prompts in batch.prompts]
+    return by_words(pipe, replace(batch, prompts=said), config, size, FTTM, **settings)
+
+
+def by_cut(pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, **settings: Any) -> list[Scores]:
+    """DiffCut: no words."""
+    settings = {name: value for name, value in settings.items() if name == "timestep" and value is not None}
+    found = []
+    for images in slices(range(len(batch.images)), size):
+        pictures = [batch.images[i] for i in images]
+        found += pipe.discover(pictures, generator=batch.generators(images), **settings)
+    return [Scores(segments=segments) for segments in found]
+
+
+def _answers(pipe, batch, asked, size, **settings) -> list[Scores]:
+    """Prompts of several images, `size` of them in a forward."""
+    maps: list[dict[int | None, Tensor]] = [{} for _ in batch.images]
+    for part in slices(asked, size):
+        images, prompts = zip(*part, strict=True)
+        scores = pipe.segment(
+            [batch.images[i] for i in images],
+            [[entity.words for entity in prompt.entities] for prompt in prompts],
+            prompt=[prompt.text for prompt in prompts],
+            generator=batch.generators(images),
+            **settings,
+        ).scores
+        for image, prompt, found in zip(images, prompts, scores, strict=True):
+            for entity, score in zip(prompt.entities, found, strict=False):  # padded where others ask for more
+                known = maps[image].get(entity.label)
+                maps[image][entity.label] = score if known is None else torch.maximum(known, score)
+    return [_scores(found) for found in maps]
+
+
+def slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Up to `size` items at a time."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _scores(maps) -> Scores:
+    labels = tuple(sorted(label for label in maps if label is not None))
+    if not labels:
+        raise ValueError("Expected an image with at least one class to look for, but its prompts name none.")
+    stacked = torch.stack([maps[label] for label in labels])
+    return Scores(stacked, labels, maps.get(None, torch.zeros_like(stacked[0])))
+
+
+METHODS = {
+    "goca": Method(by_words, GoCAConfig()),
+    "vanilla": Method(by_words, GoCAConfig.vanilla()),
+    "manual": Method(by_words, GoCAConfig.vanilla(layers="manual")),
+    "fttm": Method(by_words, GoCAConfig.vanilla(layers="manual"), crf=True),
+    "fttm-paper": Method(by_sentence, GoCAConfig(), crf=True, timestep=150, num_noises=10, rule=("square", (0.5,))),
+    "diffsegmenter": Method(
+        by_class, GoCAConfig(), rule=("constant", tuple(round(0.3 + 0.02 * i, 2) for i in range(23)))
+    ),
+    "diffcut": Method(by_cut, GoCAConfig(), timestep=50),
+}

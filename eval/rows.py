@@ -1,0 +1,82 @@
+"""Counts to the rows of a result, and what a result says of how it was made."""
+
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+from eval.benchmarks import Benchmark
+from eval.counting import Counts, by_image, interval, iou, mean_iou, pixel_accuracy, total
+from eval.experiment import Experiment
+from eval.report import command
+
+
+PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "goca-guidance")
+
+
+def result_of(
+    experiment: Experiment, images: Benchmark, found: dict[str, tuple[Counts, int, tuple[float, ...]]]
+) -> dict:
+    """The JSON of an experiment: how it was made, and a row for each method."""
+    base, rows = next(iter(found.values())), []
+    for name, measured in found.items():
+        rows.append(row_of(experiment, images, name, measured) | difference(experiment, images, measured, base))
+    versions = {package: version(package) for package in PACKAGES}
+    return {
+        "command": command(),
+        "experiment": experiment.conditions(),
+        "versions": versions,
+        "commit": commit(),
+        "rows": rows,
+    }
+
+
+def row_of(experiment: Experiment, images: Benchmark, name: str, measured) -> dict:
+    """One method: `miou`, `pixel_accuracy` and the classes' `iou` are shares from 0 to 1."""
+    counts, best, values = measured
+    matrices = total(counts, len(values), len(images.classes))
+    means = mean_iou(matrices, experiment.counted.absent_counts).round(4).tolist()
+    each = dict(zip(images.classes, iou(matrices[best]).round(4).tolist(), strict=True))
+    rule = {"value": values[best]} if "background" in images.classes else {}
+    return {
+        "method": name,
+        "model": model_name(experiment.model),
+        "benchmark": images.name,
+        "protocol": experiment.protocol,
+        "prompts": experiment.prompts.get("source", "tags"),
+        "images": len(counts.images),
+        "miou": means[best],
+        "pixel_accuracy": round(pixel_accuracy(matrices[best]), 4),
+        **rule,
+        "skipped": len(counts.skipped),
+        "config": experiment.rows[name],
+        "seed": experiment.seed,
+        "iou": {name: None if share != share else share for name, share in each.items()},
+        "values": dict(zip(map(str, values), means, strict=True)),
+        "reasons": dict(sorted(counts.skipped.items())[:20]),
+    }
+
+
+def difference(experiment: Experiment, images: Benchmark, measured, base) -> dict:
+    """mIoU beyond the first method's, on the images that both counted, with its 95 % interval."""
+    if measured is base:
+        return {}
+    common, count = sorted({*measured[0].images} & {*base[0].images}), len(images.classes)
+    ours, theirs = (by_image(counts, best, count, common) for counts, best, _ in (measured, base))
+    absent = experiment.counted.absent_counts
+    sums = [mean_iou(one.sum(0).reshape(count, count), absent) for one in (ours, theirs)]
+    low, high = interval(ours, theirs, absent)
+    return {"difference": round(float(sums[0] - sums[1]), 4), "interval": f"{low:+.4f} to {high:+.4f}"}
+
+
+def model_name(model: str) -> str:
+    """A folder's own name; a repository's whole one."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
+def commit() -> str:
+    """The commit of the code, marked where it was changed since; "unknown" outside a repository."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

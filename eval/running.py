@@ -1,0 +1,158 @@
+"""One experiment, measured: every image read, answered for and counted, in chunks that stay on disk as they are done."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from eval.benchmarks import VOID, BadSample, Benchmark, present
+from eval.counting import Counts, as_tensor, cells_of, joined
+from eval.experiment import Experiment, base_of, images_of, load, method_of, rule_of, source_of
+from eval.labelling import label_maps, matched
+from eval.methods import Batch, Scores, slices
+from eval.report import fingerprint
+from eval.speed import now
+
+
+CHUNK = 32  # images whose counts are kept together
+RUNS = Path("runs/segmentation")
+
+
+@dataclass
+class Run:
+    """One experiment's images, prompts and model, each made when it is first needed."""
+
+    experiment: Experiment
+    state: PartialState = field(default_factory=PartialState)
+
+    @cached_property
+    def images(self) -> Benchmark:
+        return images_of(self.experiment)
+
+    @cached_property
+    def prompts(self) -> Callable:
+        source = source_of(self.experiment, self.images)
+        if hasattr(source, "check"):
+            source.check(self.images.ids)
+        return source
+
+    @cached_property
+    def pipe(self):
+        return load(self.experiment.model, self.experiment.dtype, self.state.device)
+
+    @property
+    def background(self) -> int | None:
+        return 0 if "background" in self.images.classes else None
+
+    def on_training_images(self) -> "Run":
+        """The same model and settings on the images that choose among values of the background's rule."""
+        other = Run(replace(self.experiment, split="train", limit=self.experiment.tune), self.state)
+        other.pipe = self.pipe
+        return other
+
+    def counts(self, name: str) -> Counts:
+        """Counts of one method, from disk as far as they are there; the processes share the chunks."""
+        settings = self.experiment.rows[name]
+        settings = {**settings, "base": base_of(name, settings)}
+        digest = fingerprint(**self.experiment.conditions(), classes=self.images.classes, settings=settings)
+        chunks = slices(self.images.ids, CHUNK)
+        work = [(ids, RUNS / digest / f"{zlib.crc32(' '.join(ids).encode()):08x}.npz") for ids in chunks]
+        mine, position = work[self.state.process_index :: self.state.num_processes], self.state.process_index
+        with tqdm(total=sum(len(ids) for ids, _ in mine), desc=name, unit="image", position=position) as bar:
+            for ids, path in mine:
+                if not path.exists():
+                    self.measure(name, ids).save(path)
+                bar.update(len(ids))
+        self.state.wait_for_everyone()
+        return joined([Counts.load(path) for _, path in work])
+
+    # ---- one chunk ---------------------------------------------------------------------------------------------------
+    def measure(self, name: str, ids: Sequence[str]) -> Counts:
+        """Count some images; what cannot be counted is told in `skipped`."""
+        answer = Answer(self, name)
+        for part in slices(ids, self.experiment.batch):
+            answer.add(part)
+        cells = np.concatenate([np.zeros((0, 5), np.int64), *answer.cells])
+        return Counts(tuple(answer.images), cells, answer.skipped, dict(answer.seconds))
+
+
+class Answer:
+    """Counts of a method as they come, and where the time goes."""
+
+    def __init__(self, run: Run, name: str):
+        self.run, self.method = run, method_of(name, run.experiment.rows[name])
+        self.rule = rule_of(run.experiment, self.method, run.images)
+        self.images: list[str] = []
+        self.cells: list[np.ndarray] = []
+        self.skipped: dict[str, str] = {}
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        device = self.run.state.device.type
+        start = now(device)
+        yield
+        self.seconds[name] += now(device) - start
+
+    def add(self, ids: Sequence[str]) -> None:
+        samples = {}
+        with self.stage("read"):
+            for name in ids:
+                try:
+                    samples[name] = self.run.images.read(name)
+                except BadSample as error:
+                    self.skipped[name] = str(error)
+        with self.stage("prompts"):
+            prompts = {name: self.prompts(name, *sample) for name, sample in samples.items()}
+        asked = [name for name, said in prompts.items() if said]
+        self.skipped |= {name: "it shows no class of the benchmark" for name in samples if name not in asked}
+        with self.stage("model"):
+            scores = self.scores({name: (samples[name][0], prompts[name]) for name in asked})
+        with self.stage("labels"):
+            for name, found in scores.items():
+                self.count(name, found, *samples[name])
+
+    def prompts(self, name, image, mask):
+        shown = tuple(label for label in present(mask) if label != self.run.background)
+        return self.run.prompts(name, image, shown)
+
+    def scores(self, asked: dict) -> dict[str, Scores]:
+        """Scores of each image; if the batch fails, image by image, so that one prompt too long costs one image."""
+        try:
+            return dict(zip(asked, self.read(asked), strict=True)) if asked else {}
+        except ValueError as error:
+            if len(asked) > 1:
+                return {k: v for name, one in asked.items() for k, v in self.scores({name: one}).items()}
+            self.skipped |= dict.fromkeys(asked, str(error))
+            return {}
+
+    def read(self, asked: dict) -> list[Scores]:
+        run, method, images = self.run, self.method, [image for image, _ in asked.values()]
+        seeds = [zlib.crc32(f"{run.experiment.seed} {name}".encode()) for name in asked]
+        batch = Batch(images, [said for _, said in asked.values()], seeds, run.images.classes)
+        settings = {
+            "timestep": run.experiment.timestep if method.timestep is None else method.timestep,
+            "num_noises": run.experiment.num_noises if method.num_noises is None else method.num_noises,
+            "height": run.experiment.size,
+            "width": run.experiment.size,
+        }
+        return method.answer(run.pipe, batch, method.config, run.experiment.batch, **settings)
+
+    def predictions(self, scores: Scores, image, mask) -> list:
+        """Label maps of the mask's size, one for each value of the background's rule."""
+        if scores.segments is not None:
+            return matched(scores, mask, len(self.run.images.classes), self.run.background)
+        return label_maps(scores, self.rule, self.run.background, mask.shape, image if self.method.crf else None)
+
+    def count(self, name, scores, image, mask):
+        classes, truth = len(self.run.images.classes), as_tensor(mask)
+        for value, prediction in enumerate(self.predictions(scores, image, mask)):
+            self.cells.append(cells_of(len(self.images), value, prediction, truth, classes, VOID))
+        self.images.append(name)

@@ -1,0 +1,66 @@
+"""Scores to label maps: every background rule pixel by pixel, resizing before the argmax, matching of nameless segments."""
+
+import numpy as np
+import pytest
+import torch
+
+from eval.labelling import Rule, label_maps, matched
+from eval.methods import Scores
+
+
+G = torch.Generator().manual_seed(0)
+MAPS, ENTITY = torch.rand(2, 4, 5, generator=G), 0.5 * torch.rand(4, 5, generator=G)
+SCORES = Scores(MAPS, (3, 7), ENTITY)
+
+
+@pytest.mark.parametrize("kind", ["offset", "constant", "max", "square"])
+def test_rules_pixel_by_pixel(kind):
+    values = (0.1, 0.4, 0.7)
+    found = label_maps(SCORES, Rule(kind, values), 0, (4, 5))
+    for value, labels in zip(values, found, strict=True):
+        for y in range(4):
+            for x in range(5):
+                own, e = MAPS[:, y, x].tolist(), ENTITY[y, x].item()
+                background = {
+                    "offset": value + e, "constant": value, "max": max(value, e), "square": max(0, 2 * value - max(own)) ** 2
+                }[kind]  # fmt: skip
+                expected = 0 if background > max(own) else (3, 7)[own.index(max(own))]
+                assert labels[y, x] == expected
+    assert len({tuple(labels.flatten().tolist()) for labels in found}) == 3
+
+
+def test_no_rule_no_background():
+    (labels,) = label_maps(SCORES, None, None, (4, 5))
+    assert torch.equal(labels, torch.tensor([3, 7])[MAPS.argmax(0)])
+
+
+def test_scores_are_resized_not_labels():
+    (labels,) = label_maps(SCORES, None, None, (16, 20))
+    big = torch.nn.functional.interpolate(MAPS[None], (16, 20), mode="bilinear")[0]
+    assert torch.equal(labels, torch.tensor([3, 7])[big.argmax(0)])
+
+
+def test_a_crf_follows_the_picture():
+    """A class border two pixels beside an edge of the picture moves to the edge."""
+    picture = np.zeros((24, 24, 3), np.uint8)
+    picture[:, 12:] = 255
+    maps = torch.full((2, 24, 24), 0.3)
+    maps[0, :, :14] = maps[1, :, 14:] = 0.7
+    from PIL import Image
+
+    (labels,) = label_maps(Scores(maps, (1, 2), torch.zeros(24, 24)), None, None, (24, 24), Image.fromarray(picture))
+    assert (labels[:, :12] == 1).float().mean() > 0.95
+    assert (labels[:, 12:] == 2).float().mean() > 0.95
+
+
+def test_segments_get_the_classes_that_suit_them():
+    truth = np.array([[0, 0, 4, 4], [0, 0, 4, 255]], np.uint8)
+    segments = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
+    (labels,) = matched(Scores(segments=segments), truth, 5, None)
+    assert labels.tolist() == [[0, 0, 4, 4], [0, 0, 4, 4]]
+
+
+@pytest.mark.parametrize(("kind", "values"), [("ofset", (0.1,)), ("offset", ())])
+def test_bad_rules(kind, values):
+    with pytest.raises(ValueError, match="background rule among"):
+        Rule(kind, values)

@@ -1,0 +1,232 @@
+"""The segmentation program: rows, resuming, processes, prompts written and read, and what cannot be counted."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval import experiment, methods, running, segmentation
+from eval.benchmarks import benchmark
+from eval.counting import Counts
+from eval.experiment import Experiment
+from eval.prompts import Entity, Prompt
+from goca_guidance import GoCAConfig
+from tests.miniatures import miniature
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return experiment.load(Experiment(methods={"goca": {}}).model)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch, tiny):
+    """Runs of their own, in chunks of two images, on a model that is loaded once."""
+    monkeypatch.setattr(running, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(running, "CHUNK", 2)
+    monkeypatch.setattr(running, "load", lambda *args: tiny)
+
+
+def scenes(limit=4, batch=3, **changes):
+    return Experiment(**{"methods": {"vanilla": {}, "goca": {}}, "limit": limit, "batch": batch} | changes)
+
+
+def test_every_method_has_a_row():
+    found = segmentation.run(
+        scenes(methods={name: {} for name in methods.METHODS} | {"fttm-paper": {"num_noises": 1}})
+    )
+    rows = {row["method"]: row for row in found["rows"]}
+    assert set(rows) == set(methods.METHODS)
+    assert all(0.1 < row["miou"] <= 1 and row["images"] == 4 for row in rows.values())
+    assert len({row["miou"] for row in rows.values()}) > 4
+    assert "difference" not in rows["goca"]
+    assert {"method", "model", "benchmark", "protocol", "miou", "config", "seed", "images"} <= set(rows["goca"])
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_grid_is_a_row_for_each_combination():
+    grid = Experiment(grid={"heads": ["uniform", "contribution"], "rescale": [False, True]})
+    assert list(grid.rows) == [f"heads {h}, rescale {r}" for h in ("uniform", "contribution") for r in (False, True)]
+    both = experiment.method_of("heads uniform, rescale False", grid.rows["heads uniform, rescale False"]).config
+    assert both == GoCAConfig(heads="uniform", rescale=False)
+
+
+def test_words_answer_as_single_images_do(tiny):
+    """In batches, over several prompts of one image, two entities of one class; each map once, the highest counts."""
+    images = [experiment.images_of(scenes()).read(i)[0] for i in ("000000", "000001")]
+    prompts = [
+        [Prompt("cat, kitten, grass", (Entity("cat", 2), Entity("kitten", 2), Entity("grass", None)))],
+        [Prompt("dog, sky", (Entity("dog", 5), Entity("sky", 9))), Prompt("bus", (Entity("bus", 1),))],
+    ]
+    batch = methods.Batch(images, prompts, [3, 4], ())
+    first, second = methods.by_words(tiny, batch, GoCAConfig(), 2)
+
+    def alone(image, seed, prompt):
+        names = [entity.words for entity in prompt.entities]
+        generator = [torch.Generator().manual_seed(seed)]
+        return tiny.segment(image, names, prompt=prompt.text, generator=generator).scores[0]
+
+    cat, kitten, grass = alone(images[0], 3, prompts[0][0])
+    assert (first.labels, second.labels) == ((2,), (1, 5, 9))
+    assert torch.allclose(first.maps[0], torch.maximum(cat, kitten), atol=1e-3)
+    assert torch.allclose(first.background, grass, atol=1e-3)
+    dog, sky = alone(images[1], 4, prompts[1][0])
+    assert torch.allclose(second.maps[1:], torch.stack([dog, sky]), atol=1e-3)
+    assert torch.allclose(second.maps[0], alone(images[1], 4, prompts[1][1])[0], atol=1e-3)
+    assert not second.background.any()
+
+
+def test_a_killed_run_goes_on(monkeypatch):
+    whole = segmentation.run(scenes(limit=6))
+    monkeypatch.setattr(running, "RUNS", running.RUNS.parent / "again")
+    save, saved = Counts.save, []
+
+    def killed(self, path):
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(self, path)
+
+    monkeypatch.setattr(Counts, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        segmentation.run(scenes(limit=6))
+    done = {path: path.read_bytes() for path in saved}
+    monkeypatch.setattr(Counts, "save", save)
+    assert segmentation.run(scenes(limit=6)) == whole
+    assert {path: path.read_bytes() for path in saved} == done
+    monkeypatch.setattr(running.Run, "measure", lambda *a: pytest.fail("measured again"))
+    assert segmentation.run(scenes(limit=6)) == whole
+
+
+def test_two_processes_count_the_same(tmp_path):
+    """Launched by accelerate: each process counts some of the images, and the sums are exactly those of one."""
+    config = tmp_path / "config.toml"
+    config.write_text('limit = 36\nbatch = 4\n[methods.vanilla]\n[methods."no refinement"]\nrefine_order = 0\n')
+    results, root = {}, os.getcwd()
+    for count, launch in ((1, []), (2, ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"])):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        program = [sys.executable, "-m", *launch, "eval.segmentation", str(config), "--result", "result.json"]
+        environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        subprocess.run(program, cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
+        results[count] = json.loads((folder / "result.json").read_text())
+    assert results[1]["rows"] == results[2]["rows"]
+    assert [row["images"] for row in results[2]["rows"]] == [36, 36]
+
+
+def test_prompts_are_written_and_read(tmp_path):
+    config, prompts = tmp_path / "config.toml", tmp_path / "prompts.jsonl"
+    config.write_text("limit = 3\n[methods.goca]\n")
+    segmentation.main([str(config), "--write-prompts", str(prompts)])
+    assert len(prompts.read_text().splitlines()) == 3
+    read = segmentation.run(scenes(limit=3, prompts={"source": "written", "path": str(prompts)}))
+    assert [row["iou"] for row in read["rows"]] == [row["iou"] for row in segmentation.run(scenes(limit=3))["rows"]]
+
+
+def test_the_vocabulary_in_chunks():
+    """Every class is asked for, so pixels can be of classes that the image does not show."""
+    found = segmentation.run(scenes(methods={"goca": {}}, prompts={"source": "vocabulary", "chunk": 6}))["rows"][0]
+    assert 0 < found["miou"] < segmentation.run(scenes(methods={"goca": {}}))["rows"][0]["miou"]
+
+
+# ---- benchmarks with a background ------------------------------------------------------------------------------------
+@pytest.fixture
+def voc(tmp_path):
+    miniature("voc", tmp_path / "voc", "val")
+    miniature("voc", tmp_path / "voc", "train")
+    return {"benchmark": "voc", "root": str(tmp_path / "voc"), "limit": None}
+
+
+def test_one_forward_serves_all_values(voc, monkeypatch, tiny):
+    calls, real = [], type(tiny).segment
+    monkeypatch.setattr(type(tiny), "segment", lambda self, *a, **k: calls.append(1) or real(self, *a, **k))
+    values = [0.0, 0.2, 0.5, 2.0]
+    found = segmentation.run(scenes(**voc, protocol="goca", background={"kind": "offset", "values": values}))["rows"]
+    assert len(calls) == 2 * 2  # three images in chunks of two
+    for row in found:
+        assert list(row["values"]) == [str(value) for value in values]
+        assert row["miou"] == max(row["values"].values()) == row["values"][str(row["value"])]
+    single = segmentation.run(scenes(**voc, protocol="goca", background={"kind": "offset", "values": [0.5]}))["rows"]
+    assert [row["values"]["0.5"] for row in single] == [row["values"]["0.5"] for row in found]
+
+
+def test_training_images_choose_the_value_of_the_standard_protocol(voc):
+    background = {"kind": "offset", "values": [0.0, 0.3, 2.0]}
+    with pytest.raises(ValueError, match="`tune` training images"):
+        segmentation.run(scenes(**voc, background=background))
+    found = segmentation.run(scenes(**voc, background=background, tune=2))["rows"][1]
+    training = scenes(**voc | {"limit": 2}, split="train", background=background, tune=2)
+    best = segmentation.run(training)["rows"][1]["values"]
+    assert found["value"] == float(max(best, key=best.get))
+    assert found["miou"] == found["values"][str(found["value"])]
+
+
+def test_what_cannot_be_counted_is_told(voc, tmp_path):
+    ids = benchmark("voc", voc["root"]).ids
+    broken, empty = (next((tmp_path / "voc").rglob(f"{i}.png")) for i in ids[:2])
+    broken.write_bytes(b"not a picture")
+    shape = np.asarray(Image.open(empty)).shape
+    Image.fromarray(np.zeros(shape, np.uint8)).save(empty)
+    row = segmentation.run(scenes(**voc, background={"kind": "constant", "values": [0.4]}))["rows"][0]
+    assert (row["images"], row["skipped"]) == (len(ids) - 2, 2)
+    assert "no class" in row["reasons"][ids[1]]
+    assert ids[0] in row["reasons"]
+
+
+def test_one_prompt_that_is_too_long_costs_one_image(tmp_path):
+    long = tmp_path / "prompts.jsonl"
+    config = tmp_path / "config.toml"
+    config.write_text("limit = 3\n[methods.goca]\n")
+    segmentation.main([str(config), "--write-prompts", str(long)])
+    lines = [json.loads(line) for line in long.read_text().splitlines()]
+    lines[1]["prompts"][0]["text"] = "photo, " * 90 + lines[1]["prompts"][0]["text"]
+    long.write_text("\n".join(map(json.dumps, lines)))
+    row = segmentation.run(scenes(limit=3, prompts={"source": "written", "path": str(long)}))["rows"][0]
+    assert (row["images"], row["skipped"]) == (2, 1)
+    assert "shorten the prompt" in row["reasons"]["000001"]
+
+
+def test_nothing_to_count_is_an_error(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "000000", "prompts": []}\n')
+    with pytest.raises(ValueError, match="all were skipped"):
+        segmentation.run(scenes(limit=1, prompts={"source": "written", "path": str(prompts)}))
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scenes": 3}, "Experiment among"),
+        ({"methods": {}}, "at least one method"),
+        ({"methods": {"goca": {"head": 1}}}, "GoCAConfig among"),
+        ({"methods": {"goca": {"base": "gocha"}}}, "base method among"),
+        ({"protocol": "mine"}, "a protocol among"),
+        ({"batch": 0}, "`batch` to be at least 1"),
+        ({"prompts": {"source": "guess"}}, "source of prompts among"),
+    ],
+)
+def test_mistakes_in_the_file(changes, message):
+    with pytest.raises(ValueError, match=message):
+        segmentation.run(experiment.from_mapping(Experiment, {"methods": {"goca": {}}, "limit": 1} | changes))
+
+
+def test_only_some_methods():
+    assert list(scenes().only(["goca"]).rows) == ["goca"]
+    with pytest.raises(ValueError, match="methods among"):
+        scenes().only(["gocha"])
+
+
+def test_pictures_of_the_best_and_the_worst(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text("limit = 3\n[methods.goca]\n[methods.diffcut]\n")
+    segmentation.main(["config.toml", "--pictures", "1", "--result", "result.json"])
+    assert json.loads((tmp_path / "result.json").read_text())["rows"][0]["images"] == 3
+    names = {path.name for path in (tmp_path / "runs" / "pictures").glob("*.png")}
+    assert names == {f"scenes-{method}-{kind}.png" for method in ("goca", "diffcut") for kind in ("best", "worst")}
