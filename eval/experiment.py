@@ -28,12 +28,13 @@ OURS = ("base", "timestep", "num_noises", "background", "crf")  # keys of a meth
 class Experiment:
     """The fields of a TOML file.
 
-    `methods`: a table for each row: a method of `eval.methods` by its name or by `base`, with changes of its `GoCAConfig`,
-    of `timestep`, `num_noises`, `crf`, and of the background's rule. `grid`: values of `GoCAConfig` fields; every combination
-    is a row. `benchmark`, `root`, `split` (None: the protocol's), `limit` (the first so many images): see `eval.benchmarks`.
-    `protocol`: see `eval.protocol`. `prompts`: `source` and its settings, see `source`. `background`: `kind` and `values` of
-    a `Rule`; among several values, `tune` training images choose. `size`: side of the model's input, None is its native one.
-    `batch`: prompts in a forward.
+    `methods`: a table for each row: a method of `eval.methods` by its name or by `base`, with changes of its
+    `GoCAConfig`, of `timestep`, `num_noises`, `crf`, the background's rule, and of what the method has of its own.
+    `grid`: values of `GoCAConfig` fields; every combination is a row. `benchmark`, `root`, `split` (None: the
+    protocol's), `limit` (the first so many images): see `eval.benchmarks`. `protocol`: see `eval.protocol`. `prompts`:
+    `source` and its settings, see `source_of`. `background`: `kind` and `values` of a `Rule`; among several values,
+    `tune` training images choose. `size`: side of the model's input, None is its native one. `batch`: prompts in a
+    forward.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
@@ -144,13 +145,14 @@ def base_of(name: str, settings: Mapping[str, Any]) -> str:
 
 def method_of(name: str, settings: Mapping[str, Any]) -> Method:
     """A method of `eval.methods`, with what a row changes."""
-    base = base_of(name, settings)
-    config = {key: value for key, value in settings.items() if key not in OURS}
-    check_keys(GoCAConfig, config, OURS)
+    method = METHODS[base_of(name, settings)]
+    config = {key: value for key, value in settings.items() if key not in (*OURS, *method.own)}
+    check_keys(GoCAConfig, config, (*OURS, *method.own))
     changes = {key: settings[key] for key in ("timestep", "num_noises", "crf") if key in settings}
     if "background" in settings:
         changes["rule"] = settings["background"]["kind"], tuple(settings["background"]["values"])
-    return replace(METHODS[base], config=replace(METHODS[base].config, **config), **changes)
+    changes["own"] = {key: settings.get(key, value) for key, value in method.own.items()}
+    return replace(method, config=replace(method.config, **config), **changes)
 
 
 def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Rule | None:

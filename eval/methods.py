@@ -9,8 +9,8 @@ diffsegmenter  one pass per class, weights by resolution, one refinement (arXiv 
 diffcut        segments without names, given the best ones by Hungarian matching (arXiv 2406.02842)
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Method:
     """How a method reads, and what of the experiment's settings it overrides.
 
     `crf`: the label map is refined by a dense CRF. `timestep`, `num_noises`: None leaves the experiment's. `rule`: its own
-    background rule, kind and values, where the experiment gives it none.
+    background rule, kind and values. `own`: settings of `answer` that no other method has.
     """
 
     answer: Callable[..., list[Scores]]
@@ -63,6 +63,7 @@ class Method:
     timestep: int | None = None
     num_noises: int | None = None
     rule: tuple[str, tuple[float, ...]] | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
 
 
 def by_words(
@@ -75,26 +76,31 @@ def by_words(
     )
 
 
-def by_class(pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, **settings: Any) -> list[Scores]:
-    """DiffSegmenter's prompts: one forward for each class."""
+def by_class(
+    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, template: str, **settings: Any
+) -> list[Scores]:
+    """DiffSegmenter: a forward for each class, whose name stands in the `template` at {}."""
     asked = []
     for image, prompts in enumerate(batch.prompts):
         labels = {entity.label for prompt in prompts for entity in prompt.entities} - {None}
         for label in sorted(labels):
             name = batch.classes[label]
-            asked.append((image, Prompt(f"a photograph of {name}", (Entity(name, label),))))
+            asked.append((image, Prompt(template.format(name), (Entity(name, label),))))
     return _answers(pipe, batch, asked, size, goca=config, segmentor=DiffSegmenter, **settings)
 
 
-def by_sentence(pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, **settings: Any) -> list[Scores]:
-    """FTTM's prompt: a sentence that lists the classes, then the background's entities."""
-    said = [[replace(p, text=f"a photo including {p.text}.") for p in prompts] for prompts in batch.prompts]
+def by_sentence(
+    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, template: str, **settings: Any
+) -> list[Scores]:
+    """FTTM: the list of all entities stands in the `template` at {}."""
+    said = [[replace(prompt, text=template.format(prompt.text)) for prompt in prompts] for prompts in batch.prompts]
     return by_words(pipe, replace(batch, prompts=said), config, size, FTTM, **settings)
 
 
-def by_cut(pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, **settings: Any) -> list[Scores]:
-    """DiffCut: no words."""
-    settings = {name: value for name, value in settings.items() if name == "timestep" and value is not None}
+def by_cut(
+    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, num_noises: int, **settings: Any
+) -> list[Scores]:
+    """DiffCut: no words, and one noise."""
     found = []
     for images in slices(range(len(batch.images)), size):
         pictures = [batch.images[i] for i in images]
@@ -139,9 +145,13 @@ METHODS = {
     "vanilla": Method(by_words, GoCAConfig.vanilla()),
     "manual": Method(by_words, GoCAConfig.vanilla(layers="manual")),
     "fttm": Method(by_words, GoCAConfig.vanilla(layers="manual"), crf=True),
-    "fttm-paper": Method(by_sentence, GoCAConfig(), crf=True, timestep=150, num_noises=10, rule=("square", (0.5,))),
-    "diffsegmenter": Method(
-        by_class, GoCAConfig(), rule=("constant", tuple(round(0.3 + 0.02 * i, 2) for i in range(23)))
+    "fttm-paper": Method(
+        by_sentence, GoCAConfig(), crf=True, timestep=150, num_noises=10, rule=("square", (0.5,)),
+        own={"template": "a photo including {}."},
     ),
-    "diffcut": Method(by_cut, GoCAConfig(), timestep=50),
-}
+    "diffsegmenter": Method(
+        by_class, GoCAConfig(), rule=("constant", tuple(round(0.3 + 0.02 * i, 2) for i in range(23))),
+        own={"template": "a photograph of {}"},
+    ),
+    "diffcut": Method(by_cut, GoCAConfig(), timestep=50, own={"threshold": 0.5, "alpha": 10.0}),
+}  # fmt: skip

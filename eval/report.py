@@ -38,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def command() -> str:
     """The command line of the program that runs."""
-    return shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]])
 
 
 def fingerprint(**inputs) -> str:

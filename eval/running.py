@@ -142,6 +142,7 @@ class Answer:
             "num_noises": run.experiment.num_noises if method.num_noises is None else method.num_noises,
             "height": run.experiment.size,
             "width": run.experiment.size,
+            **method.own,
         }
         return method.answer(run.pipe, batch, method.config, run.experiment.batch, **settings)
 

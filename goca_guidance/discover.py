@@ -23,7 +23,7 @@ def discover(
     *,
     threshold: float = 0.5,
     alpha: float = 10.0,
-    timestep: int = 50,
+    timestep: int | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -37,13 +37,13 @@ def discover(
         pipe, stock, images, generator, height, width: see [`goca_guidance.segment.segment`].
         threshold: a segment is cut in two while the normalised cut costs less (the paper's tau).
         alpha: exponent of the affinity.
-        timestep: at which the image is noised, of the scheduler's training steps.
+        timestep: at which the image is noised, of the scheduler's training steps; None is the paper's, 50.
         size: side of the map on which pixels choose the nearest segment.
 
     Returns:
         One H W int64 map for each image, at its own size: numbers of segments, which mean nothing beyond the image.
     """
-    read = noised(pipe, images, timestep, 1, generator, height, width)
+    read = noised(pipe, images, 50 if timestep is None else timestep, 1, generator, height, width)
     forwards = EncoderFeatures(pipe, read.family)
     features = forwards.run(stock, [""] * len(read.pictures), read.samples)
     labels = cut(features, (size, size), threshold, alpha).cpu()

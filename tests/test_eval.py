@@ -1,6 +1,9 @@
 """The programs: results that are whole or absent, training that resumes exactly."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +19,17 @@ def test_replacing_leaves_the_old_file_after_a_failure(tmp_path):
     with pytest.raises(ZeroDivisionError), report.replacing(path) as part:
         part.write_text(f"half {1 / 0}")
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_the_command_of_a_module_and_of_a_script(tmp_path):
+    (tmp_path / "script.py").write_text("from eval.report import command\nprint(command())\n")
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    for arguments, expected in (
+        (["script.py", "a b"], "python script.py 'a b'"),
+        (["-m", "script", "1"], "python -m script 1"),
+    ):
+        told = subprocess.check_output([sys.executable, *arguments], cwd=tmp_path, env=environment, text=True)
+        assert told.strip() == expected
 
 
 def test_tables_are_filled_in(tmp_path):

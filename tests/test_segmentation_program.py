@@ -57,6 +57,22 @@ def test_a_grid_is_a_row_for_each_combination():
     assert both == GoCAConfig(heads="uniform", rescale=False)
 
 
+def test_settings_that_a_method_has_of_its_own(tiny):
+    """DiffSegmenter's sentence: the model reads it, class by class."""
+    read, real = [], type(tiny).segment
+    changed = experiment.method_of("diffsegmenter", {"template": "an image of {} there"})
+    prompts = [[Prompt("cat, grass", (Entity("cat", 2), Entity("grass", 16)))]]
+    image = experiment.images_of(scenes()).read("000000")[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tiny), "segment", lambda self, *a, **k: read.append(k["prompt"]) or real(self, *a, **k))
+        names = experiment.images_of(scenes()).classes
+        (scores,) = changed.answer(tiny, methods.Batch([image], prompts, [0], names), changed.config, 8, **changed.own)
+    assert read == [[f"an image of {names[2]} there", f"an image of {names[16]} there"]]
+    assert scores.labels == (2, 16)
+    with pytest.raises(ValueError, match="GoCAConfig among"):
+        experiment.method_of("goca", {"template": "{}"})
+
+
 def test_words_answer_as_single_images_do(tiny):
     """In batches, over several prompts of one image, two entities of one class; each map once, the highest counts."""
     images = [experiment.images_of(scenes()).read(i)[0] for i in ("000000", "000001")]
