@@ -17,10 +17,11 @@ from goca_guidance.pictures import overlay
 def draw(run: Run, found: dict, count: int, folder: Path) -> list[Path]:
     """Write BENCHMARK-METHOD-{best,worst}.png with `count` images each, by the mIoU of the image alone."""
     paths = []
-    for name, (counts, best, _) in found.items():
-        ranked = sorted((score, image) for image, score in image_scores(counts, best, len(run.images.classes)).items())
+    for name, one in found.items():
+        scores = image_scores(one.counts, one.best, len(run.images.classes))
+        ranked = sorted((score, image) for image, score in scores.items())
         for kind, cases in (("worst", ranked[:count]), ("best", ranked[: -count - 1 : -1])):
-            page = stack([_case(run, name, best, image, score) for score, image in cases], width=900)
+            page = stack([_case(run, name, one.best, image, score) for score, image in cases], width=900)
             path = folder / f"{run.images.name}-{name.replace(' ', '-')}-{kind}.png"
             with replacing(path) as part:
                 page.save(part, format="PNG")

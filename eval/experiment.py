@@ -73,7 +73,8 @@ class Experiment:
         combinations = (
             [dict(zip(names, values, strict=True)) for values in product(*self.grid.values())] if names else []
         )
-        return self.methods | {", ".join(f"{k} {v}" for k, v in row.items()): row for row in combinations}
+        named = {", ".join(f"{k} {v}" for k, v in row.items()): {"base": "goca", **row} for row in combinations}
+        return self.methods | named
 
     @property
     def counted(self) -> Protocol:
@@ -136,10 +137,12 @@ def source_of(experiment: Experiment, images: Benchmark) -> Callable:
 
 
 def base_of(name: str, settings: Mapping[str, Any]) -> str:
-    """The method of `eval.methods` that a row starts from: the one of its name, else GoCA, unless it says `base`."""
-    base = settings.get("base", name if name in METHODS else "goca")
+    """The method of `eval.methods` that a row starts from: the one that it says as `base`, or the one of its name."""
+    base = settings.get("base", name)
     if base not in METHODS:
-        raise ValueError(f"Expected a base method among {', '.join(METHODS)}, but got {base!r}.")
+        raise ValueError(
+            f"Expected a row with the name of a method, or with a `base`, among {', '.join(METHODS)}, but got {base!r}."
+        )
     return base
 
 
@@ -156,8 +159,8 @@ def method_of(name: str, settings: Mapping[str, Any]) -> Method:
 
 
 def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Rule | None:
-    """The background's rule, where the benchmark has a background."""
-    if "background" not in images.classes:
+    """The background's rule, where the benchmark has a background and the method names what it sees."""
+    if "background" not in images.classes or method.nameless:
         return None
     kind, values = method.rule or (experiment.background["kind"], tuple(experiment.background["values"]))
     if len(values) > 1 and not experiment.counted.best_value and not experiment.tune:

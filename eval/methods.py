@@ -53,12 +53,14 @@ class Batch:
 class Method:
     """How a method reads, and what of the experiment's settings it overrides.
 
-    `crf`: the label map is refined by a dense CRF. `timestep`, `num_noises`: None leaves the experiment's. `rule`: its own
-    background rule, kind and values. `own`: settings of `answer` that no other method has.
+    `nameless`: it answers with segments. `crf`: the label map is refined by a dense CRF. `timestep`, `num_noises`: None
+    leaves the experiment's. `rule`: its own background rule, kind and values. `own`: settings of `answer` that no other
+    method has.
     """
 
     answer: Callable[..., list[Scores]]
-    config: GoCAConfig
+    config: GoCAConfig = field(default_factory=GoCAConfig)
+    nameless: bool = False
     crf: bool = False
     timestep: int | None = None
     num_noises: int | None = None
@@ -141,17 +143,17 @@ def _scores(maps) -> Scores:
 
 
 METHODS = {
-    "goca": Method(by_words, GoCAConfig()),
+    "goca": Method(by_words),
     "vanilla": Method(by_words, GoCAConfig.vanilla()),
     "manual": Method(by_words, GoCAConfig.vanilla(layers="manual")),
     "fttm": Method(by_words, GoCAConfig.vanilla(layers="manual"), crf=True),
     "fttm-paper": Method(
-        by_sentence, GoCAConfig(), crf=True, timestep=150, num_noises=10, rule=("square", (0.5,)),
+        by_sentence, crf=True, timestep=150, num_noises=10, rule=("square", (0.5,)),
         own={"template": "a photo including {}."},
     ),
     "diffsegmenter": Method(
-        by_class, GoCAConfig(), rule=("constant", tuple(round(0.3 + 0.02 * i, 2) for i in range(23))),
+        by_class, rule=("constant", tuple(round(0.3 + 0.02 * i, 2) for i in range(23))),
         own={"template": "a photograph of {}"},
     ),
-    "diffcut": Method(by_cut, GoCAConfig(), timestep=50, own={"threshold": 0.5, "alpha": 10.0}),
+    "diffcut": Method(by_cut, nameless=True, timestep=50, own={"threshold": 0.5, "alpha": 10.0}),
 }  # fmt: skip

@@ -124,7 +124,7 @@ def difference(ours: Trajectory, default: Trajectory) -> dict[str, float]:
 # ---- segmentation and time -------------------------------------------------------------------------------------------
 def miou(settings: Settings, model: str) -> dict[str, dict]:
     """Rows of `eval.segmentation` by name, for the options without `every`, which segmentation does not have."""
-    methods = {o.name(TINY_SIDE): o.goca(TINY_SIDE) for o in OPTIONS if o.every == 1}
+    methods = {o.name(TINY_SIDE): {"base": "goca", **o.goca(TINY_SIDE)} for o in OPTIONS if o.every == 1}
     rows = segmented(Experiment(methods, limit=settings.scenes, model=model))["rows"]
     return {row["method"]: row for row in rows}
 

@@ -1,6 +1,7 @@
 """Counts to the rows of a result, and what a result says of how it was made."""
 
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,9 +14,16 @@ from eval.report import command
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "goca-guidance")
 
 
-def result_of(
-    experiment: Experiment, images: Benchmark, found: dict[str, tuple[Counts, int, tuple[float, ...]]]
-) -> dict:
+@dataclass(frozen=True)
+class Measured:
+    """Counts of a method, all values of the background's rule (None for no rule), and the index of the reported one."""
+
+    counts: Counts
+    best: int
+    values: tuple[float | None, ...]
+
+
+def result_of(experiment: Experiment, images: Benchmark, found: dict[str, Measured]) -> dict:
     """The JSON of an experiment: how it was made, and a row for each method."""
     base, rows = next(iter(found.values())), []
     for name, measured in found.items():
@@ -30,13 +38,14 @@ def result_of(
     }
 
 
-def row_of(experiment: Experiment, images: Benchmark, name: str, measured) -> dict:
+def row_of(experiment: Experiment, images: Benchmark, name: str, measured: Measured) -> dict:
     """One method: `miou`, `pixel_accuracy` and the classes' `iou` are shares from 0 to 1."""
-    counts, best, values = measured
+    counts, best, values = measured.counts, measured.best, measured.values
     matrices = total(counts, len(values), len(images.classes))
     means = mean_iou(matrices, experiment.counted.absent_counts).round(4).tolist()
     each = dict(zip(images.classes, iou(matrices[best]).round(4).tolist(), strict=True))
-    rule = {"value": values[best]} if "background" in images.classes else {}
+    tried = dict(zip(map(str, values), means, strict=True))
+    rule = {} if values == (None,) else {"value": values[best], "values": tried}
     return {
         "method": name,
         "model": model_name(experiment.model),
@@ -51,17 +60,16 @@ def row_of(experiment: Experiment, images: Benchmark, name: str, measured) -> di
         "config": experiment.rows[name],
         "seed": experiment.seed,
         "iou": {name: None if share != share else share for name, share in each.items()},
-        "values": dict(zip(map(str, values), means, strict=True)),
         "reasons": dict(sorted(counts.skipped.items())[:20]),
     }
 
 
-def difference(experiment: Experiment, images: Benchmark, measured, base) -> dict:
+def difference(experiment: Experiment, images: Benchmark, measured: Measured, base: Measured) -> dict:
     """mIoU beyond the first method's, on the images that both counted, with its 95 % interval."""
     if measured is base:
         return {}
-    common, count = sorted({*measured[0].images} & {*base[0].images}), len(images.classes)
-    ours, theirs = (by_image(counts, best, count, common) for counts, best, _ in (measured, base))
+    common, count = sorted({*measured.counts.images} & {*base.counts.images}), len(images.classes)
+    ours, theirs = (by_image(one.counts, one.best, count, common) for one in (measured, base))
     absent = experiment.counted.absent_counts
     sums = [mean_iou(one.sum(0).reshape(count, count), absent) for one in (ours, theirs)]
     low, high = interval(ours, theirs, absent)

@@ -20,21 +20,21 @@ from tqdm.auto import tqdm
 
 from eval.benchmarks import present
 from eval.cases import draw
-from eval.counting import Counts, mean_iou, total
+from eval.counting import mean_iou, total
 from eval.experiment import Experiment, images_of, method_of, rule_of
 from eval.prompts import write_prompts
 from eval.report import markdown, write_json
-from eval.rows import result_of
+from eval.rows import Measured, result_of
 from eval.running import Run
 
 
-def measured(experiment: Experiment) -> dict[str, tuple[Counts, int, tuple[float, ...]]]:
-    """For each row its counts, which value of the background's rule is reported, and all values."""
+def measured(experiment: Experiment) -> dict[str, Measured]:
+    """What each row measured."""
     run, found = Run(experiment), {}
     judge = run.on_training_images() if experiment.tune and not experiment.counted.best_value else run
     for name, settings in experiment.rows.items():
         rule = rule_of(experiment, method_of(name, settings), run.images)
-        values = rule.values if rule else (0.0,)
+        values = rule.values if rule else (None,)
         counts = run.counts(name)
         if not counts.images:
             raise ValueError(
@@ -43,7 +43,7 @@ def measured(experiment: Experiment) -> dict[str, tuple[Counts, int, tuple[float
         judged = counts if judge is run or len(values) == 1 else judge.counts(name)
         matrices = total(judged, len(values), len(run.images.classes))
         best = int(np.argmax(mean_iou(matrices, experiment.counted.absent_counts)))
-        found[name] = counts, best, values
+        found[name] = Measured(counts, best, values)
     return found
 
 
@@ -92,7 +92,7 @@ def prompts_of(run: Run) -> dict:
 
 def _print_speed(found) -> None:
     """Images a second of one process, and where the time goes; measured when the counts were, by whatever machine did."""
-    for name, (counts, _, _) in found.items():
+    for name, counts in ((name, one.counts) for name, one in found.items()):
         spent = sum(counts.seconds.values())
         shares = ", ".join(f"{stage} {seconds / spent:.0%}" for stage, seconds in counts.seconds.items())
         print(f"{name}: {len(counts.images) / spent:.2f} images/s ({shares})" if spent else name)

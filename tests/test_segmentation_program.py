@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on(monkeypatch):
 def test_two_processes_count_the_same(tmp_path):
     """Launched by accelerate: each process counts some of the images, and the sums are exactly those of one."""
     config = tmp_path / "config.toml"
-    config.write_text('limit = 36\nbatch = 4\n[methods.vanilla]\n[methods."no refinement"]\nrefine_order = 0\n')
+    config.write_text('limit = 36\nbatch = 4\n[methods.vanilla]\n[methods."no refinement"]\nbase = "goca"\nrefine_order = 0\n')
     results, root = {}, os.getcwd()
     for count, launch in ((1, []), (2, ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"])):
         folder = tmp_path / str(count)
@@ -176,6 +176,9 @@ def test_training_images_choose_the_value_of_the_standard_protocol(voc):
     background = {"kind": "offset", "values": [0.0, 0.3, 2.0]}
     with pytest.raises(ValueError, match="`tune` training images"):
         segmentation.run(scenes(**voc, background=background))
+    (cut,) = segmentation.run(scenes(**voc, background=background, tune=2, methods={"diffcut": {}}))["rows"]
+    assert cut["miou"] >= 0  # it has no rule, and no value to choose
+    assert "value" not in cut
     found = segmentation.run(scenes(**voc, background=background, tune=2))["rows"][1]
     training = scenes(**voc | {"limit": 2}, split="train", background=background, tune=2)
     best = segmentation.run(training)["rows"][1]["values"]
@@ -222,7 +225,8 @@ def test_nothing_to_count_is_an_error(tmp_path):
         ({"scenes": 3}, "Experiment among"),
         ({"methods": {}}, "at least one method"),
         ({"methods": {"goca": {"head": 1}}}, "GoCAConfig among"),
-        ({"methods": {"goca": {"base": "gocha"}}}, "base method among"),
+        ({"methods": {"goca": {"base": "gocha"}}}, "with a `base`, among"),
+        ({"methods": {"vanila": {}}}, "got 'vanila'"),
         ({"protocol": "mine"}, "a protocol among"),
         ({"batch": 0}, "`batch` to be at least 1"),
         ({"prompts": {"source": "guess"}}, "source of prompts among"),
