@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from eval.architectures import ARCHITECTURES
 from eval.captured import Step, full_size
+from eval.floor import added_flops
 from eval.report import command, markdown, write_json
 from eval.speed import PeakMemory, alone, device_name, now
 from goca_guidance import GoCAConfig, segmentor
@@ -137,7 +138,14 @@ def compare(family: str, size: int, device: str, dtype: str, repeats: int) -> di
         **_difference(ours, truth),
         "naive": _difference(naive, truth),
         **parts,
+        **speed(family, size, ours["ms"]),
     }
+
+
+def speed(family: str, size: int, milliseconds: float) -> dict[str, float]:
+    """The operations that the core must do at the least (`eval.floor`), and how many of them a second were done."""
+    flops = added_flops(family, size)
+    return {"added_gflop": round(flops / 1e9, 1), "gflop_per_second": round(flops / 1e6 / milliseconds, 1)}
 
 
 def _difference(one: dict, other: dict) -> dict[str, float]:

@@ -165,9 +165,9 @@ class Step:
 
 
 @torch.no_grad()
-def stock_step(name: str) -> Step:
-    """Counted on "meta"; a pipeline whose predictions come one by one reads its weights twice."""
-    pipe, size = build(name, "meta", torch.float16), ARCHITECTURES[name].size
+def stock_step(name: str, size: int | None = None) -> Step:
+    """Counted on "meta", at the native size unless told; a pipeline with one prediction at a time reads its weights twice."""
+    pipe, size = build(name, "meta", torch.float16), size or ARCHITECTURES[name].size
     denoiser = denoiser_of(pipe.components)
     family = family_of(denoiser)
     args, kwargs = denoiser_inputs(pipe, arguments(name, pipe, size, batch=1, steps=2))
@@ -197,6 +197,12 @@ def layer_sizes(family: Family, call: DenoiserCall, args: tuple, kwargs: dict) -
             hooks.callback(module.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
         family.denoiser(*args, **kwargs)
     return layers
+
+
+def added_flops(name: str, size: int) -> int:
+    """Operations of GoCA's core in a step of one image."""
+    parts = added(stock_step(name, size))
+    return total(cost for part, cost in parts.items() if part != "recomputed").flops
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

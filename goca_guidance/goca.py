@@ -18,8 +18,8 @@ from goca_guidance.maps import as_maps, blur, min_max
 from goca_guidance.records import AttentionRecord
 
 
-BLOCK = {"cpu": 2**19}  # probabilities held at one time, over batch, heads, query rows and keys: a CPU's cache
-LARGE_BLOCK = 2**24  # on any other device (64 MB)
+CPU_BLOCK = 2**20  # probabilities of an image held at one time, over heads, query rows and keys: a CPU's cache
+BLOCK = 2**24  # on any other device, of all images (64 MB)
 STORED = 10_000  # pixels up to which the fine layers' sum is stored for refinement (400 MB an image)
 
 
@@ -168,7 +168,8 @@ def probabilities(
     if mask is not None and mask.shape[-2] > 1 and rows is not None:
         mask = mask[:, :, rows]
     batch, heads, count, _ = query.shape
-    step = max(1, BLOCK.get(query.device.type, LARGE_BLOCK) // (batch * heads * key.shape[-1]))
+    held = CPU_BLOCK if query.device.type == "cpu" else BLOCK // batch
+    step = max(1, held // (heads * key.shape[-1]))
     for start in range(0, count, step):
         block = slice(start, min(start + step, count))
         logits = query[:, :, block] @ key

@@ -98,7 +98,7 @@ def test_head_weights_are_summed_in_float32():
 @pytest.mark.parametrize("block", [1, 40, 2**21])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_token_maps_equal_the_naive_form(block, weighted, monkeypatch):
-    monkeypatch.setitem(goca.BLOCK, "cpu", block)
+    monkeypatch.setattr(goca, "CPU_BLOCK", block)
     r, columns = record(keys=6), torch.tensor([[0, 3, 5], [1, 2, 2]])
     weights = goca.head_weights(r.output, [r.gram]) if weighted else None
     merged = torch.einsum(
@@ -135,7 +135,7 @@ def agreement_of(r, reference, mass=None):
 @pytest.mark.parametrize("block", [1, 100, 2**21])
 @pytest.mark.parametrize("grid", [(2, 2), (4, 4), (8, 8)])
 def test_agreement_equals_the_naive_form(grid, block, monkeypatch):
-    monkeypatch.setitem(goca.BLOCK, "cpu", block)
+    monkeypatch.setattr(goca, "CPU_BLOCK", block)
     reference = goca.pseudo_attention(torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(1)))
     r = record(grid=grid)
     resized = resized_affinity(naive_probs(r).mean(1), grid, (4, 4))
