@@ -1,0 +1,251 @@
+"""Images for captions, one PNG an id: `python -m eval.coco30k configs/generate/coco30k_sd15_goca.toml`.
+
+Over many processes: `accelerate launch --num_processes 8 -m eval.coco30k configs/generate/coco30k_sd15_goca.toml`; over many
+machines too, if they share the run folder. On CPUs, where accelerate starts a single process: `torchrun --nproc-per-node 2 -m
+eval.coco30k ...`.
+
+The noise of an image depends on the seed and its id alone, so that methods are paired. Batches are cut from the complete
+list of captions, whatever is done already, and one with an image missing is made again whole: a killed run that goes on, and
+any number of processes, have the same bytes as one that was never interrupted (on the same kind of device, with as many
+threads). What is there and whole is kept; a truncated or damaged PNG is made again. `--limit` can grow later.
+
+The run folder holds settings.json, images/ID.png, manifest.csv (id, caption, seed, file, sha256; of all images in the folder)
+and, where an image is missing, failed.csv (id, reason), and then the exit status is 1. A caption that fails is tried once
+more, alone. An empty caption has no image under any method, so that the sets agree. Read both files with
+`pandas.read_csv(path, dtype={"id": str}, keep_default_na=False)`.
+"""
+
+import argparse
+import csv
+import errno
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+
+import pandas as pd
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm.auto import tqdm
+
+from eval.generating import Generator, Settings
+from eval.methods import slices
+from eval.processes import processes
+from eval.report import command, replacing
+from eval.rows import commit
+
+
+RUNS = Path("runs/generate")
+PACKAGES = ("torch", "diffusers", "transformers", "pillow", "goca-guidance")
+MOVABLE = ("model", "captions")  # paths, which digests stand for
+PNG_END = bytes.fromhex("0000000049454e44ae426082")  # the whole last chunk, IEND
+SHOWN = 5  # names that an error lists
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; what was begun is removed if the disk is full."""
+    try:
+        with replacing(path) as part:
+            part.write_bytes(data)
+    except OSError:
+        path.with_name(f".part-{path.name}").unlink(missing_ok=True)
+        raise
+
+
+def write_table(path: Path, rows: Iterable[Sequence], columns: Sequence[str]) -> None:
+    """A CSV file, all texts in quotes."""
+    table = pd.DataFrame(rows, columns=list(columns))
+    write_whole(path, table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode())
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The file that an image is kept as."""
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def digest_of_png(path: Path, size: int) -> str | None:
+    """sha256 of a file; None unless it is an RGB PNG of `size` x `size` pixels, whole by the checksums of its chunks."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        with Image.open(BytesIO(data), formats=["PNG"]) as image:
+            expected = image.size == (size, size) and image.mode == "RGB"
+            image.verify()
+    except Exception:  # Pillow raises many kinds for damaged files
+        return None
+    return hashlib.sha256(data).hexdigest() if expected and data.endswith(PNG_END) else None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A run folder."""
+
+    root: Path
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def settings(self) -> Path:
+        return self.root / "settings.json"
+
+    def path(self, name: str) -> Path:
+        return self.images / f"{name}.png"
+
+    def check(self, made_with: Mapping, ids: Iterable[str]) -> None:
+        """ValueError for a folder of other settings or versions, or with files that are not of this run; changes nothing."""
+        own = {f"{name}.png" for name in ids}
+        present = [path.name for path in self.images.glob("*") if not path.name.startswith(".part-")]
+        if self.settings.exists():
+            self._check_settings(made_with)
+        else:
+            present += [path.name for path in self.root.glob("[!.]*") if path != self.images]
+            own = set()
+        if foreign := sorted(set(present) - own):
+            more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
+            raise ValueError(
+                f"Expected only images of this run in {self.root}, but found {', '.join(foreign[:SHOWN])}{more}: move them "
+                "away, or use another --out."
+            )
+
+    def _check_settings(self, made_with) -> None:
+        before = json.loads(self.settings.read_text())
+        old, new = ({**each["settings"], **each["versions"]} for each in (before, made_with))
+        names = [name for name in {**old, **new} if name not in MOVABLE and old.get(name) != new.get(name)]
+        if names:
+            told = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
+            raise ValueError(
+                f"Expected the settings that {self.root} was made with, but these differ: {told}. Use another --out."
+            )
+
+    def open(self, made_with: Mapping) -> None:
+        """Remove what a killed process left half-written, and say what the run is made with, every commit of it."""
+        for folder in (self.root, self.images):
+            for path in folder.glob(".part-*"):
+                path.unlink()
+        before = json.loads(self.settings.read_text())["commit"].split(", ") if self.settings.exists() else []
+        commits = ", ".join(dict.fromkeys([*before, made_with["commit"]]))
+        write_whole(self.settings, (json.dumps({**made_with, "commit": commits}, indent=1) + "\n").encode())
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+class Run:
+    """Captions to images in a folder, shared by the processes."""
+
+    def __init__(self, settings: Settings, out: Path, limit: int | None = None):
+        self.settings, self.folder = settings, Folder(out)
+        self.state = processes()
+        self.texts = settings.texts()
+        self.asked = list(self.texts)[:limit]
+
+    @cached_property
+    def generator(self) -> Generator:
+        return Generator(self.settings, self.state.device)
+
+    def __call__(self) -> dict[str, str]:
+        """Make what is missing; returns the reasons why some images still are."""
+        self.prepare()
+        reasons = {name: "The caption is empty." for name in self.asked if not self.texts[name].strip()}
+        reasons |= dict(gather_object(list(self.work(self.missing(self.present())).items())))
+        present = self.present()
+        failed = {name: reasons.get(name, "The image vanished.") for name in self.asked if name not in present}
+        if self.state.is_main_process:
+            self.report(present, failed)
+        self.state.wait_for_everyone()
+        return failed
+
+    def prepare(self) -> None:
+        """Every process checks the folder before one of them changes it, so that all stop at a mistake."""
+        made_with = {
+            "command": command(),
+            "settings": self.settings.described(self.texts),
+            "versions": {package: version(package) for package in PACKAGES},
+            "commit": commit(),
+        }
+        self.folder.check(made_with, self.texts)
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self.folder.open(made_with)
+        self.state.wait_for_everyone()
+
+    def present(self) -> dict[str, str]:
+        """sha256 of every whole image in the folder, by id; the processes share the reading, and all have the result."""
+        mine = list(self.texts)[self.state.process_index :: self.state.num_processes]
+        digest = partial(digest_of_png, size=self.generator.size)
+        with ThreadPoolExecutor() as threads:
+            found = zip(mine, threads.map(digest, map(self.folder.path, mine)), strict=True)
+            all_found = dict(gather_object([(name, sha256) for name, sha256 in found if sha256]))
+        return {name: all_found[name] for name in self.texts if name in all_found}
+
+    def missing(self, present: Mapping[str, str]) -> list[tuple[Sequence[str], list[str]]]:
+        """Each batch with something to do, and what is wanted of it."""
+        asked = {*self.asked} - {*present}
+        batches = slices([name for name, text in self.texts.items() if text.strip()], self.settings.batch)
+        wanted = [(batch, [name for name in batch if name in asked]) for batch in batches]
+        return [(batch, names) for batch, names in wanted if names]
+
+    def work(self, batches: Sequence[tuple[Sequence[str], list[str]]]) -> dict[str, str]:
+        """Make this process's share; returns the reasons why some failed."""
+        index, reasons = self.state.process_index, {}
+        mine = batches[index :: self.state.num_processes]
+        name = f"{self.settings.method} {self.settings.guidance_scale:g}"
+        with tqdm(total=sum(len(names) for _, names in mine), desc=name, unit="image", position=index) as bar:
+            for batch, names in mine:
+                images, failed = self.generator({name: self.texts[name] for name in batch}, names)
+                for image_id, image in images.items():
+                    write_whole(self.folder.path(image_id), png_bytes(image))
+                for image_id, reason in failed.items():
+                    bar.write(f"{image_id}: {reason}")
+                reasons |= failed
+                bar.update(len(names))
+        return reasons
+
+    def report(self, present: Mapping[str, str], failed: Mapping[str, str]) -> None:
+        """manifest.csv, and failed.csv where something failed."""
+        rows = [
+            (name, self.texts[name], self.settings.seed_of(name), f"images/{name}.png", sha256)
+            for name, sha256 in present.items()
+        ]
+        write_table(self.folder.root / "manifest.csv", rows, ("id", "caption", "seed", "file", "sha256"))
+        path = self.folder.root / "failed.csv"
+        if failed:
+            write_table(path, failed.items(), ("id", "reason"))
+        else:
+            path.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a TOML file with the fields of eval.generating.Settings")
+    parser.add_argument("--scale", type=float, help="the guidance scale, instead of the file's")
+    parser.add_argument("--limit", type=int, help="only the first so many ids")
+    parser.add_argument("--out", type=Path, help="the run folder; runs/generate/CONFIG_SCALE by default")
+    args = parser.parse_args(arguments)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"expected --limit to be at least 1, but got {args.limit}")
+    settings = Settings.read(args.config, **({} if args.scale is None else {"guidance_scale": args.scale}))
+    out = args.out or RUNS / f"{args.config.stem}_{settings.guidance_scale:g}"
+    try:
+        run = Run(settings, out, args.limit)
+        failed = run()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SystemExit(f"The disk of {out} is full. Make room and start again: what is there is whole.") from error
+    if failed and run.state.is_main_process:
+        raise SystemExit(f"{len(failed)} of {len(run.asked)} captions have no image: see {out / 'failed.csv'}.")
+
+
+if __name__ == "__main__":
+    main()
