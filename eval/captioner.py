@@ -13,6 +13,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from eval.aliases import BACKGROUND
+from eval.benchmarks import BadSample
 from eval.prompts import CaptionSource, read_captions
 from eval.report import write_json
 
@@ -22,6 +23,7 @@ Write one line: the things that this picture shows, objects first and surroundin
 commas between them, each kind of thing once, at most 20 words in all. No verbs, no sentences, no numbers. Put an object \
 that wears or carries something, or whose parts stand out, in one parenthesis with these: (person, clothes, hat). \
 Wherever one of these words fits, use it and no other: {classes}."""
+REFUSED = (400, 413, 415, 422)  # HTTP statuses that are about the picture: the run goes on without it
 BUSY = (408, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another try
 
 
@@ -99,6 +101,9 @@ class Endpoint(CaptionSource):
             text = answer.json()["choices"][0]["message"]["content"] if answer.ok else None
         except (ValueError, KeyError, IndexError, TypeError):
             text = None
+        if answer.status_code in REFUSED or (answer.ok and isinstance(text, str) and not text.strip()):
+            told = answer.text.replace(key, "***")[:500]
+            raise BadSample(f"{self.model!r} gave no caption: status {answer.status_code}, {told}")
         if not isinstance(text, str) or not text.strip():
             raise self._failure(f"status {answer.status_code}, {answer.text}", key)
         return text.strip()

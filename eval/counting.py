@@ -49,7 +49,7 @@ def cells_of(
     image: int, value: int, prediction: Int[Tensor, "H W"], truth: Int[Tensor, "H W"], classes: int, void: int
 ):
     """Rows of one image; pixels whose truth is `void` do not count."""
-    matrix = multiclass_confusion_matrix(prediction, truth, classes, ignore_index=void).numpy()
+    matrix = multiclass_confusion_matrix(prediction, truth, classes, ignore_index=void, validate_args=False).numpy()
     found = np.argwhere(matrix)
     pixels = matrix[tuple(found.T)]
     return np.column_stack([np.full((len(found), 2), (image, value)), found, pixels]).astype(np.int64)

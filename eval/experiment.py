@@ -10,17 +10,27 @@ from typing import Any
 import torch
 
 from eval.aliases import aliases_of
+from eval.background import Rule
 from eval.benchmarks import Benchmark, benchmark
 from eval.captioner import Endpoint
-from eval.labelling import Rule
 from eval.methods import METHODS, Method
-from eval.prompts import Captions, Tags, Vocabulary, Written, read_captions, release
+from eval.prompts import Captions, Tags, Vocabulary, read_captions, release
 from eval.protocol import PROTOCOLS, Protocol
-from eval.report import weights_digest
+from eval.report import file_digest, weights_digest
 from eval.tagger import Tagger
+from eval.written import Written
 from goca_guidance import TINY_SD, GoCAConfig, GoCASCFGPipeline
 
 
+DTYPES = ("float32", "float16", "bfloat16")
+SOURCES: Mapping[str, Callable] = {
+    "tags": Tags,
+    "vocabulary": Vocabulary,
+    "captions": Captions,
+    "tagger": Tagger,
+    "endpoint": Endpoint,
+    "written": Written,
+}
 OURS = ("base", "timestep", "num_noises", "background", "crf")  # keys of a method that are no `GoCAConfig`
 
 
@@ -60,11 +70,19 @@ class Experiment:
             raise ValueError(f"Expected a protocol among {', '.join(PROTOCOLS)}, but got {self.protocol!r}.")
         if not self.methods and not self.grid:
             raise ValueError("Expected at least one method or a grid, but got neither.")
-        for number in ("batch", "num_noises", "limit"):
-            if getattr(self, number) is not None and getattr(self, number) < 1:
-                raise ValueError(f"Expected `{number}` to be at least 1, but got {getattr(self, number)}.")
+        self._check_numbers()
+        rule_from(self.background)
         for name, settings in self.rows.items():
             method_of(name, settings)
+
+    def _check_numbers(self):
+        least = {"batch": 1, "num_noises": 1, "limit": 1, "size": 8, "tune": 0, "timestep": 0, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ValueError(f"Expected `{name}` to be a whole number of at least {low}, but got {value!r}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"Expected `dtype` among {', '.join(DTYPES)}, but got {self.dtype!r}.")
 
     @property
     def rows(self) -> dict[str, dict]:
@@ -77,19 +95,22 @@ class Experiment:
         return self.methods | named
 
     @property
+    def evaluated(self) -> str:
+        """The split that is evaluated."""
+        return self.split or self.counted.split(self.benchmark)
+
+    @property
     def counted(self) -> Protocol:
         """The protocol itself."""
         return PROTOCOLS[self.protocol]
 
     def conditions(self) -> dict:
-        """What all rows share and each image's counts depend on; the weights by their digest."""
+        """What all rows share and each image's counts depend on: the weights and the files of prompts by their digests."""
         left_out = ("methods", "grid", "model", "limit", "tune", "batch")
         shared = {name: value for name, value in asdict(self).items() if name not in left_out}
-        return {
-            **shared,
-            "split": self.split or self.counted.split(self.benchmark),
-            "weights": weights_digest(self.model),
-        }
+        read = [Path(str(self.prompts[key])).expanduser() for key in ("path", "pretrained") if key in self.prompts]
+        files = [file_digest(path) for path in read if path.is_file()]
+        return {**shared, "split": self.evaluated, "weights": weights_digest(self.model), "files": files}
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> "Experiment":
@@ -112,8 +133,8 @@ def images_of(experiment: Experiment) -> Benchmark:
     protocol, prompts, ids = experiment.counted, experiment.prompts, None
     if protocol.name == "goca" and prompts.get("source") == "captions":
         ids = list(read_captions(Path(prompts["path"])))
-    split, root = experiment.split or protocol.split(experiment.benchmark), experiment.root
-    found = benchmark(experiment.benchmark, None if root is None else Path(root).expanduser(), split, ids)
+    root = None if experiment.root is None else Path(experiment.root).expanduser()
+    found = benchmark(experiment.benchmark, root, experiment.evaluated, ids)
     return protocol.applied(replace(found, ids=found.ids[: experiment.limit]))
 
 
@@ -121,19 +142,17 @@ def source_of(experiment: Experiment, images: Benchmark) -> Callable:
     """The source of prompts: "tags", "vocabulary", "captions", "tagger", "endpoint" or "written"."""
     settings = dict(experiment.prompts)
     kind = settings.pop("source", "tags")
-    classes = images.classes
-    captioned = {"aliases": aliases_of(images.name, classes), **release(images.name)}
-    sources: Mapping[str, Callable] = {
-        "tags": lambda: Tags(classes, **settings),
-        "vocabulary": lambda: Vocabulary(classes, **settings),
-        "captions": lambda: Captions(settings.pop("path"), classes, **(captioned | settings)),
-        "tagger": lambda: Tagger(classes, **settings),
-        "endpoint": lambda: Endpoint(classes, **(captioned | settings)),
-        "written": lambda: Written(settings["path"]),
-    }
-    if kind not in sources:
-        raise ValueError(f"Expected a source of prompts among {', '.join(sources)}, but got {kind!r}.")
-    return sources[kind]()
+    if kind not in SOURCES:
+        raise ValueError(f"Expected a source of prompts among {', '.join(SOURCES)}, but got {kind!r}.")
+    if kind in ("captions", "endpoint"):
+        aliases = aliases_of(images.name, images.classes)
+        counted = {phrase: experiment.counted.asked(images.name, name) for phrase, name in aliases.items()}
+        settings = {"aliases": counted, **release(images.name), **settings}
+    try:
+        return SOURCES[kind](classes=images.classes, **settings)
+    except TypeError as error:
+        given = sorted(experiment.prompts)
+        raise ValueError(f"Expected the settings of the source {kind!r}, but got {given} ({error}).") from error
 
 
 def base_of(name: str, settings: Mapping[str, Any]) -> str:
@@ -153,7 +172,7 @@ def method_of(name: str, settings: Mapping[str, Any]) -> Method:
     check_keys(GoCAConfig, config, (*OURS, *method.own))
     changes = {key: settings[key] for key in ("timestep", "num_noises", "crf") if key in settings}
     if "background" in settings:
-        changes["rule"] = settings["background"]["kind"], tuple(settings["background"]["values"])
+        changes["rule"] = rule_from(settings["background"])
     changes["own"] = {key: settings.get(key, value) for key, value in method.own.items()}
     return replace(method, config=replace(method.config, **config), **changes)
 
@@ -162,13 +181,20 @@ def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Rule |
     """The background's rule, where the benchmark has a background and the method names what it sees."""
     if "background" not in images.classes or method.nameless:
         return None
-    kind, values = method.rule or (experiment.background["kind"], tuple(experiment.background["values"]))
-    if len(values) > 1 and not experiment.counted.best_value and not experiment.tune:
+    rule = method.rule or rule_from(experiment.background)
+    if len(rule.values) > 1 and not experiment.counted.best_value and not experiment.tune:
         raise ValueError(
             f"Expected one value of the background's rule under the protocol {experiment.protocol!r}, or `tune` training "
-            f"images to choose among the {len(values)} that came."
+            f"images to choose among the {len(rule.values)} that came."
         )
-    return Rule(kind, tuple(map(float, values)))
+    return rule
+
+
+def rule_from(told: Mapping[str, Any]) -> Rule:
+    """A rule as a TOML file has it: its kind, and a list of values."""
+    if set(told) != {"kind", "values"} or not isinstance(told["values"], list):
+        raise ValueError(f'Expected a background such as {{kind = "offset", values = [0.2]}}, but got {dict(told)}.')
+    return Rule(told["kind"], tuple(map(float, told["values"])))
 
 
 def load(model: str, dtype: str = "float32", device: str | torch.device | None = None) -> GoCASCFGPipeline:

@@ -1,7 +1,5 @@
 """Scores to label maps: the background's rule, a dense CRF where a method has one, and matching where there are no names."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,39 +8,11 @@ from PIL import Image
 from torch import Tensor
 
 from eval import crf
+from eval.background import Rule
 from eval.benchmarks import VOID
 from eval.matching import match
 from eval.methods import Scores
-
-
-KINDS = ("offset", "constant", "max", "square")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What the background scores: for each of the `values` v, with e the highest background entity's score and s the highest
-    class's: "offset" v + e, "constant" v, "max" max(v, e), "square" max(0, 2 v - s)^2, which is FTTM's.
-
-    All values share one forward.
-    """
-
-    kind: str
-    values: tuple[float, ...]
-
-    def __post_init__(self):
-        if self.kind not in KINDS or not self.values:
-            raise ValueError(
-                f"Expected a background rule among {', '.join(KINDS)} with at least one value, but got {self.kind!r} with "
-                f"{list(self.values)}."
-            )
-
-    def score(self, value: float, entity: Tensor, highest: Tensor) -> Tensor:
-        """The background's score at each pixel."""
-        if self.kind == "offset":
-            return entity + value
-        if self.kind == "constant":
-            return torch.full_like(entity, value)
-        return entity.clamp(min=value) if self.kind == "max" else (2 * value - highest).clamp(min=0) ** 2
+from goca_guidance.maps import min_max
 
 
 def label_maps(
@@ -50,13 +20,18 @@ def label_maps(
     rule: Rule | None,
     background: int | None,
     size: tuple[int, int],
+    stretched: bool = False,
     picture: Image.Image | None = None,
 ) -> list[Int[Tensor, "H W"]]:
     """Label maps of `size`, on the CPU, one for each value of the rule (one in all without a rule).
 
-    The scores are resized, never the labels. With a `picture` a dense CRF refines them.
+    The scores are resized, never the labels; `stretched`, each class's then reach from 0 to 1 again. With a `picture` a dense
+    CRF refines them. Where no class was asked for, all is background.
     """
+    if not scores.labels:
+        return [torch.full(size, background) for _ in rule.values]
     own = _resized(scores.maps, size)
+    own = min_max(own[None])[0] if stretched else own
     labels = torch.tensor(scores.labels, device=own.device)
     highest, first = own.max(0)
     if rule is None:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from eval.background import Rule
 from eval.prompts import Entity, Prompt
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
 from goca_guidance.word_baselines import FTTM, DiffSegmenter
@@ -26,7 +27,8 @@ from goca_guidance.word_baselines import FTTM, DiffSegmenter
 @dataclass(frozen=True)
 class Scores:
     """What a method says of an image: `maps` [k H W] in [0, 1] for the classes `labels`; the highest one of the background's
-    entities, `background` [H W], zeros where there are none. Or `segments` [H W] without names.
+    entities, `background` [H W], zeros where there are none. Or `segments` [H W] without names. Nothing where no class was
+    asked for.
     """
 
     maps: Float[Tensor, "k H W"] | None = None
@@ -53,18 +55,19 @@ class Batch:
 class Method:
     """How a method reads, and what of the experiment's settings it overrides.
 
-    `nameless`: it answers with segments. `crf`: the label map is refined by a dense CRF. `timestep`, `num_noises`: None
-    leaves the experiment's. `rule`: its own background rule, kind and values. `own`: settings of `answer` that no other
-    method has.
+    `nameless`: it answers with segments. `stretched`: each class's scores reach from 0 to 1 at the picture's size.
+    `crf`: the label map is refined by a dense CRF. `timestep`, `num_noises`: None leaves the experiment's. `rule`: its
+    own background rule. `own`: settings of `answer` that no other method has.
     """
 
     answer: Callable[..., list[Scores]]
     config: GoCAConfig = field(default_factory=GoCAConfig)
     nameless: bool = False
+    stretched: bool = False
     crf: bool = False
     timestep: int | None = None
     num_noises: int | None = None
-    rule: tuple[str, tuple[float, ...]] | None = None
+    rule: Rule | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -72,7 +75,7 @@ def by_words(
     pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, segmentor: type | None = None, **settings: Any
 ) -> list[Scores]:
     """All classes of a prompt in one forward; the class score is the highest of its entities'."""
-    asked = [(image, prompt) for image, prompts in enumerate(batch.prompts) for prompt in prompts]
+    asked = [(image, prompt) for image, prompts in enumerate(batch.prompts) if named(prompts) for prompt in prompts]
     return _answers(
         pipe, batch, asked, size, goca=config, **({"segmentor": segmentor} if segmentor else {}), **settings
     )
@@ -84,8 +87,7 @@ def by_class(
     """DiffSegmenter: a forward for each class, whose name stands in the `template` at {}."""
     asked = []
     for image, prompts in enumerate(batch.prompts):
-        labels = {entity.label for prompt in prompts for entity in prompt.entities} - {None}
-        for label in sorted(labels):
+        for label in sorted(named(prompts)):
             name = batch.classes[label]
             asked.append((image, Prompt(template.format(name), (Entity(name, label),))))
     return _answers(pipe, batch, asked, size, goca=config, segmentor=DiffSegmenter, **settings)
@@ -129,6 +131,11 @@ def _answers(pipe, batch, asked, size, **settings) -> list[Scores]:
     return [_scores(found) for found in maps]
 
 
+def named(prompts: Sequence[Prompt]) -> set[int]:
+    """The classes that an image's prompts ask for."""
+    return {entity.label for prompt in prompts for entity in prompt.entities if entity.label is not None}
+
+
 def slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Up to `size` items at a time."""
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -137,7 +144,7 @@ def slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 def _scores(maps) -> Scores:
     labels = tuple(sorted(label for label in maps if label is not None))
     if not labels:
-        raise ValueError("Expected an image with at least one class to look for, but its prompts name none.")
+        return Scores()
     stacked = torch.stack([maps[label] for label in labels])
     return Scores(stacked, labels, maps.get(None, torch.zeros_like(stacked[0])))
 
@@ -148,11 +155,11 @@ METHODS = {
     "manual": Method(by_words, GoCAConfig.vanilla(layers="manual")),
     "fttm": Method(by_words, GoCAConfig.vanilla(layers="manual"), crf=True),
     "fttm-paper": Method(
-        by_sentence, crf=True, timestep=150, num_noises=10, rule=("square", (0.5,)),
+        by_sentence, crf=True, timestep=150, num_noises=10, rule=Rule("square", (0.5,)),
         own={"template": "a photo including {}."},
     ),
     "diffsegmenter": Method(
-        by_class, rule=("constant", tuple(round(0.3 + 0.02 * i, 2) for i in range(23))),
+        by_class, stretched=True, rule=Rule("constant", tuple(round(0.3 + 0.01 * i, 2) for i in range(45))),
         own={"template": "a photograph of {}"},
     ),
     "diffcut": Method(by_cut, nameless=True, timestep=50, own={"threshold": 0.5, "alpha": 10.0}),

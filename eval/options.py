@@ -22,7 +22,7 @@ from eval import faithfulness
 from eval.captured import full_size
 from eval.experiment import Experiment, load
 from eval.report import command, markdown, weights_digest, write_json
-from eval.segmentation import run as segmented
+from eval.segmentation import result as segmented
 from goca_guidance import TINY_SD, GoCAConfig, Regions, SCFGConfig
 
 

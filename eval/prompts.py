@@ -1,8 +1,8 @@
 """What the text encoder reads for an image, and which of its words stand for which class.
 
 A source gives the prompts of an image: `source(sample_id, image, present)`, where `present` are the labels that the ground
-truth holds (indices into the benchmark's classes, that of "background" is left out). `Captions`, `Tags`, `Vocabulary` and
-`Written` are here, `eval.tagger.Tagger` and `eval.captioner.Endpoint` beside it.
+truth holds (indices into the benchmark's classes, that of "background" is left out). `Captions`, `Tags` and
+`Vocabulary` are here; `eval.written.Written`, `eval.tagger.Tagger` and `eval.captioner.Endpoint` beside it.
 
 A prompt is a list of phrases with commas between them, and no phrase stands in it twice. How a caption becomes a prompt
 follows GoCA (arXiv 2603.06178; what its released code does, not its code).
@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from PIL import Image
 
 from eval.aliases import BACKGROUND, caption_groups, class_names, clean, name_index, named
 from eval.benchmarks import bare
-from eval.report import replacing
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def merged(groups: Sequence[tuple[tuple[str, ...], int | None]]) -> list[Entity]
 def release(benchmark: str) -> dict:
     """What the released code of GoCA does with a benchmark's captions, as arguments of `Captions` and `Endpoint`."""
     return {
-        "append_missing": benchmark in ("voc", "context", "coco-stuff-27", "coco-stuff-171"),
+        "append_missing": benchmark in ("voc", "context", "context-59", "coco-stuff-27", "coco-stuff-171"),
         "background": (BACKGROUND,) if benchmark in ("voc", "coco-object", "ade20k") else (),
     }
 
@@ -212,7 +211,7 @@ class Captions(CaptionSource):
 
     def check(self, ids):
         """ValueError where images have no entry, or where no entry of all names a class."""
-        _require(ids, [i for i in ids if bare(i) not in self.captions], self.path)
+        require_entries(ids, [i for i in ids if bare(i) not in self.captions], self.path)
         if ids and not any(self.mentioned(caption_groups(self.captions[bare(i)])) for i in ids):
             wanted = [name for name in self.names if name != BACKGROUND]
             raise ValueError(
@@ -221,7 +220,7 @@ class Captions(CaptionSource):
             )
 
     def caption(self, sample_id, image):
-        _require([sample_id], [] if bare(sample_id) in self.captions else [sample_id], self.path)
+        require_entries([sample_id], [] if bare(sample_id) in self.captions else [sample_id], self.path)
         return self.captions[bare(sample_id)]
 
 
@@ -251,48 +250,8 @@ def parsed(text: str | bytes, place: object):
         raise ValueError(f"Expected well-formed JSON in {place}, but got: {error}.") from error
 
 
-# ---- prompts, written out --------------------------------------------------------------------------------------------
-def write_prompts(path: str | Path, prompts: Mapping[str, Sequence[Prompt]]) -> None:
-    """Every image's prompts and their entities, one line of JSON an image, whole or not at all."""
-    lines = [{"id": i, "prompts": [asdict(prompt) for prompt in each]} for i, each in prompts.items()]
-    with replacing(Path(path)) as part:
-        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-
-
-class Written:
-    """Prompts that `write_prompts` wrote, exactly as they were; lines may have been edited since."""
-
-    def __init__(self, path: str | Path):
-        self.path, self.prompts = Path(path), {}
-        for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
-            if line.strip():
-                sample_id, prompts = _image(line, f"line {number} of {path}")
-                if sample_id in self.prompts:
-                    raise ValueError(f"Expected one line for an image in {path}, but got two for {sample_id!r}.")
-                self.prompts[sample_id] = prompts
-
-    def check(self, ids: Sequence[str]) -> None:
-        """ValueError where images have no line."""
-        _require(ids, [i for i in ids if i not in self.prompts], self.path)
-
-    def __call__(self, sample_id: str, image: Image.Image, present: tuple[int, ...]) -> list[Prompt]:
-        self.check([sample_id])
-        return list(self.prompts[sample_id])
-
-
-def _image(line, place):
-    entry = parsed(line, place)
-    try:
-        prompts = [Prompt(p["text"], tuple(Entity(**entity) for entity in p["entities"])) for p in entry["prompts"]]
-        return str(entry["id"]), prompts
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f'Expected {{"id": ..., "prompts": [{{"text": ..., "entities": [{{"words": ..., "label": ...}}]}}]}} in {place}, '
-            f"but got {type(error).__name__}: {error}"
-        ) from error
-
-
-def _require(ids, missing, path):
+def require_entries(ids: Sequence[str], missing: Sequence[str], path: Path) -> None:
+    """ValueError that counts the images without an entry in a file, and names some."""
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(

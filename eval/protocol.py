@@ -9,6 +9,9 @@ from PIL import Image
 from eval.benchmarks import VOID, Benchmark
 
 
+MERGED = {"food-stuff": "food", "furniture-stuff": "furniture"}  # by the released code of GoCA, on COCO-Stuff 27
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What counts, on which images, and who chooses the background's threshold.
@@ -27,6 +30,10 @@ class Protocol:
     def split(self, benchmark: str) -> str:
         """The split that is evaluated."""
         return self.splits.get(benchmark, "val")
+
+    def asked(self, benchmark: str, name: str) -> str:
+        """The class that counts where a prompt's words stand for `name`."""
+        return MERGED.get(name, name) if self.void_counts and benchmark == "coco-stuff-27" else name
 
     def applied(self, benchmark: Benchmark) -> Benchmark:
         """The benchmark with the classes and masks that count."""
@@ -64,7 +71,7 @@ def _merged(benchmark: Benchmark) -> Callable[[str], tuple[Image.Image, np.ndarr
     if benchmark.name != "coco-stuff-27":
         return benchmark.read
     table = np.arange(256, dtype=np.uint8)
-    for stuff, thing in (("food-stuff", "food"), ("furniture-stuff", "furniture")):
+    for stuff, thing in MERGED.items():
         table[benchmark.classes.index(stuff)] = benchmark.classes.index(thing)
 
     def read(name):

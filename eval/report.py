@@ -13,10 +13,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image
+
+
+PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "goca-guidance")
 
 
 @contextmanager
@@ -44,18 +49,33 @@ def command() -> str:
 
 def fingerprint(**inputs) -> str:
     """Digest of everything that a cached measurement depends on: its inputs, and the code that computes it."""
-    here = Path(__file__).parent
-    code = sorted([*here.glob("*.py"), *(here.parent / "goca_guidance").glob("*.py")])
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode())
-    for path in code:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(json.dumps([inputs, code()], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+@cache
+def code() -> str:
+    """Digest of our own code that runs in this process, as it was when first asked for, and the versions of what it calls."""
+    ours = [m.__file__ for name, m in sys.modules.items() if name.partition(".")[0] in ("eval", "goca_guidance")]
+    started = getattr(sys.modules["__main__"], "__file__", None)
+    files = {Path(file).resolve() for file in [*ours, started] if file}
+    parts = [file_digest(path) for path in sorted(files)] + [f"{name} {version(name)}" for name in PACKAGES]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file of any size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
 def weights_digest(model: str) -> str:
-    """Digest of a model folder's weights; the name itself for a hub repository."""
-    files = sorted(Path(model).glob("*/*.safetensors"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16] if files else model
+    """Digest of a model folder, weights and configurations; the name itself for a hub repository."""
+    files = sorted(
+        path for path in Path(model).glob("**/*") if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model")
+    )
+    digests = " ".join(f"{path.relative_to(model)} {file_digest(path)}" for path in files)
+    return hashlib.sha256(digests.encode()).hexdigest()[:16] if files else model
 
 
 def write_json(path: Path, value) -> None:

@@ -1,17 +1,14 @@
 """Counts to the rows of a result, and what a result says of how it was made."""
 
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from eval.benchmarks import Benchmark
 from eval.counting import Counts, by_image, interval, iou, mean_iou, pixel_accuracy, total
-from eval.experiment import Experiment
-from eval.report import command
-
-
-PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "goca-guidance")
+from eval.experiment import Experiment, method_of, rule_of
+from eval.report import PACKAGES, command
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ def result_of(experiment: Experiment, images: Benchmark, found: dict[str, Measur
     versions = {package: version(package) for package in PACKAGES}
     return {
         "command": command(),
-        "experiment": experiment.conditions(),
+        "experiment": experiment.conditions() | {key: getattr(experiment, key) for key in ("limit", "tune", "batch")},
         "versions": versions,
         "commit": commit(),
         "rows": rows,
@@ -50,6 +47,7 @@ def row_of(experiment: Experiment, images: Benchmark, name: str, measured: Measu
         "method": name,
         "model": model_name(experiment.model),
         "benchmark": images.name,
+        "split": experiment.evaluated,
         "protocol": experiment.protocol,
         "prompts": experiment.prompts.get("source", "tags"),
         "images": len(counts.images),
@@ -59,9 +57,19 @@ def row_of(experiment: Experiment, images: Benchmark, name: str, measured: Measu
         "skipped": len(counts.skipped),
         "config": experiment.rows[name],
         "seed": experiment.seed,
+        "effective": effective(experiment, name, images),
         "iou": {name: None if share != share else share for name, share in each.items()},
         "reasons": dict(sorted(counts.skipped.items())[:20]),
     }
+
+
+def effective(experiment: Experiment, name: str, images: Benchmark) -> dict:
+    """The settings that a row was measured with, its own and what it took over."""
+    method = method_of(name, experiment.rows[name])
+    rule = rule_of(experiment, method, images)
+    told = {"timestep": experiment.timestep, "num_noises": experiment.num_noises, "crf": method.crf, **method.own}
+    told |= {key: value for key in ("timestep", "num_noises") if (value := getattr(method, key)) is not None}
+    return told | {"background": None if rule is None else rule.kind, "goca": asdict(method.config)}
 
 
 def difference(experiment: Experiment, images: Benchmark, measured: Measured, base: Measured) -> dict:

@@ -4,9 +4,10 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -16,7 +17,8 @@ from eval.benchmarks import VOID, BadSample, Benchmark, present
 from eval.counting import Counts, as_tensor, cells_of, joined
 from eval.experiment import Experiment, base_of, images_of, load, method_of, rule_of, source_of
 from eval.labelling import label_maps, matched
-from eval.methods import Batch, Scores, slices
+from eval.methods import Batch, Scores, named, slices
+from eval.processes import processes
 from eval.report import fingerprint
 from eval.speed import now
 
@@ -30,7 +32,11 @@ class Run:
     """One experiment's images, prompts and model, each made when it is first needed."""
 
     experiment: Experiment
-    state: PartialState = field(default_factory=PartialState)
+    lender: "Run | None" = None  # whose model it is
+
+    @cached_property
+    def state(self) -> PartialState:
+        return processes()
 
     @cached_property
     def images(self) -> Benchmark:
@@ -45,7 +51,8 @@ class Run:
 
     @cached_property
     def pipe(self):
-        return load(self.experiment.model, self.experiment.dtype, self.state.device)
+        own = self.experiment
+        return self.lender.pipe if self.lender else load(own.model, own.dtype, self.state.device)
 
     @property
     def background(self) -> int | None:
@@ -53,12 +60,12 @@ class Run:
 
     def on_training_images(self) -> "Run":
         """The same model and settings on the images that choose among values of the background's rule."""
-        other = Run(replace(self.experiment, split="train", limit=self.experiment.tune), self.state)
-        other.pipe = self.pipe
-        return other
+        if self.experiment.evaluated == "train":
+            raise ValueError("Expected another split than the training images, on which `tune` chooses a value.")
+        return Run(replace(self.experiment, split="train", limit=self.experiment.tune), self)
 
     def counts(self, name: str) -> Counts:
-        """Counts of one method, from disk as far as they are there; the processes share the chunks."""
+        """Counts of one method, from disk as far as they are there and whole; the processes share the chunks."""
         settings = self.experiment.rows[name]
         settings = {**settings, "base": base_of(name, settings)}
         digest = fingerprint(**self.experiment.conditions(), classes=self.images.classes, settings=settings)
@@ -67,7 +74,7 @@ class Run:
         mine, position = work[self.state.process_index :: self.state.num_processes], self.state.process_index
         with tqdm(total=sum(len(ids) for ids, _ in mine), desc=name, unit="image", position=position) as bar:
             for ids, path in mine:
-                if not path.exists():
+                if not path.exists() or Counts.load(path).skipped:  # what was skipped may have been mended
                     self.measure(name, ids).save(path)
                 bar.update(len(ids))
         self.state.wait_for_everyone()
@@ -79,6 +86,8 @@ class Run:
         answer = Answer(self, name)
         for part in slices(ids, self.experiment.batch):
             answer.add(part)
+        if len(ids) > 1 and answer.failed.keys() == set(ids) and len(set(answer.failed.values())) == 1:
+            raise ValueError(answer.failed[ids[0]])  # not the images are at fault
         cells = np.concatenate([np.zeros((0, 5), np.int64), *answer.cells])
         return Counts(tuple(answer.images), cells, answer.skipped, dict(answer.seconds))
 
@@ -92,6 +101,7 @@ class Answer:
         self.images: list[str] = []
         self.cells: list[np.ndarray] = []
         self.skipped: dict[str, str] = {}
+        self.failed: dict[str, str] = {}  # of those, the ones that the model did not take
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -102,22 +112,31 @@ class Answer:
         self.seconds[name] += now(device) - start
 
     def add(self, ids: Sequence[str]) -> None:
-        samples = {}
         with self.stage("read"):
-            for name in ids:
-                try:
-                    samples[name] = self.run.images.read(name)
-                except BadSample as error:
-                    self.skipped[name] = str(error)
+            samples = self.each(ids, self.run.images.read)
         with self.stage("prompts"):
-            prompts = {name: self.prompts(name, *sample) for name, sample in samples.items()}
-        asked = [name for name, said in prompts.items() if said]
-        self.skipped |= {name: "it shows no class of the benchmark" for name in samples if name not in asked}
+            prompts = self.each(samples, lambda name: self.prompts(name, *samples[name]))
+        asked = {name: said for name, said in prompts.items() if named(said) or self.method.nameless}
+        silent = [name for name in prompts if name not in asked]
         with self.stage("model"):
-            scores = self.scores({name: (samples[name][0], prompts[name]) for name in asked})
+            scores = self.scores({name: (samples[name][0], said) for name, said in asked.items()})
+        if self.run.background is None:
+            self.skipped |= dict.fromkeys(silent, "no class is asked for, and there is no background")
+        else:
+            scores |= dict.fromkeys(silent, Scores())
         with self.stage("labels"):
             for name, found in scores.items():
                 self.count(name, found, *samples[name])
+
+    def each(self, ids, function: Callable[[str], Any]) -> dict[str, Any]:
+        """The function's value for each image that is not at fault."""
+        found = {}
+        for name in ids:
+            try:
+                found[name] = function(name)
+            except BadSample as error:
+                self.skipped[name] = str(error)
+        return found
 
     def prompts(self, name, image, mask):
         shown = tuple(label for label in present(mask) if label != self.run.background)
@@ -130,7 +149,8 @@ class Answer:
         except ValueError as error:
             if len(asked) > 1:
                 return {k: v for name, one in asked.items() for k, v in self.scores({name: one}).items()}
-            self.skipped |= dict.fromkeys(asked, str(error))
+            self.failed |= dict.fromkeys(asked, str(error))
+            self.skipped |= self.failed
             return {}
 
     def read(self, asked: dict) -> list[Scores]:
@@ -150,9 +170,13 @@ class Answer:
         """Label maps of the mask's size, one for each value of the background's rule."""
         if scores.segments is not None:
             return matched(scores, mask, len(self.run.images.classes), self.run.background)
-        return label_maps(scores, self.rule, self.run.background, mask.shape, image if self.method.crf else None)
+        picture = image if self.method.crf else None
+        return label_maps(scores, self.rule, self.run.background, mask.shape, self.method.stretched, picture)
 
     def count(self, name, scores, image, mask):
+        if (mask == VOID).all():
+            self.skipped[name] = "its mask is void everywhere"
+            return
         classes, truth = len(self.run.images.classes), as_tensor(mask)
         for value, prediction in enumerate(self.predictions(scores, image, mask)):
             self.cells.append(cells_of(len(self.images), value, prediction, truth, classes, VOID))

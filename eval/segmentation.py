@@ -1,6 +1,7 @@
 """mIoU of segmentation methods on a benchmark: `python -m eval.segmentation configs/segment/voc_sd15.toml`.
 
-Over many processes: `accelerate launch --num_processes 8 -m eval.segmentation configs/segment/voc_sd15.toml`.
+Over many processes: `accelerate launch --num_processes 8 -m eval.segmentation configs/segment/voc_sd15.toml`; on CPUs, where
+accelerate starts a single one: `torchrun --nproc-per-node 2 -m eval.segmentation ...`.
 
 Images are counted in chunks, each kept under runs/ as soon as it is done: a killed run goes on with those that are missing,
 and any number of processes has the same result. What was measured by the same code on the same weights and settings is
@@ -18,27 +19,30 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from eval.benchmarks import present
+from eval.benchmarks import BadSample, present
 from eval.cases import draw
-from eval.counting import mean_iou, total
-from eval.experiment import Experiment, images_of, method_of, rule_of
-from eval.prompts import write_prompts
+from eval.counting import Counts, mean_iou, total
+from eval.experiment import Experiment, method_of, rule_of
 from eval.report import markdown, write_json
 from eval.rows import Measured, result_of
 from eval.running import Run
+from eval.written import write_prompts
 
 
-def measured(experiment: Experiment) -> dict[str, Measured]:
-    """What each row measured."""
-    run, found = Run(experiment), {}
+def measured(run: Run) -> dict[str, Measured]:
+    """What each row measured; what cannot be measured is found before anything is."""
+    experiment, found = run.experiment, {}
     judge = run.on_training_images() if experiment.tune and not experiment.counted.best_value else run
-    for name, settings in experiment.rows.items():
-        rule = rule_of(experiment, method_of(name, settings), run.images)
+    rules = {name: rule_of(experiment, method_of(name, row), run.images) for name, row in experiment.rows.items()}
+    for each in (run, judge):
+        _ = each.prompts
+    for name, rule in rules.items():
         values = rule.values if rule else (None,)
         counts = run.counts(name)
         if not counts.images:
+            first = next(iter(counts.skipped.values()))
             raise ValueError(
-                f"Expected images that {name} can be measured on, but all were skipped: {counts.skipped}."
+                f"Expected images to measure {name} on, but all {len(counts.skipped)} were skipped: {first}"
             )
         judged = counts if judge is run or len(values) == 1 else judge.counts(name)
         matrices = total(judged, len(values), len(run.images.classes))
@@ -47,9 +51,10 @@ def measured(experiment: Experiment) -> dict[str, Measured]:
     return found
 
 
-def run(experiment: Experiment) -> dict:
+def result(experiment: Experiment) -> dict:
     """The result of an experiment, as its JSON file holds it."""
-    return result_of(experiment, images_of(experiment), measured(experiment))
+    run = Run(experiment)
+    return result_of(experiment, run.images, measured(run))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,34 +73,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changes = {name: value for name in ("limit", "root", "model") if (value := getattr(args, name)) is not None}
     experiment = Experiment.read(args.config, **changes)
     experiment = experiment.only(args.methods) if args.methods else experiment
+    run = Run(experiment)
     if args.write_prompts:
-        write_prompts(args.write_prompts, prompts_of(Run(experiment)))
+        if run.state.is_main_process:
+            write_prompts(args.write_prompts, prompts_of(run), run.images.classes)
         return
-    found, own = measured(experiment), Run(experiment)
-    if own.state.is_main_process:
-        result = result_of(experiment, own.images, found)
-        write_json(args.result or Path(f"results/segment-{args.config.stem}.json"), result)
-        print(markdown(result["rows"]))
-        _print_speed(found)
+    found = measured(run)
+    if run.state.is_main_process:
+        told = result_of(experiment, run.images, found)
+        write_json(args.result or Path(f"results/segment-{args.config.stem}.json"), told)
+        times = [speed(name, one.counts) for name, one in found.items()]
+        write_json(Path(f"runs/speed/{args.config.stem}.json"), {"command": told["command"], "rows": times})
+        print(markdown(told["rows"]), markdown(times), sep="\n\n")
         if args.pictures:
-            draw(own, found, args.pictures, Path("runs/pictures"))
+            draw(run, found, args.pictures, Path("runs/pictures"))
 
 
 def prompts_of(run: Run) -> dict:
     """The prompts of every image that can be read."""
     found = {}
     for name in tqdm(run.images.ids, desc="prompts", unit="image"):
-        image, mask = run.images.read(name)
-        found[name] = run.prompts(name, image, tuple(c for c in present(mask) if c != run.background))
+        try:
+            image, mask = run.images.read(name)
+            found[name] = run.prompts(name, image, tuple(c for c in present(mask) if c != run.background))
+        except BadSample as error:
+            tqdm.write(f"{name}: {error}")
     return found
 
 
-def _print_speed(found) -> None:
-    """Images a second of one process, and where the time goes; measured when the counts were, by whatever machine did."""
-    for name, counts in ((name, one.counts) for name, one in found.items()):
-        spent = sum(counts.seconds.values())
-        shares = ", ".join(f"{stage} {seconds / spent:.0%}" for stage, seconds in counts.seconds.items())
-        print(f"{name}: {len(counts.images) / spent:.2f} images/s ({shares})" if spent else name)
+def speed(name: str, counts: Counts) -> dict:
+    """Images a second of one process, and where the time went; measured when the counts were, by whatever machine did."""
+    spent = sum(counts.seconds.values())
+    shares = {stage: f"{seconds / spent:.0%}" for stage, seconds in counts.seconds.items()}
+    return {
+        "method": name,
+        "images": len(counts.images),
+        "images_per_second": round(len(counts.images) / spent, 2),
+        **shares,
+    }
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ class Forwards(Watch):
         height, width = samples[0][1].shape[-2:]
         handed = [(t, self.family.pack(latents)) for t, latents in samples]
         runner = _fresh(stock, self.pipe, HandingScheduler(self.pipe.scheduler.config, handed))
-        off = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "pag_scale": 0.0, "use_resolution_binning": False}
+        off = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "pag_scale": 0.0}
+        off |= {"use_resolution_binning": False, "clean_caption": False}
         known = inspect.signature(stock.__call__).parameters
         with self.installed():
             runner(

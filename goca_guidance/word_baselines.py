@@ -6,7 +6,7 @@ Which prompt is read, how often the network runs, and what happens to the scores
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset
@@ -67,7 +67,8 @@ class FTTM:
 
     Head-mean cross maps of the middle layers, resized to the grid of one self-attention layer, averaged, min-max; class
     activation refinement: the map, kept inside the boxes around its parts above `box_threshold`, is multiplied by that layer's
-    self-attention, `power` times as in the released code; min-max. `fttm_labels` makes labels of the scores.
+    self-attention, `power` times as in the released code; min-max. The background's score is (2 threshold - highest score)^2,
+    which is the caller's business.
 
     Of the 16 layers of Stable Diffusion the paper reads the cross layers 4 to 8 and the self layer 11, counted from 0. For
     another number of layers (ours) these are the layers in the same fractions of the preset's: 4/16 to 9/16, and at 11/16.
@@ -125,19 +126,6 @@ def boxes(maps: Float[Tensor, "b k H W"], threshold: float) -> Bool[Tensor, "b k
         for box in ndimage.find_objects(numbered):
             part[box] = True
     return inside.view(maps.shape).to(maps.device)
-
-
-def fttm_background(scores: Float[Tensor, "b k H W"], threshold: float = 0.5) -> Float[Tensor, "b 1 H W"]:
-    """The background's score, (2 threshold - highest)^2 (FTTM); 0.5 is the paper's threshold for Pascal VOC, 0.35 for COCO.
-
-    It beats every region where the highest score is below (1 + 4 t - sqrt(1 + 8 t)) / 2: 0.38 for VOC, 0.23 for COCO.
-    """
-    return (2 * threshold - scores.amax(1, keepdim=True)) ** 2
-
-
-def fttm_labels(scores: Float[Tensor, "b k H W"], threshold: float = 0.5) -> Int[Tensor, "b H W"]:
-    """0 for the background (see `fttm_background`), 1 + k for region k, whichever has the highest score."""
-    return torch.cat([fttm_background(scores, threshold), scores], 1).argmax(1)
 
 
 def word_maps(record: AttentionRecord, layout: TokenLayout) -> Float[Tensor, "b k H W"]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.benchmarks import BadSample
 from eval.captioner import Endpoint
 from eval.prompts import Captions, Entity, Prompt
 
@@ -124,7 +125,7 @@ def test_tries_again(server, endpoint, image, plan):
     assert len(server.sent) == len(plan) + 1
 
 
-@pytest.mark.parametrize(("status", "requests"), [(429, 3), (503, 3), (401, 1), (400, 1)])
+@pytest.mark.parametrize(("status", "requests"), [(429, 3), (503, 3), (401, 1), (404, 1)])
 def test_gives_up_without_the_key(server, endpoint, image, tmp_path, status, requests, caplog):
     """The server echoes the key, and the message does not; no answer is kept."""
     server.plan = [status] * 9
@@ -134,6 +135,17 @@ def test_gives_up_without_the_key(server, endpoint, image, tmp_path, status, req
     assert KEY[:8] not in caplog.text + str(caught.getrepr(chain=True, style="long"))
     assert "OPENAI_API_KEY" in str(caught.value)
     assert not (tmp_path / "said.json").exists()
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_refused_picture_costs_one_image(server, endpoint, image, tmp_path, status, caplog):
+    """The run goes on without it, and asks for it again when it is started again."""
+    server.plan = [status]
+    ask = endpoint(retries=2)
+    with caplog.at_level(logging.DEBUG), pytest.raises(BadSample, match=f"no caption: status {status}") as caught:
+        ask("one", image, (1,))
+    assert KEY[:8] not in caplog.text + str(caught.getrepr(chain=True, style="long"))
+    assert ask("one", image, (1,)) == [PROMPT]
 
 
 def test_no_server(endpoint, server, image):

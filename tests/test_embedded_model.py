@@ -47,6 +47,6 @@ def test_generates_in_every_dtype(dtype):
 
 def test_goca_beats_vanilla_on_held_out_scenes(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "RUNS", tmp_path)
-    vanilla, goca = segmentation.run(Experiment({"vanilla": {}, "goca": {}}, split="validation", limit=60))["rows"]
+    vanilla, goca = segmentation.result(Experiment({"vanilla": {}, "goca": {}}, split="validation", limit=60))["rows"]
     assert goca["miou"] > vanilla["miou"]
     assert goca["miou"] > 0.6

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from eval.labelling import Rule, label_maps, matched
+from eval.background import Rule
+from eval.labelling import label_maps, matched
 from eval.methods import Scores
 
 
@@ -22,7 +24,7 @@ def test_rules_pixel_by_pixel(kind):
             for x in range(5):
                 own, e = MAPS[:, y, x].tolist(), ENTITY[y, x].item()
                 background = {
-                    "offset": value + e, "constant": value, "max": max(value, e), "square": max(0, 2 * value - max(own)) ** 2
+                    "offset": value + e, "constant": value, "max": max(value, e), "square": (2 * value - max(own)) ** 2
                 }[kind]  # fmt: skip
                 expected = 0 if background > max(own) else (3, 7)[own.index(max(own))]
                 assert labels[y, x] == expected
@@ -40,15 +42,29 @@ def test_scores_are_resized_not_labels():
     assert torch.equal(labels, torch.tensor([3, 7])[big.argmax(0)])
 
 
+def test_stretched_scores_reach_from_0_to_1_at_the_pictures_size():
+    (labels,) = label_maps(SCORES, Rule("constant", (0.5,)), 0, (16, 20), stretched=True)
+    big = torch.nn.functional.interpolate(MAPS[None], (16, 20), mode="bilinear")[0].numpy()
+    low, high = big.min((1, 2), keepdims=True), big.max((1, 2), keepdims=True)
+    big = (big - low) / (high - low)
+    expected = np.where(big.max(0) < 0.5, 0, np.array([3, 7])[big.argmax(0)])
+    assert np.array_equal(labels.numpy(), expected)
+
+
+def test_nothing_asked_for_is_background():
+    found = label_maps(Scores(), Rule("constant", (0.5, 0.6)), 4, (2, 3))
+    assert [labels.tolist() for labels in found] == [[[4] * 3] * 2] * 2
+
+
 def test_a_crf_follows_the_picture():
     """A class border two pixels beside an edge of the picture moves to the edge."""
     picture = np.zeros((24, 24, 3), np.uint8)
     picture[:, 12:] = 255
     maps = torch.full((2, 24, 24), 0.3)
     maps[0, :, :14] = maps[1, :, 14:] = 0.7
-    from PIL import Image
-
-    (labels,) = label_maps(Scores(maps, (1, 2), torch.zeros(24, 24)), None, None, (24, 24), Image.fromarray(picture))
+    (labels,) = label_maps(
+        Scores(maps, (1, 2), torch.zeros(24, 24)), None, None, (24, 24), picture=Image.fromarray(picture)
+    )
     assert (labels[:, :12] == 1).float().mean() > 0.95
     assert (labels[:, 12:] == 2).float().mean() > 0.95
 

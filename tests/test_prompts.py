@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from eval.aliases import aliases_of, caption_groups, clean, forms, name_index, named
 from eval.labels import ADE20K, CITYSCAPES, COCO_OBJECT, CONTEXT, STUFF_27, STUFF_171, VOC
-from eval.prompts import Captions, Entity, Prompt, Tags, Vocabulary, Written, release, write_prompts
+from eval.prompts import Captions, Entity, Prompt, Tags, Vocabulary, release
 from eval.scenes import CLASSES as SCENES
 from eval.tiny_components import clip_tokenizer
+from eval.written import Written, write_prompts
 from goca_guidance.tokens import words
 
 
@@ -267,8 +268,8 @@ def test_vocabulary_names_every_class_once(chunk, sizes):
         ("{", "JSON in line 1"),
         ('{"id": "a"}', "KeyError"),
         ("[1]", "TypeError"),
-        ('{"id": "a", "prompts": [{"text": "cat", "entities": [{"words": "dog", "label": 1}]}]}', "lacks"),
-        ('{"id": "a", "prompts": [{"text": "dog", "entities": [{"words": "dog", "label": "dog"}]}]}', "label or None"),
+        ('{"id": "a", "prompts": [{"text": "cat", "entities": [{"words": "dog", "class": "dog"}]}]}', "lacks"),
+        ('{"id": "a", "prompts": [{"text": "dog", "entities": [{"words": "dog", "class": "cow?"}]}]}', "class 'cow"),
         ('{"id": "a", "prompts": []}\n{"id": "a", "prompts": []}', "two for 'a'"),
     ],
 )
@@ -276,13 +277,13 @@ def test_bad_prompt_file(tmp_path, line, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text(line)
     with pytest.raises(ValueError, match=message):
-        Written(path)
+        Written(path, CLASSES)
 
 
 def test_written_prompts_lack_an_image(tmp_path):
-    write_prompts(tmp_path / "p.jsonl", {"a": []})
+    write_prompts(tmp_path / "p.jsonl", {"a": []}, CLASSES)
     with pytest.raises(ValueError, match="1 of 2 have none: b"):
-        Written(tmp_path / "p.jsonl").check(["a", "b"])
+        Written(tmp_path / "p.jsonl", CLASSES).check(["a", "b"])
 
 
 @pytest.mark.parametrize("text", ["hotdog", "dog", "", "dogs and cat"])
@@ -356,8 +357,8 @@ def test_round_trip(tmp_path_factory, drawn):
         name: [p for c, present in each for p in Given(c)(name, None, tuple(present))] for name, each in drawn.items()
     }
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    write_prompts(path, prompts)
-    source = Written(path)
+    write_prompts(path, prompts, CLASSES)
+    source = Written(path, CLASSES)
     source.check(list(prompts))
     assert {name: source(name, None, ()) for name in prompts} == prompts
     assert len(path.read_bytes().splitlines()) == len(prompts)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from eval.benchmarks import benchmark
 from eval.counting import Counts
 from eval.experiment import Experiment
 from eval.prompts import Entity, Prompt
+from eval.written import write_prompts
 from goca_guidance import GoCAConfig
-from tests.miniatures import miniature
+from tests.miniatures import miniature, relist
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def scenes(limit=4, batch=3, **changes):
 
 
 def test_every_method_has_a_row():
-    found = segmentation.run(
+    found = segmentation.result(
         scenes(methods={name: {} for name in methods.METHODS} | {"fttm-paper": {"num_noises": 1}})
     )
     rows = {row["method"]: row for row in found["rows"]}
@@ -99,7 +102,7 @@ def test_words_answer_as_single_images_do(tiny):
 
 
 def test_a_killed_run_goes_on(monkeypatch):
-    whole = segmentation.run(scenes(limit=6))
+    whole = segmentation.result(scenes(limit=6))
     monkeypatch.setattr(running, "RUNS", running.RUNS.parent / "again")
     save, saved = Counts.save, []
 
@@ -111,28 +114,34 @@ def test_a_killed_run_goes_on(monkeypatch):
 
     monkeypatch.setattr(Counts, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        segmentation.run(scenes(limit=6))
+        segmentation.result(scenes(limit=6))
     done = {path: path.read_bytes() for path in saved}
     monkeypatch.setattr(Counts, "save", save)
-    assert segmentation.run(scenes(limit=6)) == whole
+    assert segmentation.result(scenes(limit=6)) == whole
     assert {path: path.read_bytes() for path in saved} == done
     monkeypatch.setattr(running.Run, "measure", lambda *a: pytest.fail("measured again"))
-    assert segmentation.run(scenes(limit=6)) == whole
+    assert segmentation.result(scenes(limit=6)) == whole
 
 
 def test_two_processes_count_the_same(tmp_path):
-    """Launched by accelerate: each process counts some of the images, and the sums are exactly those of one."""
+    """Each process counts some of the images, and the sums are exactly those of one."""
     config = tmp_path / "config.toml"
-    config.write_text('limit = 36\nbatch = 4\n[methods.vanilla]\n[methods."no refinement"]\nbase = "goca"\nrefine_order = 0\n')
-    results, root = {}, os.getcwd()
-    for count, launch in ((1, []), (2, ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"])):
+    config.write_text(
+        'limit = 36\nbatch = 4\n[methods.vanilla]\n[methods."no refinement"]\nbase = "goca"\nrefine_order = 0\n'
+    )
+    results, shares, root = {}, {}, os.getcwd()
+    for count, launch in ((1, []), (2, ["torch.distributed.run", "--nproc-per-node", "2", "-m"])):
         folder = tmp_path / str(count)
         folder.mkdir()
         program = [sys.executable, "-m", *launch, "eval.segmentation", str(config), "--result", "result.json"]
         environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        subprocess.run(program, cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
+        ran = subprocess.run(
+            program, cwd=folder, env=environment, check=True, capture_output=True, text=True, timeout=300
+        )
+        shares[count] = set(re.findall(r"vanilla: 100%\D+(\d+)/", ran.stderr))
         results[count] = json.loads((folder / "result.json").read_text())
     assert results[1]["rows"] == results[2]["rows"]
+    assert shares == {1: {"36"}, 2: {"32", "4"}}
     assert [row["images"] for row in results[2]["rows"]] == [36, 36]
 
 
@@ -141,14 +150,14 @@ def test_prompts_are_written_and_read(tmp_path):
     config.write_text("limit = 3\n[methods.goca]\n")
     segmentation.main([str(config), "--write-prompts", str(prompts)])
     assert len(prompts.read_text().splitlines()) == 3
-    read = segmentation.run(scenes(limit=3, prompts={"source": "written", "path": str(prompts)}))
-    assert [row["iou"] for row in read["rows"]] == [row["iou"] for row in segmentation.run(scenes(limit=3))["rows"]]
+    read = segmentation.result(scenes(limit=3, prompts={"source": "written", "path": str(prompts)}))
+    assert [row["iou"] for row in read["rows"]] == [row["iou"] for row in segmentation.result(scenes(limit=3))["rows"]]
 
 
 def test_the_vocabulary_in_chunks():
     """Every class is asked for, so pixels can be of classes that the image does not show."""
-    found = segmentation.run(scenes(methods={"goca": {}}, prompts={"source": "vocabulary", "chunk": 6}))["rows"][0]
-    assert 0 < found["miou"] < segmentation.run(scenes(methods={"goca": {}}))["rows"][0]["miou"]
+    found = segmentation.result(scenes(methods={"goca": {}}, prompts={"source": "vocabulary", "chunk": 6}))["rows"][0]
+    assert 0 < found["miou"] < segmentation.result(scenes(methods={"goca": {}}))["rows"][0]["miou"]
 
 
 # ---- benchmarks with a background ------------------------------------------------------------------------------------
@@ -163,39 +172,111 @@ def test_one_forward_serves_all_values(voc, monkeypatch, tiny):
     calls, real = [], type(tiny).segment
     monkeypatch.setattr(type(tiny), "segment", lambda self, *a, **k: calls.append(1) or real(self, *a, **k))
     values = [0.0, 0.2, 0.5, 2.0]
-    found = segmentation.run(scenes(**voc, protocol="goca", background={"kind": "offset", "values": values}))["rows"]
+    found = segmentation.result(scenes(**voc, protocol="goca", background={"kind": "offset", "values": values}))[
+        "rows"
+    ]
     assert len(calls) == 2 * 2  # three images in chunks of two
     for row in found:
         assert list(row["values"]) == [str(value) for value in values]
         assert row["miou"] == max(row["values"].values()) == row["values"][str(row["value"])]
-    single = segmentation.run(scenes(**voc, protocol="goca", background={"kind": "offset", "values": [0.5]}))["rows"]
+    single = segmentation.result(scenes(**voc, protocol="goca", background={"kind": "offset", "values": [0.5]}))[
+        "rows"
+    ]
     assert [row["values"]["0.5"] for row in single] == [row["values"]["0.5"] for row in found]
 
 
 def test_training_images_choose_the_value_of_the_standard_protocol(voc):
     background = {"kind": "offset", "values": [0.0, 0.3, 2.0]}
     with pytest.raises(ValueError, match="`tune` training images"):
-        segmentation.run(scenes(**voc, background=background))
-    (cut,) = segmentation.run(scenes(**voc, background=background, tune=2, methods={"diffcut": {}}))["rows"]
+        segmentation.result(scenes(**voc, background=background))
+    (cut,) = segmentation.result(scenes(**voc, background=background, tune=1, methods={"diffcut": {}}))["rows"]
     assert cut["miou"] >= 0  # it has no rule, and no value to choose
     assert "value" not in cut
-    found = segmentation.run(scenes(**voc, background=background, tune=2))["rows"][1]
-    training = scenes(**voc | {"limit": 2}, split="train", background=background, tune=2)
-    best = segmentation.run(training)["rows"][1]["values"]
-    assert found["value"] == float(max(best, key=best.get))
-    assert found["miou"] == found["values"][str(found["value"])]
+    ids = benchmark("voc", voc["root"]).ids
+    for split, chosen, box in (("train", ids[:1], (1, 0)), ("val", ids[1:], (0, 0))):
+        relist(next(Path(voc["root"]).rglob(f"Segmentation/{split}.txt")), chosen)
+        for name in chosen:  # the training image is nearly all background, the others are all dog
+            path = next(Path(voc["root"]).rglob(f"{name}.png"))
+            mask = Image.open(path)
+            mask.paste(12, (0, 0, *mask.size))
+            mask.paste(0 if split == "train" else 12, (*box, *mask.size))
+            mask.save(path)
+    found = segmentation.result(scenes(**voc, background=background, tune=1))["rows"][1]
+    assert max(found["values"], key=found["values"].get) == "0.0"
+    assert found["value"] == 2.0
+    assert found["miou"] == found["values"]["2.0"]
+    with pytest.raises(ValueError, match="another split than the training"):
+        segmentation.result(scenes(**voc, background=background, tune=1, split="train"))
 
 
 def test_what_cannot_be_counted_is_told(voc, tmp_path):
     ids = benchmark("voc", voc["root"]).ids
     broken, empty = (next((tmp_path / "voc").rglob(f"{i}.png")) for i in ids[:2])
+    whole = broken.read_bytes()
     broken.write_bytes(b"not a picture")
     shape = np.asarray(Image.open(empty)).shape
-    Image.fromarray(np.zeros(shape, np.uint8)).save(empty)
-    row = segmentation.run(scenes(**voc, background={"kind": "constant", "values": [0.4]}))["rows"][0]
-    assert (row["images"], row["skipped"]) == (len(ids) - 2, 2)
-    assert "no class" in row["reasons"][ids[1]]
-    assert ids[0] in row["reasons"]
+    Image.fromarray(np.zeros(shape, np.uint8)).save(empty)  # an image without a class counts as background
+    rule = {"kind": "constant", "values": [0.4]}
+    row = segmentation.result(scenes(**voc, background=rule))["rows"][0]
+    assert (row["images"], row["skipped"]) == (len(ids) - 1, 1)
+    assert list(row["reasons"]) == [ids[0]]
+    broken.write_bytes(whole)  # and it is counted when it was mended
+    assert segmentation.result(scenes(**voc, background=rule))["rows"][0]["skipped"] == 0
+
+
+def test_an_image_without_a_class_to_ask_for_is_background(voc, tmp_path):
+    """Its objects are missed, and its forward is saved; without a background there is nothing to say."""
+    prompts = tmp_path / "prompts.jsonl"
+    ids = benchmark("voc", voc["root"]).ids
+    lines = [{"id": i, "prompts": [{"text": "sky", "entities": [{"words": "sky", "class": None}]}]} for i in ids]
+    lines[0]["prompts"] = []
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    row = segmentation.result(scenes(**voc, prompts={"source": "written", "path": str(prompts)}))["rows"][1]
+    masks = np.stack([benchmark("voc", voc["root"]).read(i)[1] for i in ids])
+    assert (row["images"], row["skipped"]) == (len(ids), 0)
+    assert row["pixel_accuracy"] == pytest.approx((masks == 0).sum() / (masks != 255).sum(), abs=1e-4)
+
+
+def test_changed_prompts_are_measured_again(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = []
+    for name in ("cat", "bus"):
+        entities = [{"words": name, "class": name}, {"words": "grass", "class": "grass"}]
+        path.write_text(json.dumps({"id": "000000", "prompts": [{"text": f"{name}, grass", "entities": entities}]}))
+        rows += segmentation.result(scenes(limit=1, prompts={"source": "written", "path": str(path)}))["rows"][1:]
+    assert rows[0]["iou"] != rows[1]["iou"]
+
+
+def test_classes_of_written_prompts_are_names(tmp_path):
+    """The protocol of GoCA counts one class more, before the others."""
+    miniature("ade20k", tmp_path / "ade", "val")
+    ade = {"benchmark": "ade20k", "root": str(tmp_path / "ade"), "limit": None, "methods": {"goca": {}}}
+    experiments = [scenes(**ade, protocol=protocol) for protocol in ("standard", "goca")]
+    run = running.Run(experiments[0])
+    write_prompts(tmp_path / "p.jsonl", segmentation.prompts_of(run), run.images.classes)
+    given = {"source": "written", "path": str(tmp_path / "p.jsonl")}
+    read = segmentation.result(scenes(**ade, protocol="goca", prompts=given))["rows"][0]
+    assert read["iou"] == segmentation.result(experiments[1])["rows"][0]["iou"]
+
+
+def test_what_no_image_is_at_fault_for_stops_the_run(monkeypatch, tiny):
+    tried = []
+
+    def refuse(self, *args, **kwargs):
+        tried.append(1)
+        raise ValueError("Expected height and width divisible by 8.")
+
+    monkeypatch.setattr(type(tiny), "segment", refuse)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        segmentation.result(scenes(limit=20))
+    assert len(tried) == 3  # a batch, and its two images
+
+
+def test_prompts_are_written_for_what_can_be_read(voc, tmp_path):
+    ids = benchmark("voc", voc["root"]).ids
+    next((tmp_path / "voc").rglob(f"{ids[0]}.png")).write_bytes(b"not a picture")
+    found = segmentation.prompts_of(running.Run(scenes(**voc)))
+    assert sorted(found) == sorted(ids[1:])
 
 
 def test_one_prompt_that_is_too_long_costs_one_image(tmp_path):
@@ -206,7 +287,7 @@ def test_one_prompt_that_is_too_long_costs_one_image(tmp_path):
     lines = [json.loads(line) for line in long.read_text().splitlines()]
     lines[1]["prompts"][0]["text"] = "photo, " * 90 + lines[1]["prompts"][0]["text"]
     long.write_text("\n".join(map(json.dumps, lines)))
-    row = segmentation.run(scenes(limit=3, prompts={"source": "written", "path": str(long)}))["rows"][0]
+    row = segmentation.result(scenes(limit=3, prompts={"source": "written", "path": str(long)}))["rows"][0]
     assert (row["images"], row["skipped"]) == (2, 1)
     assert "shorten the prompt" in row["reasons"]["000001"]
 
@@ -214,8 +295,8 @@ def test_one_prompt_that_is_too_long_costs_one_image(tmp_path):
 def test_nothing_to_count_is_an_error(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"id": "000000", "prompts": []}\n')
-    with pytest.raises(ValueError, match="all were skipped"):
-        segmentation.run(scenes(limit=1, prompts={"source": "written", "path": str(prompts)}))
+    with pytest.raises(ValueError, match="1 were skipped: no class is asked for"):
+        segmentation.result(scenes(limit=1, prompts={"source": "written", "path": str(prompts)}))
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -228,13 +309,21 @@ def test_nothing_to_count_is_an_error(tmp_path):
         ({"methods": {"goca": {"base": "gocha"}}}, "with a `base`, among"),
         ({"methods": {"vanila": {}}}, "got 'vanila'"),
         ({"protocol": "mine"}, "a protocol among"),
-        ({"batch": 0}, "`batch` to be at least 1"),
+        ({"batch": 0}, "`batch` to be a whole number of at least 1"),
         ({"prompts": {"source": "guess"}}, "source of prompts among"),
+        ({"prompts": {"source": "captions"}}, "settings of the source 'captions'"),
+        ({"prompts": {"source": "tags", "path": "x"}}, "settings of the source 'tags'"),
+        ({"background": {"kind": "offset"}}, "a background such as"),
+        ({"background": {"kind": "offset", "values": 0.2}}, "a background such as"),
+        ({"dtype": "fp16"}, "`dtype` among"),
+        ({"limit": "3"}, "`limit` to be a whole number"),
+        ({"tune": -1}, "`tune` to be a whole number of at least 0"),
+        ({"timestep": "x"}, "`timestep` to be a whole number"),
     ],
 )
 def test_mistakes_in_the_file(changes, message):
     with pytest.raises(ValueError, match=message):
-        segmentation.run(experiment.from_mapping(Experiment, {"methods": {"goca": {}}, "limit": 1} | changes))
+        segmentation.result(experiment.from_mapping(Experiment, {"methods": {"goca": {}}, "limit": 1} | changes))
 
 
 def test_only_some_methods():

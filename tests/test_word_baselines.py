@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from goca_guidance.config import GoCAConfig, LayerPreset
 from goca_guidance.records import TokenLayout
-from goca_guidance.word_baselines import FTTM, DiffSegmenter, boxes, fttm_background, fttm_labels
+from goca_guidance.word_baselines import FTTM, DiffSegmenter, boxes
 from tests.test_goca import IMAGE_FIRST, TEXT_FIRST, joint_record, record
 
 
@@ -184,14 +184,6 @@ def test_missing_scipy_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy", None)
     with pytest.raises(ImportError, match=r"goca-guidance\[eval\]"):
         boxes(torch.ones(1, 1, 2, 2), 0.2)
-
-
-@pytest.mark.parametrize(("threshold", "limit"), [(0.5, (3 - 5**0.5) / 2), (0.35, (2.4 - 3.8**0.5) / 2)])
-def test_background_wins_below_the_root_of_its_rule(threshold, limit):
-    highest = torch.tensor([limit - 1e-3, limit + 1e-3, 0.0, 1.0])
-    maps = torch.stack([highest / 2, highest])[None, :, None]
-    assert fttm_labels(maps, threshold).tolist() == [[[0, 2, 0, 2]]]
-    assert torch.allclose(fttm_background(maps, threshold)[0, 0, 0], (2 * threshold - highest) ** 2)
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
