@@ -21,6 +21,7 @@ import pandas as pd
 from PIL import Image
 
 
+DOCUMENTS = ("README.md", "eval/speed.md", "eval/benchmarks.md", "goca_guidance/models/tiny-sd/README.md")
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "goca-guidance")
 
 
@@ -140,7 +141,7 @@ def stack(pictures: list[Image.Image], width: int = 1000) -> Image.Image:
 
 def main() -> None:
     results, picture, demo = Path("results"), Path("docs/picture.png"), Path("demo")
-    for document in map(Path, ("README.md", "eval/speed.md", "eval/benchmarks.md")):
+    for document in map(Path, DOCUMENTS):
         with replacing(document) as part:
             part.write_text(fill(document.read_text(), results))
     for path in results.glob("speed-*.json"):
