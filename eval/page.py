@@ -208,7 +208,7 @@ def rows_table(rows: Sequence[dict], caption: str) -> str:
             "images": f"{row['images']:.0f}",
             "skipped": f"{row['skipped']:.0f}",
             "background": "–" if pd.isna(value := row.get("value")) else f"{value:g}",
-            "changes": "–" if (change := spelled(row["config"])) in ("", row["method"]) else text(change),
+            "changes": "–" if (change := spelled(changed(row["config"]))) in ("", row["method"]) else text(change),
         }
         for row in rows
     ]
@@ -235,12 +235,18 @@ def plot(rows: Sequence[dict]) -> str:
     return f"<figure><figcaption>{title}</figcaption>\n{drawing}{''.join(marks)}</svg></figure>\n" if bars else ""
 
 
+def changed(config: dict) -> dict:
+    """What a row's settings change of GoCA, or of the method that they name."""
+    return {key: value for key, value in config.items() if (key, value) != ("base", "goca")}
+
+
 def ablation(rows: pd.DataFrame, quoted: pd.DataFrame, caption: str) -> str:
     """The rows that vary parts of GoCA only, by heads, layers and rescaling."""
     cells: dict[str, dict[str, str]] = {}
-    varied = rows[[bool(config) and config.keys() <= {"heads", "layers", "rescale"} for config in rows["config"]]]
-    for index, config in varied["config"].items():
-        parts = GoCAConfig(**config)
+    changes = rows["config"].map(changed)
+    varied = rows[[bool(own) and own.keys() <= {"heads", "layers", "rescale"} for own in changes]]
+    for index in varied.index:
+        parts = GoCAConfig(**changes[index])
         heads, rescaled = parts.heads or "preset", "rescaled" if parts.rescale else "not rescaled"
         same = quoted[quoted["method"] == f"heads {heads}, layers {parts.layers}, rescale {parts.rescale}"]
         column = cells.setdefault(f"{parts.layers} layers{small(rescaled)}", {})

@@ -43,7 +43,7 @@ def result(benchmark, model, protocol, prompts, split, *rows):
 
 def grid(heads, layers, rescale, miou):
     config = {"heads": heads, "layers": layers, "rescale": rescale}
-    return ", ".join(f"{k} {v}" for k, v in config.items()), miou, 1464, {"config": config}
+    return ", ".join(f"{k} {v}" for k, v in config.items()), miou, 1464, {"config": {"base": "goca", **config}}
 
 
 GAP = {"difference": 0.0312, "interval": "-0.0104 to +0.0728"}
