@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Int
 from scipy.sparse import csr_array
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from eval.report import replacing
 
@@ -46,13 +45,39 @@ class Counts:
 
 
 def cells_of(
-    image: int, value: int, prediction: Int[Tensor, "H W"], truth: Int[Tensor, "H W"], classes: int, void: int
-):
-    """Rows of one image; pixels whose truth is `void` do not count."""
-    matrix = multiclass_confusion_matrix(prediction, truth, classes, ignore_index=void, validate_args=False).numpy()
-    found = np.argwhere(matrix)
-    pixels = matrix[tuple(found.T)]
-    return np.column_stack([np.full((len(found), 2), (image, value)), found, pixels]).astype(np.int64)
+    image: int, predictions: Int[Tensor, "v H W"], truth: Int[Tensor, "H W"], classes: int, void: int
+) -> np.ndarray:
+    """Rows of one image with a prediction for each value; pixels whose truth is `void` do not count."""
+    known, values = truth != void, len(predictions)
+    place = torch.arange(values)[:, None] * classes**2 + truth[known] * classes + predictions[:, known]
+    return _rows(image, place.flatten().bincount(minlength=values * classes**2).view(values, classes, classes).numpy())
+
+
+def cells_of_values(
+    image: int,
+    labels: Int[Tensor, "H W"],
+    kept: Int[Tensor, "H W"],
+    values: int,
+    truth: Int[Tensor, "H W"],
+    classes: int,
+    void: int,
+    background: int = 0,
+) -> np.ndarray:
+    """The same for `values` predictions of which each says `labels` at the pixels that so many of the first values keep, and
+    `background` elsewhere: all are counted in one go.
+    """
+    known, bins = truth != void, values + 1
+    place = (truth[known] * classes + labels[known]) * bins + kept[known]
+    counts = place.bincount(minlength=classes**2 * bins).view(classes, classes, bins)
+    stays = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+    matrices = stays.clone()
+    matrices[:, background] += (counts.sum(-1, keepdim=True) - stays).sum(1)
+    return _rows(image, matrices.permute(2, 0, 1).numpy())
+
+
+def _rows(image, matrices):
+    found = np.argwhere(matrices)
+    return np.column_stack([np.full(len(found), image), found, matrices[tuple(found.T)]]).astype(np.int64)
 
 
 def joined(parts: Sequence[Counts]) -> Counts:

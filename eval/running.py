@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from jaxtyping import Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from eval.benchmarks import VOID, BadSample, Benchmark, present
-from eval.counting import Counts, as_tensor, cells_of, joined
+from eval.counting import Counts, as_tensor, cells_of, cells_of_values, joined
 from eval.experiment import Experiment, base_of, images_of, load, method_of, rule_of, source_of
-from eval.labelling import label_maps, matched
+from eval.labelling import decided, label_maps, matched, refined
 from eval.methods import Batch, Scores, named, slices
 from eval.processes import processes
 from eval.report import fingerprint
@@ -88,7 +90,7 @@ class Run:
             answer.add(part)
         if len(ids) > 1 and answer.failed.keys() == set(ids) and len(set(answer.failed.values())) == 1:
             raise ValueError(answer.failed[ids[0]])  # not the images are at fault
-        cells = np.concatenate([np.zeros((0, 5), np.int64), *answer.cells])
+        cells = np.concatenate([np.zeros((0, 5), np.int64), *answer.found])
         return Counts(tuple(answer.images), cells, answer.skipped, dict(answer.seconds))
 
 
@@ -99,7 +101,7 @@ class Answer:
         self.run, self.method = run, method_of(name, run.experiment.rows[name])
         self.rule = rule_of(run.experiment, self.method, run.images)
         self.images: list[str] = []
-        self.cells: list[np.ndarray] = []
+        self.found: list[np.ndarray] = []
         self.skipped: dict[str, str] = {}
         self.failed: dict[str, str] = {}  # of those, the ones that the model did not take
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -166,18 +168,25 @@ class Answer:
         }
         return method.answer(run.pipe, batch, method.config, run.experiment.batch, **settings)
 
-    def predictions(self, scores: Scores, image, mask) -> list:
+    def predictions(self, scores: Scores, image, mask) -> Int[Tensor, "v H W"]:
         """Label maps of the mask's size, one for each value of the background's rule."""
         if scores.segments is not None:
             return matched(scores, mask, len(self.run.images.classes), self.run.background)
-        picture = image if self.method.crf else None
-        return label_maps(scores, self.rule, self.run.background, mask.shape, self.method.stretched, picture)
+        if self.method.crf:
+            return refined(scores, self.rule, self.run.background, image)
+        return label_maps(scores, self.rule, self.run.background, mask.shape, self.method.stretched)
+
+    def cells(self, scores, image, mask) -> np.ndarray:
+        """Counted pixels; the values of a rule in one go, where each has no picture of its own."""
+        place, truth, classes = len(self.images), as_tensor(mask), len(self.run.images.classes)
+        if self.rule is None or self.method.crf:
+            return cells_of(place, self.predictions(scores, image, mask), truth, classes, VOID)
+        labels, kept = decided(scores, self.rule, self.run.background, mask.shape, self.method.stretched)
+        return cells_of_values(place, labels, kept, len(self.rule.values), truth, classes, VOID, self.run.background)
 
     def count(self, name, scores, image, mask):
         if (mask == VOID).all():
             self.skipped[name] = "its mask is void everywhere"
             return
-        classes, truth = len(self.run.images.classes), as_tensor(mask)
-        for value, prediction in enumerate(self.predictions(scores, image, mask)):
-            self.cells.append(cells_of(len(self.images), value, prediction, truth, classes, VOID))
+        self.found.append(self.cells(scores, image, mask))
         self.images.append(name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchmetrics.functional.classification import multiclass_jaccard_index
+from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
 from eval import counting
 from eval.counting import Counts
@@ -20,9 +20,8 @@ def counted(pairs, names=None, values=1):
     """Counts of (prediction, truth) pairs, each prediction repeated for every value but the last ones shifted."""
     cells = []
     for image, (prediction, truth) in enumerate(pairs):
-        for value in range(values):
-            shifted = (prediction + value) % CLASSES
-            cells.append(counting.cells_of(image, value, shifted, truth, CLASSES, VOID))
+        shifted = torch.stack([(prediction + value) % CLASSES for value in range(values)])
+        cells.append(counting.cells_of(image, shifted, truth, CLASSES, VOID))
     return Counts(tuple(names or (f"image{i}" for i in range(len(pairs)))), np.concatenate(cells))
 
 
@@ -47,6 +46,15 @@ def test_miou_is_the_dataset_level_jaccard_index(void):
     assert counting.pixel_accuracy(matrix) == pytest.approx(
         (prediction == truth)[kept].float().mean().item(), abs=1e-6
     )
+
+
+def test_every_value_is_counted():
+    pairs = drawn()
+    matrices = counting.total(counted(pairs, values=3), 3, CLASSES)
+    prediction, truth = (torch.stack(each) for each in zip(*pairs, strict=True))
+    for value in range(3):
+        expected = multiclass_confusion_matrix((prediction + value) % CLASSES, truth, CLASSES, ignore_index=VOID)
+        assert np.array_equal(matrices[value], expected.numpy())
 
 
 def test_iou_by_hand():
