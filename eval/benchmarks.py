@@ -37,6 +37,11 @@ class Benchmark:
     ids: tuple[str, ...]
     read: Callable[[str], tuple[Image.Image, np.ndarray]]
 
+    @property
+    def background(self) -> int | None:
+        """The label of the background, where there is one."""
+        return self.classes.index("background") if "background" in self.classes else None
+
 
 def benchmark(
     name: str, root: Path | None = None, split: str | None = None, ids: Sequence[str] | None = None

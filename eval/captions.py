@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eval.report import some
 from eval.scenes import scene
 
 
 COLUMNS = "image_id", "text"
-SHOWN = 5  # mistakes that an error names
 
 
 def captions_of(source: str, split: str, count: int) -> dict[str, str]:
@@ -74,5 +74,4 @@ def _is_number(name: str) -> bool:
 
 def _refuse(path: Path, expected: str, mistakes: Sequence[str]) -> None:
     if mistakes:
-        more = f" and {len(mistakes) - SHOWN} more" if len(mistakes) > SHOWN else ""
-        raise ValueError(f"Expected {expected} in {path}, but got {', '.join(mistakes[:SHOWN])}{more}.")
+        raise ValueError(f"Expected {expected} in {path}, but got {some(mistakes)}.")

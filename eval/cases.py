@@ -32,8 +32,7 @@ def draw(run: Run, found: dict, count: int, folder: Path) -> list[Path]:
 def _case(run, name, value, image_id, score) -> Image.Image:
     answer = Answer(run, name)
     image, mask = run.images.read(image_id)
-    prompts = answer.prompts(image_id, image, mask)
-    (scores,) = answer.read({image_id: (image, prompts)})
+    (scores,) = answer.read({image_id: (image, run.said(image_id, image, mask))})
     prediction = answer.predictions(scores, image, mask)[value]
     truth = torch.from_numpy(np.where(mask == VOID, len(run.images.classes), mask).astype(np.int64))
     titles = [f"truth ({image_id})", f"{name}: {100 * score:.1f} %"]

@@ -24,7 +24,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
@@ -34,28 +33,21 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from eval.generating import Generator, Settings
-from eval.methods import slices
-from eval.processes import processes
-from eval.report import command, replacing
-from eval.rows import commit
+from eval.processes import processes, slices
+from eval.report import command, commit, replacing, some, versions
 
 
 RUNS = Path("runs/generate")
 PACKAGES = ("torch", "diffusers", "transformers", "pillow", "goca-guidance")
 MOVABLE = ("model", "captions")  # paths, which digests stand for
 PNG_END = bytes.fromhex("0000000049454e44ae426082")  # the whole last chunk, IEND
-SHOWN = 5  # names that an error lists
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; what was begun is removed if the disk is full."""
-    try:
-        with replacing(path) as part:
-            part.write_bytes(data)
-    except OSError:
-        path.with_name(f".part-{path.name}").unlink(missing_ok=True)
-        raise
+    """Write a file whole or not at all."""
+    with replacing(path) as part:
+        part.write_bytes(data)
 
 
 def write_table(path: Path, rows: Iterable[Sequence], columns: Sequence[str]) -> None:
@@ -113,10 +105,9 @@ class Folder:
             present += [path.name for path in self.root.glob("[!.]*") if path != self.images]
             own = set()
         if foreign := sorted(set(present) - own):
-            more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
             raise ValueError(
-                f"Expected only images of this run in {self.root}, but found {', '.join(foreign[:SHOWN])}{more}: move them "
-                "away, or use another --out."
+                f"Expected only images of this run in {self.root}, but found {some(foreign)}: move them away, or use another "
+                "--out."
             )
 
     def _check_settings(self, made_with) -> None:
@@ -170,7 +161,7 @@ class Run:
         made_with = {
             "command": command(),
             "settings": self.settings.described(self.texts),
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": versions(PACKAGES),
             "commit": commit(),
         }
         self.folder.check(made_with, self.texts)

@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from eval.architectures import ARCHITECTURES
 from eval.captured import Step, full_size
 from eval.floor import added_flops
+from eval.processes import now
 from eval.report import command, markdown, write_json
-from eval.speed import PeakMemory, alone, device_name, now
+from eval.speed import PeakMemory, alone, device_name
 from goca_guidance import GoCAConfig, segmentor
 
 

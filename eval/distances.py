@@ -23,7 +23,7 @@ from torchmetrics.image.kid import poly_kernel
 
 from eval import features
 from eval.features import Backbone, Item
-from eval.methods import slices
+from eval.processes import slices
 from eval.report import replacing
 from eval.scenes import scene
 

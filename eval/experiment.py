@@ -179,7 +179,7 @@ def method_of(name: str, settings: Mapping[str, Any]) -> Method:
 
 def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Rule | None:
     """The background's rule, where the benchmark has a background and the method names what it sees."""
-    if "background" not in images.classes or method.nameless:
+    if images.background is None or method.nameless:
         return None
     rule = method.rule or rule_from(experiment.background)
     if len(rule.values) > 1 and not experiment.counted.best_value and not experiment.tune:

@@ -1,7 +1,6 @@
 """Images for captions under one of three guidances, each from noise of its own: what `eval.coco30k` does batch by batch."""
 
 import tomllib
-import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from eval.captions import captions_of, digest_of
 from eval.experiment import from_mapping, load
+from eval.processes import seed_of
 from eval.report import weights_digest
 from goca_guidance import TINY_SD, GoCASCFGPipeline, SCFGConfig
 
@@ -81,7 +81,7 @@ class Settings:
 
     def seed_of(self, name: str) -> int:
         """Seed of an image's noise."""
-        return self.seed if self.one_seed else zlib.crc32(f"{self.seed} {name}".encode())
+        return self.seed if self.one_seed else seed_of(self.seed, name)
 
 
 class Generator:

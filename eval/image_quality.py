@@ -22,7 +22,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +38,9 @@ from eval.distances import (
     read_reference,
     statistics,
 )
-from eval.methods import slices
 from eval.paired import FRECHET_DRAWS, Run, base_of, difference, interval, ratio_draws, read_run, resamples
-from eval.processes import processes
-from eval.report import command, markdown, write_json
-from eval.rows import commit
+from eval.processes import processes, slices
+from eval.report import command, commit, markdown, versions, write_json
 from eval.scenes import OBJECTS, scene
 
 
@@ -220,7 +217,7 @@ def result_of(measurement: Measurement, runs: Sequence[Run]) -> dict:
         "command": command(),
         "reference": {"path": real.path, "images": real.images, "other_files": real.other_files} if real else None,
         "settings": {**asdict(chosen), **networks(measurement)},
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions(PACKAGES),
         "commit": commit(),
         "rows": rows,
     }

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
@@ -12,7 +11,7 @@ from eval.background import Rule
 from eval.benchmarks import VOID
 from eval.matching import match
 from eval.methods import Scores
-from goca_guidance.maps import min_max
+from goca_guidance.maps import min_max, resize
 
 
 def decided(
@@ -64,7 +63,7 @@ def matched(scores: Scores, truth: np.ndarray, classes: int, background: int | N
 
 
 def _resized(maps: Float[Tensor, "k H W"], size) -> Float[Tensor, "k Y X"]:
-    return F.interpolate(maps[None].float(), size, mode="bilinear", align_corners=False)[0]
+    return resize(maps[None].float(), size)[0]
 
 
 def _own(scores, size, stretched=False):

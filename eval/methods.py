@@ -19,8 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from eval.background import Rule
+from eval.processes import slices
 from eval.prompts import Entity, Prompt
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
+from goca_guidance.segmentor import GoCASegmentor
 from goca_guidance.word_baselines import FTTM, DiffSegmenter
 
 
@@ -72,13 +74,16 @@ class Method:
 
 
 def by_words(
-    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, segmentor: type | None = None, **settings: Any
+    pipe: GoCASCFGPipeline,
+    batch: Batch,
+    config: GoCAConfig,
+    size: int,
+    segmentor: type = GoCASegmentor,
+    **settings: Any,
 ) -> list[Scores]:
     """All classes of a prompt in one forward; the class score is the highest of its entities'."""
     asked = [(image, prompt) for image, prompts in enumerate(batch.prompts) if named(prompts) for prompt in prompts]
-    return _answers(
-        pipe, batch, asked, size, goca=config, **({"segmentor": segmentor} if segmentor else {}), **settings
-    )
+    return _answers(pipe, batch, asked, size, goca=config, segmentor=segmentor, **settings)
 
 
 def by_class(
@@ -134,11 +139,6 @@ def _answers(pipe, batch, asked, size, **settings) -> list[Scores]:
 def named(prompts: Sequence[Prompt]) -> set[int]:
     """The classes that an image's prompts ask for."""
     return {entity.label for prompt in prompts for entity in prompt.entities if entity.label is not None}
-
-
-def slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Up to `size` items at a time."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _scores(maps) -> Scores:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from eval.features import Item, visible
-from eval.rows import model_name
+from eval.report import model_name, some
 
 
 DRAWS = 1000
@@ -103,8 +103,7 @@ def read_table(path: Path) -> pd.DataFrame:
 def refuse(folder: Path, expected: str, mistakes: Collection[str]) -> None:
     """ValueError that names some of the mistakes, if there are any."""
     if mistakes:
-        more = f" and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
-        raise ValueError(f"Expected of {folder} {expected}: {', '.join(sorted(mistakes)[:5])}{more}.")
+        raise ValueError(f"Expected of {folder} {expected}: {some(sorted(mistakes))}.")
 
 
 def base_of(run: Run, runs: Sequence[Run]) -> Run | None:

@@ -41,7 +41,7 @@ class Protocol:
             return benchmark
         if benchmark.name == "scenes":
             raise ValueError("Expected a benchmark whose masks have void pixels for this protocol: Scenes has none.")
-        counted = benchmark if "background" in benchmark.classes else _with_background(benchmark)
+        counted = _with_background(benchmark) if benchmark.background is None else benchmark
         return replace(counted, read=_void_to_background(_merged(counted)))
 
 

@@ -10,8 +10,9 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -27,17 +28,24 @@ PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "goca-guidance
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write to a temporary name and rename when whole, so that nothing half-written is ever taken for whole."""
+    """Write to a temporary name and rename when whole, so that nothing half-written is ever taken for whole.
+
+    What was begun is removed where the disk does not take it.
+    """
     part = path.with_name(f".part-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if part.is_dir():
         shutil.rmtree(part)
-    yield part
+    try:
+        yield part
+    except OSError:
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+        raise
     old = path.with_name(f".old-{path.name}")
     if path.is_dir():
-        path.replace(
-            old
-        )  # a folder cannot be replaced in one step: the old one steps aside until the new one is there
+        path.replace(old)  # a folder is not replaced in one step: the old one steps aside until the new one is there
     part.replace(path)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -46,6 +54,31 @@ def command() -> str:
     """The command line of the program that runs."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]])
+
+
+def model_name(model: str) -> str:
+    """A folder's own name; a repository's whole one."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
+def commit() -> str:
+    """The commit of the code, marked where it was changed since; "unknown" outside a repository."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package."""
+    return {package: version(package) for package in packages}
+
+
+def some(names: Collection[str]) -> str:
+    """The first five names, and how many more there are."""
+    first, more = list(names)[:5], len(names) - 5
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def fingerprint(**inputs) -> str:

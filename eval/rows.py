@@ -1,14 +1,11 @@
 """Counts to the rows of a result, and what a result says of how it was made."""
 
-import subprocess
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 from eval.benchmarks import Benchmark
 from eval.counting import Counts, by_image, interval, iou, mean_iou, pixel_accuracy, total
 from eval.experiment import Experiment, method_of, rule_of
-from eval.report import PACKAGES, command
+from eval.report import PACKAGES, command, commit, model_name, versions
 
 
 @dataclass(frozen=True)
@@ -25,11 +22,10 @@ def result_of(experiment: Experiment, images: Benchmark, found: dict[str, Measur
     base, rows = next(iter(found.values())), []
     for name, measured in found.items():
         rows.append(row_of(experiment, images, name, measured) | difference(experiment, images, measured, base))
-    versions = {package: version(package) for package in PACKAGES}
     return {
         "command": command(),
         "experiment": experiment.conditions() | {key: getattr(experiment, key) for key in ("limit", "tune", "batch")},
-        "versions": versions,
+        "versions": versions(PACKAGES),
         "commit": commit(),
         "rows": rows,
     }
@@ -82,17 +78,3 @@ def difference(experiment: Experiment, images: Benchmark, measured: Measured, ba
     sums = [mean_iou(one.sum(0).reshape(count, count), absent) for one in (ours, theirs)]
     low, high = interval(ours, theirs, absent)
     return {"difference": round(float(sums[0] - sums[1]), 4), "interval": f"{low:+.4f} to {high:+.4f}"}
-
-
-def model_name(model: str) -> str:
-    """A folder's own name; a repository's whole one."""
-    return Path(model).name if Path(model).is_dir() else model
-
-
-def commit() -> str:
-    """The commit of the code, marked where it was changed since; "unknown" outside a repository."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from jaxtyping import Int
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,10 +20,10 @@ from eval.benchmarks import VOID, BadSample, Benchmark, present
 from eval.counting import Counts, as_tensor, cells_of, cells_of_values, joined
 from eval.experiment import Experiment, base_of, images_of, load, method_of, rule_of, source_of
 from eval.labelling import decided, label_maps, matched, refined
-from eval.methods import Batch, Scores, named, slices
-from eval.processes import processes
+from eval.methods import Batch, Scores, named
+from eval.processes import now, processes, seed_of, slices
+from eval.prompts import Prompt
 from eval.report import fingerprint
-from eval.speed import now
 
 
 CHUNK = 32  # images whose counts are kept together
@@ -47,8 +48,7 @@ class Run:
     @cached_property
     def prompts(self) -> Callable:
         source = source_of(self.experiment, self.images)
-        if hasattr(source, "check"):
-            source.check(self.images.ids)
+        source.check(self.images.ids)
         return source
 
     @cached_property
@@ -56,9 +56,14 @@ class Run:
         own = self.experiment
         return self.lender.pipe if self.lender else load(own.model, own.dtype, self.state.device)
 
-    @property
-    def background(self) -> int | None:
-        return 0 if "background" in self.images.classes else None
+    @cached_property
+    def conditions(self) -> dict:
+        """What all rows share; digests of large files are taken once."""
+        return self.experiment.conditions() | {"classes": self.images.classes}
+
+    def said(self, name: str, image: Image.Image, mask: np.ndarray) -> list[Prompt]:
+        """The prompts of an image."""
+        return self.prompts(name, image, present(mask))
 
     def on_training_images(self) -> "Run":
         """The same model and settings on the images that choose among values of the background's rule."""
@@ -70,7 +75,7 @@ class Run:
         """Counts of one method, from disk as far as they are there and whole; the processes share the chunks."""
         settings = self.experiment.rows[name]
         settings = {**settings, "base": base_of(name, settings)}
-        digest = fingerprint(**self.experiment.conditions(), classes=self.images.classes, settings=settings)
+        digest = fingerprint(**self.conditions, settings=settings)
         chunks = slices(self.images.ids, CHUNK)
         work = [(ids, RUNS / digest / f"{zlib.crc32(' '.join(ids).encode()):08x}.npz") for ids in chunks]
         mine, position = work[self.state.process_index :: self.state.num_processes], self.state.process_index
@@ -117,12 +122,12 @@ class Answer:
         with self.stage("read"):
             samples = self.each(ids, self.run.images.read)
         with self.stage("prompts"):
-            prompts = self.each(samples, lambda name: self.prompts(name, *samples[name]))
+            prompts = self.each(samples, lambda name: self.run.said(name, *samples[name]))
         asked = {name: said for name, said in prompts.items() if named(said) or self.method.nameless}
         silent = [name for name in prompts if name not in asked]
         with self.stage("model"):
             scores = self.scores({name: (samples[name][0], said) for name, said in asked.items()})
-        if self.run.background is None:
+        if self.run.images.background is None:
             self.skipped |= dict.fromkeys(silent, "no class is asked for, and there is no background")
         else:
             scores |= dict.fromkeys(silent, Scores())
@@ -140,10 +145,6 @@ class Answer:
                 self.skipped[name] = str(error)
         return found
 
-    def prompts(self, name, image, mask):
-        shown = tuple(label for label in present(mask) if label != self.run.background)
-        return self.run.prompts(name, image, shown)
-
     def scores(self, asked: dict) -> dict[str, Scores]:
         """Scores of each image; if the batch fails, image by image, so that one prompt too long costs one image."""
         try:
@@ -157,7 +158,7 @@ class Answer:
 
     def read(self, asked: dict) -> list[Scores]:
         run, method, images = self.run, self.method, [image for image, _ in asked.values()]
-        seeds = [zlib.crc32(f"{run.experiment.seed} {name}".encode()) for name in asked]
+        seeds = [seed_of(run.experiment.seed, name) for name in asked]
         batch = Batch(images, [said for _, said in asked.values()], seeds, run.images.classes)
         settings = {
             "timestep": run.experiment.timestep if method.timestep is None else method.timestep,
@@ -171,18 +172,20 @@ class Answer:
     def predictions(self, scores: Scores, image, mask) -> Int[Tensor, "v H W"]:
         """Label maps of the mask's size, one for each value of the background's rule."""
         if scores.segments is not None:
-            return matched(scores, mask, len(self.run.images.classes), self.run.background)
+            return matched(scores, mask, len(self.run.images.classes), self.run.images.background)
         if self.method.crf:
-            return refined(scores, self.rule, self.run.background, image)
-        return label_maps(scores, self.rule, self.run.background, mask.shape, self.method.stretched)
+            return refined(scores, self.rule, self.run.images.background, image)
+        return label_maps(scores, self.rule, self.run.images.background, mask.shape, self.method.stretched)
 
     def cells(self, scores, image, mask) -> np.ndarray:
         """Counted pixels; the values of a rule in one go, where each has no picture of its own."""
         place, truth, classes = len(self.images), as_tensor(mask), len(self.run.images.classes)
         if self.rule is None or self.method.crf:
             return cells_of(place, self.predictions(scores, image, mask), truth, classes, VOID)
-        labels, kept = decided(scores, self.rule, self.run.background, mask.shape, self.method.stretched)
-        return cells_of_values(place, labels, kept, len(self.rule.values), truth, classes, VOID, self.run.background)
+        labels, kept = decided(scores, self.rule, self.run.images.background, mask.shape, self.method.stretched)
+        return cells_of_values(
+            place, labels, kept, len(self.rule.values), truth, classes, VOID, self.run.images.background
+        )
 
     def count(self, name, scores, image, mask):
         if (mask == VOID).all():

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from eval.benchmarks import BadSample, present
+from eval.benchmarks import BadSample
 from eval.cases import draw
 from eval.counting import Counts, mean_iou, total
 from eval.experiment import Experiment, method_of, rule_of
@@ -94,8 +94,7 @@ def prompts_of(run: Run) -> dict:
     found = {}
     for name in tqdm(run.images.ids, desc="prompts", unit="image"):
         try:
-            image, mask = run.images.read(name)
-            found[name] = run.prompts(name, image, tuple(c for c in present(mask) if c != run.background))
+            found[name] = run.said(name, *run.images.read(name))
         except BadSample as error:
             tqdm.write(f"{name}: {error}")
     return found

@@ -30,6 +30,7 @@ import torch
 from tqdm.auto import tqdm
 
 from eval.architectures import ARCHITECTURES, arguments, build, guided_arguments
+from eval.processes import now
 from eval.report import command, fingerprint, markdown, write_json
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 
@@ -111,13 +112,6 @@ def _stamped(scheduler, device: str, bar: tqdm) -> Iterator[list[float]]:
 
     with patch.object(scheduler, "step", stamp):
         yield stamps
-
-
-def now(device: str) -> float:
-    """Seconds on a clock, when all work given to the device is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

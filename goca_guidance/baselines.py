@@ -33,7 +33,7 @@ class SCFGSegmentor:
         """Keep a record until the step's grids are known (see `GoCASegmentor.keep`)."""
         for branch in branches if record.name in self.layers else ():
             if branch or self.unconditional_sink:
-                part = record.branch(branch) if len(branches) == 2 else record
+                part = record.branch(branch, branches)
                 (self._conditional if branch else self._unconditional)[record.name] = part.only().alone()
 
     def regions(self, size: tuple[int, int]) -> Regions:

@@ -109,7 +109,7 @@ class GuidedCall(Watch):
     def keep(self, record) -> None:
         self.segmentor.keep(record, self._branches)
         if self.negative is not None and 0 in self._branches:
-            self.negative.keep(record.branch(0) if 1 in self._branches else record)
+            self.negative.keep(record.branch(0, self._branches))
 
     def forget(self) -> None:
         super().forget()

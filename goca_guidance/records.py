@@ -56,8 +56,13 @@ class AttentionRecord:
         """Height and width of the pixel queries."""
         return self.view.grid
 
-    def branch(self, index: int) -> "AttentionRecord":
-        """The unconditional (0) or conditional (1) half of a classifier-free-guidance batch."""
+    def branch(self, index: int, branches: tuple[int, ...] = (0, 1)) -> "AttentionRecord":
+        """The unconditional (0) or conditional (1) half of a classifier-free-guidance batch.
+
+        A record of one prediction, as `branches` may tell, is itself that half.
+        """
+        if len(branches) == 1:
+            return self
 
         def half(x):
             return None if x is None else x.chunk(2)[index]

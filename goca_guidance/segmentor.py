@@ -89,7 +89,7 @@ class GoCASegmentor:
     def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
         """Take a record of the conditional prediction (1), of the unconditional one (0), or of both, the latter first."""
         if 1 in branches and record.name in self._pixel_layers:
-            conditional = self._sampled(record.branch(1) if 0 in branches else record)
+            conditional = self._sampled(record.branch(1, branches))
             if self._own and record.name == self.preset.reference:
                 self._see_reference(conditional)
             self._keep_pixels(conditional, record.grid)

@@ -43,7 +43,7 @@ class DiffSegmenter:
         """Take a record (see `GoCASegmentor.keep`); of the unconditional prediction nothing is read."""
         if 1 not in branches or record.name not in self.layers:
             return
-        record = _conditional(record, branches)
+        record = record.branch(1, branches)
         if record.name in self.preset.cross:
             self._maps.setdefault(record.grid, []).append(word_maps(record, self.layout))
         if record.name in self.preset.own:
@@ -94,7 +94,7 @@ class FTTM:
         """Take a record (see `GoCASegmentor.keep`); of the unconditional prediction nothing is read."""
         if 1 not in branches or record.name not in self.layers:
             return
-        record = _conditional(record, branches)
+        record = record.branch(1, branches)
         if record.name in self.cross:
             self._maps.append(word_maps(record, self.layout))
         if record.name == self.own:
@@ -132,7 +132,3 @@ def word_maps(record: AttentionRecord, layout: TokenLayout) -> Float[Tensor, "b 
     """Head-mean cross map of each region, averaged over the region's tokens."""
     tokens = as_maps(token_maps(record, layout.columns, None), record.grid)
     return torch.einsum("bmhw,bmk->bkhw", tokens, layout.groups)
-
-
-def _conditional(record: AttentionRecord, branches: tuple[int, ...]) -> AttentionRecord:
-    return record.branch(1) if 0 in branches else record

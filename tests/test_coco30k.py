@@ -268,7 +268,7 @@ def test_other_settings_are_named(tmp_path, monkeypatch):
         coco30k.Run(few(guidance_scale=3.0, steps=3), tmp_path)()
     with pytest.raises(ValueError, match=r"differ: split .*; captions_sha256"):
         coco30k.Run(few(split="validation"), tmp_path)()
-    monkeypatch.setattr(coco30k, "version", lambda package: "0")
+    monkeypatch.setattr(coco30k, "versions", lambda packages: dict.fromkeys(packages, "0"))
     with pytest.raises(ValueError, match=r"differ: torch was '.*' and is '0'; diffusers"):
         coco30k.Run(few(), tmp_path)()
 

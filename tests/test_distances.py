@@ -19,7 +19,7 @@ from eval.distances import (
     precision_recall,
     statistics,
 )
-from eval.methods import slices
+from eval.processes import slices
 
 
 def drawn(seed, images, size, shift=0.0, scale=1.0):
