@@ -14,8 +14,8 @@ from urllib3.util import Retry
 
 from eval.aliases import BACKGROUND
 from eval.benchmarks import BadSample
+from eval.files import write_json
 from eval.prompts import CaptionSource, read_captions
-from eval.report import write_json
 
 
 INSTRUCTION = """\

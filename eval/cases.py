@@ -9,7 +9,8 @@ from PIL import Image
 
 from eval.benchmarks import VOID
 from eval.counting import image_scores
-from eval.report import replacing, stack
+from eval.files import replacing
+from eval.plots import stack
 from eval.running import Answer, Run
 from goca_guidance.pictures import overlay
 

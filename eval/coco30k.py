@@ -32,9 +32,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from eval.generating import Generator, Settings
-from eval.processes import processes, slices
-from eval.report import command, commit, replacing, some, versions
+from eval.files import replacing, some
+from eval.generating import Generator, Settings, batches
+from eval.processes import processes
+from eval.provenance import command, commit, versions
 
 
 RUNS = Path("runs/generate")
@@ -182,8 +183,8 @@ class Run:
     def missing(self, present: Mapping[str, str]) -> list[tuple[Sequence[str], list[str]]]:
         """Each batch with something to do, and what is wanted of it."""
         asked = {*self.asked} - {*present}
-        batches = slices([name for name, text in self.texts.items() if text.strip()], self.settings.batch)
-        wanted = [(batch, [name for name in batch if name in asked]) for batch in batches]
+        every = batches(self.texts, self.settings.batch)
+        wanted = [(batch, [name for name in batch if name in asked]) for batch in every]
         return [(batch, names) for batch, names in wanted if names]
 
     def work(self, batches: Sequence[tuple[Sequence[str], list[str]]]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from eval.report import replacing
+from eval.files import replacing
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from torchmetrics.image.kid import poly_kernel
 
 from eval import features
 from eval.features import Backbone, Item
+from eval.files import replacing
 from eval.processes import slices
-from eval.report import replacing
 from eval.scenes import scene
 
 

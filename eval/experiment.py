@@ -13,10 +13,11 @@ from eval.aliases import aliases_of
 from eval.background import Rule
 from eval.benchmarks import Benchmark, benchmark
 from eval.captioner import Endpoint
+from eval.files import file_digest
 from eval.methods import METHODS, Method
 from eval.prompts import Captions, Tags, Vocabulary, read_captions, release
 from eval.protocol import PROTOCOLS, Protocol
-from eval.report import file_digest, weights_digest
+from eval.provenance import weights_digest
 from eval.tagger import Tagger
 from eval.written import Written
 from goca_guidance import TINY_SD, GoCAConfig, GoCASCFGPipeline

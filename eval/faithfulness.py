@@ -18,8 +18,10 @@ from torchvision.models import resnet18
 from tqdm.auto import tqdm
 
 from eval.experiment import load
-from eval.report import command, fingerprint, markdown, replacing, weights_digest, write_json
+from eval.files import replacing, write_json
+from eval.provenance import command, fingerprint, weights_digest
 from eval.scenes import CLASSES, OBJECTS, scene
+from eval.tables import markdown
 from goca_guidance import TINY_SD, SCFGConfig
 
 

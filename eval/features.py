@@ -27,8 +27,9 @@ from tqdm.auto import tqdm
 
 from eval import faithfulness, scenes
 from eval.experiment import load
+from eval.files import file_digest, replacing
 from eval.processes import slices
-from eval.report import file_digest, fingerprint, replacing, weights_digest
+from eval.provenance import fingerprint, weights_digest
 from eval.tagger import load as load_clip
 from goca_guidance import TINY_SD
 

@@ -1,8 +1,9 @@
 """Images for captions under one of three guidances, each from noise of its own: what `eval.coco30k` does batch by batch."""
 
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from PIL import Image
 
 from eval.captions import captions_of, digest_of
 from eval.experiment import from_mapping, load
-from eval.processes import seed_of
-from eval.report import weights_digest
-from goca_guidance import TINY_SD, GoCASCFGPipeline, SCFGConfig
+from eval.processes import seed_of, slices
+from eval.provenance import weights_digest
+from goca_guidance import TINY_SD, GoCASCFGPipeline, GoCASCFGPipelineOutput, SCFGConfig
+from goca_guidance.loading import guidance_arguments
 
 
 METHODS: dict[str, dict] = {  # arguments of the pipeline
@@ -34,8 +36,8 @@ class Settings:
     "scenes", of which `split` and `count` say which, or a CSV file (`eval.captions`). `scheduler`: a class of diffusers that
     replaces the model's own. `size`: side of the images in pixels, None is the model's native one. `batch`: captions in a
     call. `seed`: noise is seeded by it and the image's id; with `one_seed` by it alone, as T2IBenchmark's and GoCA's scripts
-    do (which draw on the GPU, so that the noise itself is another). There is no negative prompt, and no safety checker: it
-    would make some images black, and the papers' tools leave it out.
+    do (which draw on the GPU, so that the noise itself is another). The negative prompt is empty. There is no safety
+    checker: it would make some images black, and the papers' tools leave it out.
     """
 
     method: str = "goca"
@@ -84,13 +86,22 @@ class Settings:
         return self.seed if self.one_seed else seed_of(self.seed, name)
 
 
+def batches(texts: Mapping[str, str], size: int) -> list[Sequence[str]]:
+    """Ids in batches, without those whose caption is empty."""
+    return slices([name for name, text in texts.items() if text.strip()], size)
+
+
 class Generator:
     """A pipeline with its settings; `size` is the side of its images in pixels."""
 
     def __init__(self, settings: Settings, device: str | torch.device | None = None):
         self.settings, self.pipe = settings, pipeline(settings, device)
         denoiser = getattr(self.pipe, "unet", None) or self.pipe.transformer
-        self.size = settings.size or denoiser.config.sample_size * self.pipe.vae_scale_factor
+        side = getattr(self.pipe, "default_sample_size", None) or denoiser.config.sample_size
+        self.size = settings.size or side * self.pipe.vae_scale_factor
+        self.arguments = guidance_arguments(type(self.pipe), settings.guidance_scale) | METHODS[settings.method]
+        if "use_resolution_binning" in signature(type(self.pipe).__call__).parameters:
+            self.arguments["use_resolution_binning"] = False  # PixArt, HunyuanDiT: the size that was asked for
 
     def __call__(
         self, captions: Mapping[str, str], wanted: Collection[str]
@@ -120,18 +131,22 @@ class Generator:
         return dict(zip(whole, images, strict=True)), dict.fromkeys(set(captions) - set(whole), reason)
 
     def pixels(self, captions: Mapping[str, str]) -> np.ndarray:
-        """Images in [0, 1], b H W 3; each one's noise is drawn on the CPU by a generator of its own."""
+        """Images in [0, 1], b H W 3."""
+        return self.call(captions).images
+
+    def call(self, captions: Mapping[str, str], **kwargs: Any) -> GoCASCFGPipelineOutput:
+        """The pipeline's output for one batch; each image's noise is drawn on the CPU by a generator of its own."""
         settings = self.settings
         return self.pipe(
             list(captions.values()),
             num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
             height=self.size,
             width=self.size,
             generator=[torch.Generator().manual_seed(settings.seed_of(name)) for name in captions],
             output_type="np",
-            **METHODS[settings.method],
-        ).images
+            **self.arguments,
+            **kwargs,
+        )
 
 
 def pipeline(settings: Settings, device: str | torch.device | None = None) -> GoCASCFGPipeline:

@@ -38,10 +38,12 @@ from eval.distances import (
     read_reference,
     statistics,
 )
+from eval.files import write_json
 from eval.paired import FRECHET_DRAWS, Run, base_of, difference, interval, ratio_draws, read_run, resamples
 from eval.processes import processes, slices
-from eval.report import command, commit, markdown, versions, write_json
+from eval.provenance import command, commit, versions
 from eval.scenes import OBJECTS, scene
+from eval.tables import by_scale
 
 
 DISTANCES = {  # the network, and what is made of its features
@@ -224,12 +226,9 @@ def result_of(measurement: Measurement, runs: Sequence[Run]) -> dict:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Values and differences of the rows without their intervals, and the warnings."""
-    left_out = ("model", "preprocessing", "failed", "warnings")
-    names = dict.fromkeys(name for row in rows for name in row if name not in left_out)
-    columns = [name for name in names if not name.endswith(("_interval", "_within_noise"))]
+    """Metrics by method and guidance scale, and the warnings."""
     told = dict.fromkeys(f"Note: {warning}." for row in rows for warning in row["warnings"])
-    return "\n".join([markdown(rows, columns), *told])
+    return "\n".join([by_scale(rows), *told])
 
 
 def networks(measurement: Measurement) -> dict:

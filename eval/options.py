@@ -21,8 +21,10 @@ from tqdm.auto import tqdm
 from eval import faithfulness
 from eval.captured import full_size
 from eval.experiment import Experiment, load
-from eval.report import command, markdown, weights_digest, write_json
+from eval.files import write_json
+from eval.provenance import command, weights_digest
 from eval.segmentation import result as segmented
+from eval.tables import markdown
 from goca_guidance import TINY_SD, GoCAConfig, Regions, SCFGConfig
 
 

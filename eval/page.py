@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from eval.benchmarks import NAMES
+from eval.files import replacing
 from eval.methods import METHODS
 from eval.protocol import PROTOCOLS
-from eval.report import replacing
 from goca_guidance import TINY_SD, GoCAConfig
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from eval.features import Item, visible
-from eval.report import model_name, some
+from eval.files import some
+from eval.provenance import model_name
 
 
 DRAWS = 1000

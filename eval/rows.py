@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from eval.benchmarks import Benchmark
 from eval.counting import Counts, by_image, interval, iou, mean_iou, pixel_accuracy, total
 from eval.experiment import Experiment, method_of, rule_of
-from eval.report import PACKAGES, command, commit, model_name, versions
+from eval.provenance import PACKAGES, command, commit, model_name, versions
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from eval.labelling import decided, label_maps, matched, refined
 from eval.methods import Batch, Scores, named
 from eval.processes import now, processes, seed_of, slices
 from eval.prompts import Prompt
-from eval.report import fingerprint
+from eval.provenance import fingerprint
 
 
 CHUNK = 32  # images whose counts are kept together

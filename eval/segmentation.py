@@ -23,9 +23,10 @@ from eval.benchmarks import BadSample
 from eval.cases import draw
 from eval.counting import Counts, mean_iou, total
 from eval.experiment import Experiment, method_of, rule_of
-from eval.report import markdown, write_json
+from eval.files import write_json
 from eval.rows import Measured, result_of
 from eval.running import Run
+from eval.tables import markdown
 from eval.written import write_prompts
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from eval.files import replacing
 from eval.prompts import Entity, Prompt, parsed, require_entries
-from eval.report import replacing
 
 
 def write_prompts(path: str | Path, prompts: Mapping[str, Sequence[Prompt]], classes: Sequence[str]) -> None:

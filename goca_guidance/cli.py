@@ -196,20 +196,16 @@ def _generator(seed):
 
 
 def _generate(pipe, prompt, seed, steps=30, guidance_scale=5.0, **kwargs):
-    from goca_guidance.loading import scale_name
+    from goca_guidance.loading import guidance_arguments
 
-    scale = scale_name(type(pipe)) or "guidance_scale"
-    if scale == "true_cfg_scale":  # without a negative prompt nothing would be mixed
-        kwargs = {"negative_prompt": "", **kwargs}
     pipe.set_progress_bar_config(disable=False, desc=prompt[:40])
     try:
         return pipe(
             prompt,
             num_inference_steps=steps,
-            **{scale: guidance_scale},
             generator=_generator(seed),
             output_regions=True,
-            **kwargs,
+            **guidance_arguments(type(pipe), guidance_scale) | kwargs,
         )
     finally:
         pipe.set_progress_bar_config(disable=True)

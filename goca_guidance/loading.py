@@ -70,6 +70,15 @@ def scale_name(pipeline: type[DiffusionPipeline]) -> str | None:
     return next((name for name in ("true_cfg_scale", "guidance_scale") if name in names), None)
 
 
+def guidance_arguments(pipeline: type[DiffusionPipeline], scale: float) -> dict:
+    """The arguments of a call that is guided by a scale, without words in its negative prompt.
+
+    True guidance (Flux) mixes nothing unless a negative prompt is given: it gets an empty one.
+    """
+    name = scale_name(pipeline) or "guidance_scale"
+    return {name: scale} | ({"negative_prompt": ""} if name == "true_cfg_scale" else {})
+
+
 def is_text_to_image(pipeline: type[DiffusionPipeline]) -> bool:
     """Whether a pipeline needs no picture."""
     return not {"image", "control_image"} & set(inspect.signature(pipeline.__call__).parameters)

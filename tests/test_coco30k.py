@@ -26,6 +26,7 @@ from eval import coco30k, experiment, generating
 from eval.coco30k import digest_of_png, png_bytes
 from eval.generating import Generator, Settings
 from goca_guidance import TINY_SD, GoCASCFGPipeline
+from tests.families import FAMILIES, stock_pipeline
 from tests.tiny import stock_of
 
 
@@ -151,6 +152,24 @@ def test_captions_scale_and_scheduler_reach_the_pipeline(tiny):
     ]
     images, reasons = generator({"x": "a cat"}, ["x"])
     assert (png_bytes(images["x"]), reasons) == (png_bytes(expected), {})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_guided(name, monkeypatch):
+    """At the scale of the settings, which for Flux is that of true guidance."""
+    stock = stock_pipeline(name)
+    monkeypatch.setattr(generating, "load", lambda *args: GoCASCFGPipeline.from_pipe(stock))
+    family, found = FAMILIES[name], {}
+    for method in ("cfg", "goca"):
+        settings = few(method=method, size=family.call["height"], guidance_scale=4.0)
+        found[method] = Generator(settings, "cpu").pixels({"7": "a cat on grass"})
+    flux = {"negative_prompt": "", "true_cfg_scale": 4.0} if name == "flux" else {"guidance_scale": 4.0}
+    side, noise = family.call["height"], torch.Generator().manual_seed(zlib.crc32(b"42 7"))
+    small = {"num_inference_steps": 2, "height": side, "width": side, "output_type": "np", "generator": [noise]}
+    binning = {k: v for k, v in family.call.items() if k == "use_resolution_binning"}
+    np.testing.assert_array_equal(found["cfg"], stock(["a cat on grass"], **small, **flux, **binning).images)
+    assert found["goca"].shape == (1, side, side, 3)
+    assert abs(found["goca"] - found["cfg"]).max() > 0
 
 
 def test_no_safety_checker(monkeypatch, tiny):

@@ -9,20 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eval import report, train_tiny
+from eval import files, report, train_tiny
 from tests.tiny import tiny_components
 
 
 def test_replacing_leaves_the_old_file_after_a_failure(tmp_path):
     path = tmp_path / "a.json"
-    report.write_json(path, {"a": 1})
-    with pytest.raises(ZeroDivisionError), report.replacing(path) as part:
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as part:
         part.write_text(f"half {1 / 0}")
     assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_the_command_of_a_module_and_of_a_script(tmp_path):
-    (tmp_path / "script.py").write_text("from eval.report import command\nprint(command())\n")
+    (tmp_path / "script.py").write_text("from eval.provenance import command\nprint(command())\n")
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     for arguments, expected in (
         (["script.py", "a b"], "python script.py 'a b'"),
@@ -33,7 +33,7 @@ def test_the_command_of_a_module_and_of_a_script(tmp_path):
 
 
 def test_tables_are_filled_in(tmp_path):
-    report.write_json(
+    files.write_json(
         tmp_path / "t.json", {"command": "python -m x", "rows": [{"method": "all", "mIoU": 1.5, "settings": {}}]}
     )
     text = report.fill("before\n<!-- results: t -->\nold\n<!-- end -->\nafter", tmp_path)

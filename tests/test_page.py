@@ -10,8 +10,8 @@ import pytest
 from eval import page
 from eval.benchmarks import NAMES
 from eval.experiment import Experiment
+from eval.files import write_json
 from eval.methods import METHODS
-from eval.report import write_json
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,149 @@
+"""Pairs of images with what guided them: `python -m eval.contact_sheet RUN RUN [RUN ...]`.
+
+The runs (folders of `eval.coco30k`) share captions, model and guidance scale; one is of method goca. The upper half of the
+sheet is spread evenly over the ids, so nobody chose it; the lower half is where goca differs most from the first run. The
+batches of goca with these images are made again, to see their regions and guidance maps.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from eval.experiment import from_mapping
+from eval.features import Item
+from eval.generating import Generator, Settings, batches
+from eval.paired import Run, check_pair, read_run
+from eval.plots import write
+from eval.processes import processes
+from goca_guidance.pictures import as_labels, colour
+from goca_guidance.records import Regions
+
+
+MOMENTS = {"first": 0.0, "middle": 0.5, "last": 1.0}  # of the guided steps, whose maps are shown
+LEAST = 0.03  # share of the pixels from which on a region gets its name
+
+
+@dataclass(frozen=True)
+class Look:
+    """An image that was made again: its place in the batch, the last step's regions, the guidance maps of `MOMENTS`."""
+
+    sample: int
+    regions: Regions
+    maps: Float[Tensor, "moments H W"]
+    again: bool
+
+
+def chosen(base: Run, goca: Run, count: int) -> list[Item]:
+    """`count` images of goca: half spread evenly over the ids, half those whose pixels are farthest from the base's."""
+    spread = [goca.items[i] for i in np.linspace(0, len(goca.items) - 1, -(-count // 2)).round().astype(int)]
+    rest = [(one, other) for one, other in zip(goca.items, base.items, strict=True) if one not in spread]
+    shift = [np.abs(pixels(one) - pixels(other)).mean() for one, other in tqdm(rest, desc="compare", leave=False)]
+    farthest = np.argsort(shift, kind="stable")[::-1][: count - len(spread)]
+    return list(dict.fromkeys([*spread, *(rest[i][0] for i in farthest)]))
+
+
+def pixels(item: Item) -> np.ndarray:
+    return np.asarray(item.read(), np.float32)
+
+
+def looks(run: Run, items: Sequence[Item]) -> dict[str, Look]:
+    """What guided the images, by id; ValueError if the captions are no longer those of the run."""
+    known = {k: v for k, v in run.settings.items() if k in Settings.__dataclass_fields__}
+    settings, wanted, found = from_mapping(Settings, known), {item.id: item for item in items}, {}
+    texts = settings.texts()
+    if settings.described(texts) != run.settings:
+        raise ValueError(
+            f"Expected the model and the captions that {run.folder} was made with, but they have changed."
+        )
+    generator = Generator(settings, processes().device)
+    asked = [batch for batch in batches(texts, settings.batch) if wanted.keys() & {*batch}]
+    for batch in tqdm(asked, desc="goca again", unit="batch"):
+        output = generator.call({name: texts[name] for name in batch}, output_regions=True)
+        steps = [round(moment * (len(output.regions) - 1)) for moment in MOMENTS.values()]
+        for sample, name in enumerate(batch):
+            if name in wanted:
+                (image,) = generator.pipe.image_processor.numpy_to_pil(output.images[sample : sample + 1])
+                same = np.array_equal(np.asarray(image, np.float32), pixels(wanted[name]))
+                found[name] = Look(sample, output.regions[-1], output.guidance_maps[steps, sample, 0], same)
+    return found
+
+
+# ---- the sheet -------------------------------------------------------------------------------------------------------
+def sheet(runs: Sequence[Run], goca: Run, items: Sequence[Item], found: dict[str, Look]) -> Figure:
+    """A row for each image: its caption, every run's image, the regions of the last step, the guidance maps."""
+    scale, all_maps = goca.settings["guidance_scale"], torch.stack([found[item.id].maps for item in items])
+    low, high = all_maps.min().item(), all_maps.max().item()
+    norm = TwoSlopeNorm(scale, min(low, scale - 0.01), max(high, scale + 0.01))
+    columns = [run.settings["method"] for run in runs] + [
+        "regions, last",
+        *(f"guidance, {moment}" for moment in MOMENTS),
+    ]
+    figure = Figure(figsize=(1.5 * len(columns) + 2.5, 1.5 * len(items) + 0.3), layout="constrained")
+    grid = figure.subplots(len(items), len(columns) + 1, squeeze=False)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    for axis, name in zip(grid[0, 1:], columns, strict=True):
+        axis.set_title(name, fontsize=9)
+    by_id = [{item.id: item for item in run.items} for run in runs]
+    for (words, *axes), item in zip(grid, items, strict=True):
+        look = found[item.id]
+        words.text(0, 0.5, fill(f"{item.caption} ({item.id})", 20), va="center", fontsize=8)
+        for axis, images in zip(axes, by_id, strict=False):
+            axis.imshow(images[item.id].read())
+        paint_regions(axes[len(runs)], look.regions, look.sample)
+        for axis, values in zip(axes[len(runs) + 1 :], look.maps, strict=True):
+            shown = axis.imshow(values, norm=norm, cmap="coolwarm")
+    bar = figure.colorbar(shown, ax=grid[:, -1], shrink=0.5)
+    bar.set_label(f"guidance scale times rate; white is {scale:g}, plain guidance", fontsize=8)
+    return figure
+
+
+def paint_regions(axis, regions: Regions, sample: int) -> None:
+    """Regions in colours, the larger ones with a name where they are widest; what is not foreground is pale."""
+    labels, names = as_labels(regions, sample).numpy(), regions.labels[sample]
+    shade = np.where(regions.foreground[sample, 0].numpy(), 1.0, 0.45)[..., None]
+    axis.imshow(1 - shade * (1 - np.array([colour(i) for i in range(len(names))])[labels]))
+    for index, name in enumerate(names):
+        own = labels == index
+        if own.mean() > LEAST:
+            y, x = np.unravel_index(distance_transform_edt(np.pad(own, 1)).argmax(), np.add(own.shape, 2))
+            edge = [withStroke(linewidth=1.5, foreground="white")]
+            axis.text(x - 1, y - 1, name, ha="center", va="center", fontsize=6, path_effects=edge)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one of them of method goca")
+    parser.add_argument("--count", type=int, default=8, help="images")
+    parser.add_argument("--out", type=Path, default=Path("docs/pairs.png"))
+    args = parser.parse_args(arguments)
+    runs = [read_run(folder) for folder in args.runs]
+    gocas = [run for run in runs if run.settings["method"] == "goca"]
+    if len(gocas) != 1 or len(runs) < 2 or args.count < 2:
+        raise ValueError(
+            f"Expected two runs or more, one of them of goca, and two images or more, but got {vars(args)}."
+        )
+    for run in runs[1:]:
+        check_pair(run, runs[0])
+    items = chosen(next(run for run in runs if run is not gocas[0]), gocas[0], args.count)
+    found = looks(gocas[0], items)
+    write(sheet(runs, gocas[0], items, found), args.out)
+    changed = [name for name, look in found.items() if not look.again]
+    told = f"; made again, {', '.join(changed)} came out different: another device or version?" if changed else ""
+    print(f"wrote {args.out}{told}")
+
+
+if __name__ == "__main__":
+    main()
