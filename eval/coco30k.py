@@ -149,8 +149,9 @@ class Run:
         """Make what is missing; returns the reasons why some images still are."""
         self.prepare()
         reasons = {name: "The caption is empty." for name in self.asked if not self.texts[name].strip()}
-        reasons |= dict(gather_object(list(self.work(self.missing(self.present())).items())))
-        present = self.present()
+        present = self.present(self.texts)
+        reasons |= dict(gather_object(list(self.work(self.missing(present)).items())))
+        present |= self.present([name for name in self.asked if name not in present])
         failed = {name: reasons.get(name, "The image vanished.") for name in self.asked if name not in present}
         if self.state.is_main_process:
             self.report(present, failed)
@@ -171,14 +172,13 @@ class Run:
             self.folder.open(made_with)
         self.state.wait_for_everyone()
 
-    def present(self) -> dict[str, str]:
-        """sha256 of every whole image in the folder, by id; the processes share the reading, and all have the result."""
-        mine = list(self.texts)[self.state.process_index :: self.state.num_processes]
+    def present(self, names: Iterable[str]) -> dict[str, str]:
+        """sha256 of every whole image among some, by id; the processes share the reading, and all have the result."""
+        mine = list(names)[self.state.process_index :: self.state.num_processes]
         digest = partial(digest_of_png, size=self.generator.size)
         with ThreadPoolExecutor() as threads:
             found = zip(mine, threads.map(digest, map(self.folder.path, mine)), strict=True)
-            all_found = dict(gather_object([(name, sha256) for name, sha256 in found if sha256]))
-        return {name: all_found[name] for name in self.texts if name in all_found}
+            return dict(gather_object([(name, sha256) for name, sha256 in found if sha256]))
 
     def missing(self, present: Mapping[str, str]) -> list[tuple[Sequence[str], list[str]]]:
         """Each batch with something to do, and what is wanted of it."""
@@ -206,8 +206,9 @@ class Run:
     def report(self, present: Mapping[str, str], failed: Mapping[str, str]) -> None:
         """manifest.csv, and failed.csv where something failed."""
         rows = [
-            (name, self.texts[name], self.settings.seed_of(name), f"images/{name}.png", sha256)
-            for name, sha256 in present.items()
+            (name, text, self.settings.seed_of(name), f"images/{name}.png", present[name])
+            for name, text in self.texts.items()
+            if name in present
         ]
         write_table(self.folder.root / "manifest.csv", rows, ("id", "caption", "seed", "file", "sha256"))
         path = self.folder.root / "failed.csv"
