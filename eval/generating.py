@@ -96,6 +96,7 @@ class Generator:
 
     def __init__(self, settings: Settings, device: str | torch.device | None = None):
         self.settings, self.pipe = settings, pipeline(settings, device)
+        self.vae_dtype = self.pipe.vae.dtype
         denoiser = getattr(self.pipe, "unet", None) or self.pipe.transformer
         side = getattr(self.pipe, "default_sample_size", None) or denoiser.config.sample_size
         self.size = settings.size or side * self.pipe.vae_scale_factor
@@ -123,6 +124,7 @@ class Generator:
         try:
             pixels = self.pixels(captions)
         except (ValueError, RuntimeError) as error:
+            self.pipe.vae.to(self.vae_dtype)  # SDXL's pipeline decodes in float32, and stays there where that fails
             return {}, dict.fromkeys(captions, str(error))
         finite = np.isfinite(pixels).all((1, 2, 3))
         whole = [name for name, fine in zip(captions, finite, strict=True) if fine]

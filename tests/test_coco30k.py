@@ -344,6 +344,26 @@ def test_what_fails_again_is_listed_and_made_the_next_time(tmp_path, monkeypatch
     assert not (out / "failed.csv").exists()
 
 
+def test_a_failed_decoding_in_half_precision_spoils_no_other(monkeypatch):
+    """SDXL's decoder is brought to float32 for a call, and back only where the call ends well."""
+    pipe = GoCASCFGPipeline.from_pipe(stock_pipeline("sdxl")).to(torch.float16)
+    monkeypatch.setattr(generating, "load", lambda *args: pipe)
+    generator = Generator(few(size=FAMILIES["sdxl"].call["height"]), "cpu")
+    expected, _ = generator({"1": "a cat"}, ["1"])
+    real, calls = pipe.vae.decode, []
+
+    def decode(*args, **kwargs):
+        calls.append(pipe.vae.dtype)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.vae, "decode", decode)
+    images, reasons = generator({"1": "a cat"}, ["1"])
+    assert (png_bytes(images["1"]), reasons) == (png_bytes(expected["1"]), {})
+    assert (calls, pipe.vae.dtype) == ([torch.float32] * 2, torch.float16)
+
+
 def test_an_image_of_nan_fails_alone(tmp_path, monkeypatch):
     real = Generator.pixels
 
