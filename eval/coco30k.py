@@ -7,7 +7,8 @@ eval.coco30k ...`.
 The noise of an image depends on the seed and its id alone, so that methods are paired. Batches are cut from the complete
 list of captions, whatever is done already, and one with an image missing is made again whole: a killed run that goes on, and
 any number of processes, have the same bytes as one that was never interrupted (on the same kind of device, with as many
-threads). What is there and whole is kept; a truncated or damaged PNG is made again. `--limit` can grow later.
+threads, unless a batch fails and its captions are tried one by one). What is there and whole is kept; a truncated or
+damaged PNG is made again. `--limit` can grow later.
 
 The run folder holds settings.json, images/ID.png, manifest.csv (id, caption, seed, file, sha256; of all images in the folder)
 and, where an image is missing, failed.csv (id, reason), and then the exit status is 1. A caption that fails is tried once
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import pandas as pd
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -41,6 +43,7 @@ from eval.provenance import command, commit, versions
 RUNS = Path("runs/generate")
 PACKAGES = ("torch", "diffusers", "transformers", "pillow", "goca-guidance")
 MOVABLE = ("model", "captions")  # paths, which digests stand for
+HOPELESS = 64  # captions in a row without an image: not their fault
 PNG_END = bytes.fromhex("0000000049454e44ae426082")  # the whole last chunk, IEND
 
 
@@ -99,7 +102,7 @@ class Folder:
     def check(self, made_with: Mapping, ids: Iterable[str]) -> None:
         """ValueError for a folder of other settings or versions, or with files that are not of this run; changes nothing."""
         own = {f"{name}.png" for name in ids}
-        present = [path.name for path in self.images.glob("*") if not path.name.startswith(".part-")]
+        present = [path.name for path in self.images.glob("[!.]*")]
         if self.settings.exists():
             self._check_settings(made_with)
         else:
@@ -112,7 +115,13 @@ class Folder:
             )
 
     def _check_settings(self, made_with) -> None:
-        before = json.loads(self.settings.read_text())
+        try:
+            before = json.loads(self.settings.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"Expected settings in {self.settings}, but it is damaged ({error}): if its images are of the settings given "
+                "now, move them away, start again, and move them back."
+            ) from error
         old, new = ({**each["settings"], **each["versions"]} for each in (before, made_with))
         names = [name for name in {**old, **new} if name not in MOVABLE and old.get(name) != new.get(name)]
         if names:
@@ -137,7 +146,7 @@ class Run:
 
     def __init__(self, settings: Settings, out: Path, limit: int | None = None):
         self.settings, self.folder = settings, Folder(out)
-        self.state = processes()
+        self.state, self.lock = processes(), FileLock(out / ".lock")
         self.texts = settings.texts()
         self.asked = list(self.texts)[:limit]
 
@@ -147,7 +156,13 @@ class Run:
 
     def __call__(self) -> dict[str, str]:
         """Make what is missing; returns the reasons why some images still are."""
-        self.prepare()
+        try:
+            self.prepare()
+            return self.make()
+        finally:
+            self.lock.release()
+
+    def make(self) -> dict[str, str]:
         reasons = {name: "The caption is empty." for name in self.asked if not self.texts[name].strip()}
         present = self.present(self.texts)
         reasons |= dict(gather_object(list(self.work(self.missing(present)).items())))
@@ -169,8 +184,19 @@ class Run:
         self.folder.check(made_with, self.texts)
         self.state.wait_for_everyone()
         if self.state.is_main_process:
+            self.enter()
             self.folder.open(made_with)
         self.state.wait_for_everyone()
+
+    def enter(self) -> None:
+        """ValueError if another run is at work in the folder; until the lock is released, none can be."""
+        self.folder.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"Expected to be the only run in {self.folder.root}, but another is at work there: wait for it, or stop it."
+            ) from error
 
     def present(self, names: Iterable[str]) -> dict[str, str]:
         """sha256 of every whole image among some, by id; the processes share the reading, and all have the result."""
@@ -192,7 +218,8 @@ class Run:
         index, reasons = self.state.process_index, {}
         mine = batches[index :: self.state.num_processes]
         name = f"{self.settings.method} {self.settings.guidance_scale:g}"
-        with tqdm(total=sum(len(names) for _, names in mine), desc=name, unit="image", position=index) as bar:
+        total, place, lost = sum(len(names) for _, names in mine), self.state.local_process_index, 0
+        with tqdm(total=total, desc=name, unit="image", position=place) as bar:
             for batch, names in mine:
                 images, failed = self.generator({name: self.texts[name] for name in batch}, names)
                 for image_id, image in images.items():
@@ -201,6 +228,11 @@ class Run:
                     bar.write(f"{image_id}: {reason}")
                 reasons |= failed
                 bar.update(len(names))
+                lost = 0 if images else lost + len(failed)
+                if lost >= HOPELESS:
+                    raise RuntimeError(
+                        f"Expected images, but {lost} captions in a row have none; the last one: {[*failed.values()][-1]}"
+                    )
         return reasons
 
     def report(self, present: Mapping[str, str], failed: Mapping[str, str]) -> None:

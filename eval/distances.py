@@ -59,7 +59,7 @@ class Statistics:
 
     @classmethod
     def read(cls, path: Path) -> "Statistics":
-        """Of ours, pytorch-fid, torch-fidelity, clean-fid or T2IBenchmark: `mu` [d], `sigma` [d d]; ValueError for others."""
+        """Of ours, pytorch-fid, clean-fid or T2IBenchmark: `mu` [d], `sigma` [d d]; ValueError for others."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 mean, covariance = (np.asarray(file[key], np.float64) for key in ("mu", "sigma"))
@@ -182,12 +182,13 @@ def pair_sums(rows: Float[Tensor, "n d"], times: Float[Tensor, "t n"]) -> Float[
     return total
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray) -> tuple[float, float]:
+def precision_recall(real: np.ndarray, fake: np.ndarray, device: str = "cpu") -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991, section 2) by torch-fidelity, shares from 0 to 1."""
     if min(len(real), len(fake)) <= NEIGHBOURHOOD:
         counts = f"{len(real)} and {len(fake)}"
         raise ValueError(f"Expected more than {NEIGHBOURHOOD} images on each side, but got {counts}.")
-    return calculate_precision_recall_part(torch.from_numpy(fake), torch.from_numpy(real), NEIGHBOURHOOD, BLOCK)
+    sets = (torch.from_numpy(each).to(device) for each in (fake, real))
+    return calculate_precision_recall_part(*sets, NEIGHBOURHOOD, BLOCK)
 
 
 # ---- from a reference ------------------------------------------------------------------------------------------------

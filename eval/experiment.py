@@ -198,9 +198,11 @@ def rule_from(told: Mapping[str, Any]) -> Rule:
     return Rule(told["kind"], tuple(map(float, told["values"])))
 
 
-def load(model: str, dtype: str = "float32", device: str | torch.device | None = None) -> GoCASCFGPipeline:
-    """The pipeline on a device, by default the accelerator, if there is one; silent."""
-    pipe = GoCASCFGPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+def load(
+    model: str, dtype: str = "float32", device: str | torch.device | None = None, **components: Any
+) -> GoCASCFGPipeline:
+    """The pipeline on a device, by default the accelerator, if there is one; silent. `components` replace the model's."""
+    pipe = GoCASCFGPipeline.from_pretrained(model, dtype=getattr(torch, dtype), **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 

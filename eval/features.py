@@ -29,12 +29,13 @@ from eval import faithfulness, scenes
 from eval.experiment import load
 from eval.files import file_digest, replacing
 from eval.processes import slices
-from eval.provenance import fingerprint, weights_digest
+from eval.provenance import digest_of, versions, weights_digest
 from eval.tagger import load as load_clip
 from goca_guidance import TINY_SD
 
 
 RUNS = Path("runs/features")
+PACKAGES = ("torch", "pillow", "open-clip-torch", "torch-fidelity", "torchmetrics")
 CHUNK = 256  # images whose features are kept together until all are there
 THREADS = 8
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -54,8 +55,10 @@ class Item:
 
     def identity(self) -> tuple:
         """What stands for the image in a fingerprint."""
+        if self.sha256:
+            return self.id, self.caption, self.sha256
         stat = self.path.stat()
-        return self.id, self.caption, self.sha256 or (stat.st_size, stat.st_mtime_ns)
+        return self.id, self.caption, stat.st_size, stat.st_mtime_ns
 
     def read(self) -> Image.Image:
         """The image in RGB; ValueError if it cannot be read, or is not the one whose digest is known."""
@@ -89,9 +92,9 @@ def square_bicubic(image: Image.Image, size: int) -> Float[Tensor, "3 s s"]:
 
 
 def float_bicubic(image: Image.Image, size: int) -> Float[Tensor, "3 s s"]:
-    """clean-fid (arXiv 2104.11222): the whole image, each channel by Pillow's bicubic filter in floating point."""
+    """clean-fid (arXiv 2104.11222): the whole image, each channel by Pillow's bicubic filter in floating point, clipped."""
     channels = [Image.fromarray(np.asarray(c, np.float32)).resize((size, size), Image.BICUBIC) for c in image.split()]
-    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]).clip(0, 255))
 
 
 def tensorflow_bilinear(image: Image.Image, size: int) -> Float[Tensor, "3 s s"]:
@@ -243,7 +246,9 @@ def scenes_pixels(image: Image.Image) -> Float[Tensor, "3 64 64"]:
 def features(items: Sequence[Item], backbone: Backbone, state: PartialState, batch: int = 32) -> np.ndarray:
     """A row for each image, [n d] float32, from disk as far as they were computed before; every process must ask for them."""
     images = [item.identity() for item in items]
-    path = RUNS / f"{fingerprint(backbone=backbone.settings, batch=batch, images=images)}.npy"
+    code = [file_digest(Path(module)) for module in (__file__, faithfulness.__file__)]  # and not all that runs here
+    inputs = {"backbone": backbone.settings, "batch": batch, "images": images, "code": code}
+    path = RUNS / f"{digest_of(**inputs, versions=versions(PACKAGES))}.npy"
     if not path.exists():
         compute(items, backbone, state, batch, path)
     return np.load(path)
@@ -255,7 +260,9 @@ def compute(items: Sequence[Item], backbone: Backbone, state: PartialState, batc
     parts = [path.with_suffix("") / f"{number:06d}.npy" for number in range(len(chunks))]
     mine = list(zip(parts, chunks, strict=True))[index :: state.num_processes]
     name = backbone.settings["network"]
-    with tqdm(total=sum(len(c) for _, c in mine), desc=name, unit="image", position=index, leave=False) as bar:
+    with tqdm(
+        total=sum(len(c) for _, c in mine), desc=name, unit="image", position=state.local_process_index, leave=False
+    ) as bar:
         for part, chunk in mine:
             if not part.exists():
                 save(part, encoded(chunk, backbone, state.device, batch))

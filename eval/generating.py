@@ -10,7 +10,9 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers import AutoModel, DiffusionPipeline
 from PIL import Image
+from tqdm.auto import tqdm
 
 from eval.captions import captions_of, digest_of
 from eval.experiment import from_mapping, load
@@ -34,10 +36,11 @@ class Settings:
 
     `method`: "cfg" (the stock pipeline), "scfg" (S-CFG with its own segmentor) or "goca" (GoCA inside S-CFG). `captions`:
     "scenes", of which `split` and `count` say which, or a CSV file (`eval.captions`). `scheduler`: a class of diffusers that
-    replaces the model's own. `size`: side of the images in pixels, None is the model's native one. `batch`: captions in a
-    call. `seed`: noise is seeded by it and the image's id; with `one_seed` by it alone, as T2IBenchmark's and GoCA's scripts
-    do (which draw on the GPU, so that the noise itself is another). The negative prompt is empty. There is no safety
-    checker: it would make some images black, and the papers' tools leave it out.
+    replaces the model's own. `denoiser`: a repository or folder whose `unet` or `transformer` replaces the
+    model's. `size`: side of the images in pixels, None is the model's native one. `batch`: captions in a call. `seed`: noise
+    is seeded by it and the image's id; with `one_seed` by it alone, as T2IBenchmark's and GoCA's scripts do (which draw on
+    the GPU, so that the noise itself is another). The negative prompt is empty, captions are read as they stand, and there is
+    neither watermark nor safety checker: it would make some images black, and the papers' tools leave it out.
     """
 
     method: str = "goca"
@@ -45,6 +48,7 @@ class Settings:
     split: str = "test"
     count: int = 2000
     model: str = TINY_SD
+    denoiser: str | None = None
     dtype: str = "float32"
     scheduler: str | None = None
     guidance_scale: float = 5.0
@@ -79,7 +83,8 @@ class Settings:
 
     def described(self, texts: Mapping[str, str]) -> dict:
         """The fields, with digests of the weights and of the captions."""
-        return {**asdict(self), "weights": weights_digest(self.model), "captions_sha256": digest_of(texts)}
+        weights = " ".join(weights_digest(each) for each in (self.model, self.denoiser) if each)
+        return {**asdict(self), "weights": weights, "captions_sha256": digest_of(texts)}
 
     def seed_of(self, name: str) -> int:
         """Seed of an image's noise."""
@@ -101,8 +106,8 @@ class Generator:
         side = getattr(self.pipe, "default_sample_size", None) or denoiser.config.sample_size
         self.size = settings.size or side * self.pipe.vae_scale_factor
         self.arguments = guidance_arguments(type(self.pipe), settings.guidance_scale) | METHODS[settings.method]
-        if "use_resolution_binning" in signature(type(self.pipe).__call__).parameters:
-            self.arguments["use_resolution_binning"] = False  # PixArt, HunyuanDiT: the size that was asked for
+        known = signature(type(self.pipe).__call__).parameters
+        self.arguments |= {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}
 
     def __call__(
         self, captions: Mapping[str, str], wanted: Collection[str]
@@ -113,6 +118,10 @@ class Generator:
         batch is tried once more, alone.
         """
         images, reasons = self.attempt(captions)
+        if len(reasons) == len(captions) > 1:
+            tqdm.write(
+                f"A batch of {len(captions)} failed, each of its captions is tried alone: {min(reasons.values())}"
+            )
         for name in [name for name in wanted if name in reasons]:
             again, reason = self.attempt({name: captions[name]})
             images, reasons = images | again, reasons | reason
@@ -152,8 +161,15 @@ class Generator:
 
 
 def pipeline(settings: Settings, device: str | torch.device | None = None) -> GoCASCFGPipeline:
-    """The model, with the scheduler that the settings name, without a safety checker."""
-    pipe = load(settings.model, settings.dtype, device)
+    """The model with the denoiser and the scheduler that the settings name, without safety checker and watermark."""
+    own: dict[str, Any] = {}
+    if settings.denoiser:
+        name = next(name for name in ("unet", "transformer") if name in DiffusionPipeline.load_config(settings.model))
+        dtype = getattr(torch, settings.dtype)
+        own[name] = AutoModel.from_pretrained(settings.denoiser, subfolder=name, torch_dtype=dtype)
+    pipe = load(settings.model, settings.dtype, device, **own)
+    if getattr(pipe, "watermark", None) is not None:
+        pipe.watermark = None
     if settings.scheduler:
         pipe.scheduler = getattr(diffusers, settings.scheduler).from_config(pipe.scheduler.config)
     if "safety_checker" in pipe.components:

@@ -3,7 +3,7 @@
 Over many processes: `accelerate launch --num_processes 8 -m eval.image_quality RUN [RUN ...] --reference FOLDER`.
 
 A run is a folder of `eval.coco30k`. The reference is a folder of real images, an .npz file of their statistics (`mu`,
-`sigma`: pytorch-fid, torch-fidelity, clean-fid, T2IBenchmark, or --write-statistics), or "scenes": the first 5,000 scenes of
+`sigma`: pytorch-fid, clean-fid, T2IBenchmark, or --write-statistics), or "scenes": the first 5,000 scenes of
 the test split, drawn.
 
 Metrics: fid, kid, precision_recall (Inception-v3); clip_score (100 x cosine by open_clip); frechet_efficientnet_lite0 and
@@ -11,8 +11,8 @@ mmd_efficientnet_lite0 (the same formulas on another network, whose weights a pa
 caption_accuracy (share of images that show every object of their caption, and objects_shown, the share of the named
 objects; by the classifier of eval.faithfulness, for captions of Scenes). Shares are from 0 to 1.
 
-Each metric has a 95 % bootstrap interval; a run with a cfg run of the same captions, model and guidance scale beside it has
-the difference from that, with the interval of a bootstrap over the ids of both (`eval.paired`), and `within_noise`.
+Each metric but precision and recall has a 95 % interval; a run with a cfg run of the same captions, model and guidance scale
+beside it has the difference from that, with the interval of resamples of the ids of both (`eval.paired`), and `within_noise`.
 
 The features of each image are kept under runs/features/: a killed start goes on, any number of processes has the same result.
 """
@@ -39,7 +39,7 @@ from eval.distances import (
     statistics,
 )
 from eval.files import write_json
-from eval.paired import FRECHET_DRAWS, Run, base_of, difference, interval, ratio_draws, read_run, resamples
+from eval.paired import Run, base_of, difference, interval, jackknife, left_out, ratio_draws, read_run, resamples
 from eval.processes import processes, slices
 from eval.provenance import command, commit, versions
 from eval.scenes import OBJECTS, scene
@@ -56,9 +56,11 @@ DISTANCES = {  # the network, and what is made of its features
 METRICS = (*DISTANCES, "clip_score", "caption_accuracy")
 PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "open-clip-torch", "pillow", "numpy", "goca-guidance")
 FEW = (
-    "there are no more images than features, so a covariance lacks its full rank and the Frechet distance is too large: "
-    "compare it only between as many images, or read the kernel distance"
+    "there are fewer than ten images for each feature, so the Frechet distance is too large, the more the wider a run "
+    "spreads: read the kernel distance beside it"
 )
+RANK = "there are no more images than features, so a covariance lacks its full rank"
+UNKNOWN = "the reference's statistics do not say with which preprocessing they were made"
 Measured = dict[str, tuple[float, np.ndarray]]  # a metric's value, and its value of each resample
 
 
@@ -71,13 +73,11 @@ class Settings:
     inception: str | None = None
     clip_model: str = "ViT-B-32-quickgelu"
     clip_pretrained: str | None = "openai"
-    draws: int = FRECHET_DRAWS
     batch: int = 32
 
     def __post_init__(self):
-        for name, least in (("draws", 2), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"Expected `{name}` to be at least {least}, but got {getattr(self, name)}.")
+        if self.batch < 1:
+            raise ValueError(f"Expected `batch` to be at least 1, but got {self.batch}.")
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -132,7 +132,10 @@ class Measurement:
             found, told = self.measured(metric, run, weights)
             values, facts = values | found, facts | told
         warnings = [side.backbone.warning for side in self.sides.values() if side.backbone.warning]
-        warnings += [FEW] if facts.get("covariance_rank_deficient") else []
+        warnings += [RANK] if facts.get("covariance_rank_deficient") else []
+        warnings += [FEW] if facts.get("images_per_feature", 10) < 10 else []
+        known = self.reference.statistics if self.reference else None
+        warnings += [UNKNOWN] if known and not known.made_with else []
         return values, facts | {"warnings": warnings}
 
     def measured(self, metric: str, run: Run, weights: np.ndarray) -> tuple[Measured, dict]:
@@ -144,14 +147,16 @@ class Measurement:
             return accuracy(rows > 0, named_objects(run), weights), {}
         kind = DISTANCES[metric][1]
         if kind == "neighbours":
-            return {}, dict(zip(("precision", "recall"), map(tidy, precision_recall(side.real, rows)), strict=True))
+            shares = precision_recall(side.real, rows, side.device)
+            return {}, dict(zip(("precision", "recall"), map(tidy, shares), strict=True))
         if kind == "kernel":
             value, *draws = side.kernel(rows, np.vstack([np.ones(len(rows)), weights]))
             return {metric: (value, np.array(draws))}, {}
         own = statistics(slices(rows, BLOCK))
-        draws = frechet_draws(side.statistics, rows, weights[: self.settings.draws], side.device)
+        draws = frechet_draws(side.statistics, rows, left_out(len(rows)), side.device)
         few = own.rank_deficient or side.statistics.rank_deficient
-        return {metric: (frechet(side.statistics, own), draws)}, {"covariance_rank_deficient": few}
+        facts = {"covariance_rank_deficient": few, "images_per_feature": tidy(len(rows) / rows.shape[1])}
+        return {metric: (frechet(side.statistics, own), draws)}, facts
 
 
 def clip_score(rows: np.ndarray, weights: np.ndarray) -> tuple[Measured, dict]:
@@ -191,9 +196,10 @@ def row_of(run: Run, preprocessing: str, measured: tuple[Measured, dict], base: 
     counts = {"images": len(run.items), "failed": run.failed, "preprocessing": preprocessing}
     row, noise = {"method": run.settings["method"], **run.group, **counts}, []
     for name, (value, draws) in values.items():
-        row |= {name: tidy(value), f"{name}_interval": tidy(interval(value, draws))}
+        spread = jackknife if DISTANCES.get(name, ("", ""))[1] == "frechet" else interval
+        row |= {name: tidy(value), f"{name}_interval": tidy(spread(value, draws))}
         if base is not None:
-            found = difference(value, draws, *base[name])
+            found = difference(value, draws, *base[name], spread)
             noise.append(found["within_noise"])
             row |= {f"{name}_{key}": tidy(each) for key, each in found.items()}
     return row | facts | ({"within_noise": all(noise)} if noise else {})
@@ -259,7 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--inception", help=f"the file of its weights, {features.INCEPTION_FILE}")
     parser.add_argument("--clip-model", default=Settings.clip_model, help="a model of open_clip")
     parser.add_argument("--clip-pretrained", default=Settings.clip_pretrained, help="its weights: a tag or a file")
-    parser.add_argument("--draws", type=int, default=Settings.draws, help="resamples of Frechet distances")
     parser.add_argument("--batch", type=int, default=Settings.batch, help="images in a forward")
     parser.add_argument("--write-statistics", type=Path, help="write the reference's statistics to this .npz file")
     parser.add_argument("--result", type=Path, help="results/quality-CAPTIONS.json by default")

@@ -43,7 +43,12 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 def fingerprint(**inputs) -> str:
     """Digest of everything that a cached measurement depends on: its inputs, and the code that computes it."""
-    return hashlib.sha256(json.dumps([inputs, code()], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest_of(**inputs, code=code())
+
+
+def digest_of(**inputs) -> str:
+    """Digest of anything that JSON, or else its own text, can say."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @cache

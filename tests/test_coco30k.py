@@ -1,5 +1,6 @@
 """The generation program: noise, pairs, processes, kills, bad files, failures and a full disk."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -172,14 +173,32 @@ def test_every_family_is_guided(name, monkeypatch):
     assert abs(found["goca"] - found["cfg"]).max() > 0
 
 
-def test_no_safety_checker(monkeypatch, tiny):
+def test_no_safety_checker_and_no_watermark(monkeypatch, tiny):
     def load(*args):
         pipe = GoCASCFGPipeline.from_pipe(tiny)
         pipe.register_modules(safety_checker=torch.nn.Identity())
+        pipe.watermark = object()
         return pipe
 
     monkeypatch.setattr(generating, "load", load)
-    assert generating.pipeline(few()).safety_checker is None
+    pipe = generating.pipeline(few())
+    assert (pipe.safety_checker, pipe.watermark) == (None, None)
+
+
+def test_another_denoiser(tmp_path, monkeypatch):
+    """A folder that holds a denoiser only, in the pipeline of another; its weights are among the settings."""
+    stock, other = stock_pipeline("pixart-sigma"), stock_pipeline("pixart-sigma")
+    torch.nn.init.ones_(other.transformer.proj_out.weight)
+    stock.save_pretrained(tmp_path / "whole")
+    other.transformer.save_pretrained(tmp_path / "other" / "transformer")
+    monkeypatch.setattr(generating, "load", experiment.load)
+    plain = few(model=str(tmp_path / "whole"), captions="scenes", count=1)
+    changed = dataclasses.replace(plain, denoiser=str(tmp_path / "other"))
+    weights = generating.pipeline(changed, "cpu").transformer.proj_out.weight
+    assert torch.equal(weights, torch.ones_like(weights))
+    assert not torch.equal(weights, generating.pipeline(plain, "cpu").transformer.proj_out.weight)
+    digests = {settings.described(settings.texts())["weights"] for settings in (plain, changed)}
+    assert len(digests) == 2
 
 
 def test_captions_are_written_as_they_were_read(tmp_path):
@@ -218,7 +237,7 @@ def test_a_killed_run_goes_on_in_two_processes(tmp_path):
     assert max(shares) < missing  # of each process, as its bar says
     assert images_of(out) == whole
     assert (out / "manifest.csv").read_bytes() == (tmp_path / "whole" / "manifest.csv").read_bytes()
-    assert not list(out.rglob(".*"))
+    assert [path.name for path in out.rglob(".*")] == [".lock"]
 
 
 def test_only_what_is_missing_is_made(tmp_path, monkeypatch):
@@ -281,6 +300,39 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, name):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
+def test_hidden_files_are_nobodys(tmp_path):
+    whole = made(few(), tmp_path)
+    (tmp_path / "images" / ".DS_Store").write_text("")
+    assert coco30k.Run(few(), tmp_path)() == {}
+    assert len(whole) == 7
+
+
+def test_damaged_settings_are_told(tmp_path):
+    made(few(), tmp_path, 1)
+    (tmp_path / "settings.json").write_text("")
+    with pytest.raises(ValueError, match=r"settings.json, but it is damaged"):
+        coco30k.Run(few(), tmp_path)()
+
+
+def test_one_run_at_a_time(tmp_path, monkeypatch):
+    """A second start changes nothing, and the first ends well."""
+    run, others, real = coco30k.Run(few(), tmp_path), [], Generator.__call__
+
+    def second(self, *args):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / ".part-000000.png").write_bytes(b"half")
+        with pytest.raises(ValueError, match="another is at work"):
+            coco30k.Run(few(), tmp_path)()
+        others.append((tmp_path / "images" / ".part-000000.png").read_bytes())
+        return real(self, *args)
+
+    monkeypatch.setattr(Generator, "__call__", second)
+    assert run() == {}
+    assert others == [b"half"] * 3
+    monkeypatch.setattr(Generator, "__call__", real)
+    assert coco30k.Run(few(), tmp_path)() == {}
+
+
 def test_other_settings_are_named(tmp_path, monkeypatch):
     made(few(), tmp_path, 1)
     with pytest.raises(ValueError, match=r"differ: guidance_scale was 5.0 and is 3.0; steps was 2 and is 3\. Use"):
@@ -326,6 +378,31 @@ def test_what_fails_in_a_batch_is_tried_alone(tmp_path, monkeypatch):
     made(few(), tmp_path)
     assert calls == [[f"{i:06d}" for i in ids] for ids in ([0, 1, 2], [3, 4, 5], [3], [4], [5], [6])]
     assert not (tmp_path / "failed.csv").exists()
+
+
+def test_a_failing_machine_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco30k, "HOPELESS", 5)
+    calls = []
+
+    def pixels(self, captions):
+        calls.append(list(captions))
+        if calls[0] != calls[-1]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(self, captions)
+
+    real = Generator.pixels
+    monkeypatch.setattr(Generator, "pixels", pixels)
+    with pytest.raises(RuntimeError, match=r"6 captions in a row have none; the last one: CUDA error"):
+        coco30k.Run(few(count=30), tmp_path)()
+    assert len(calls) == 1 + 2 * 4
+    monkeypatch.setattr(Generator, "pixels", real)
+    assert len(made(few(count=30), tmp_path, 6)) == 6
+
+
+def test_a_batch_that_fails_is_told(tmp_path, monkeypatch, capsys):
+    failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), times=1)
+    made(few(), tmp_path)
+    assert "A batch of 3 failed, each of its captions is tried alone: CUDA out of memory" in capsys.readouterr().out
 
 
 def test_what_fails_again_is_listed_and_made_the_next_time(tmp_path, monkeypatch):
@@ -409,7 +486,7 @@ def test_a_full_disk_stops_at_once(tmp_path, monkeypatch, full):
     with pytest.raises(SystemExit, match=r"The disk of .* is full"):
         coco30k.main([str(toml), "--out", str(out)])
     present = [path for path in out.rglob("*") if path.is_file()]
-    assert not [path for path in present if path.name.startswith(".") or path.name == full]
+    assert not [path for path in present if path.name.startswith(".part") or path.name == full]
     assert len(list(out.glob("images/*"))) == {"000004.png": 4, "manifest.csv": 7, "settings.json": 0}[full]
     monkeypatch.setattr(Path, "write_bytes", real)
     coco30k.main([str(toml), "--out", str(out)])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from eval.distances import KernelDistance, frechet, frechet_draws, statistics
-from eval.paired import base_of, difference, interval, ratio_draws, read_run, resamples
+from eval.paired import base_of, difference, interval, jackknife, left_out, ratio_draws, read_run, resamples
 
 
 def run_folder(root, method="cfg", ids=("000000", "000001", "000002"), seed=0, size=(64, 64), **changes):
@@ -58,22 +58,42 @@ def test_interval_of_a_mean_covers():
     assert 0.9 < np.mean([low <= 1 <= high for low, high in intervals]) < 0.98
 
 
-@pytest.mark.parametrize("metric", ["frechet", "kernel"])
-def test_interval_of_a_distance_covers(metric):
+@pytest.mark.parametrize(("metric", "size"), [("frechet", 5), ("frechet", 75), ("kernel", 5)])
+def test_interval_of_a_distance_covers(metric, size):
     """Its expectation at this number of images, which for the Frechet distance is above that of infinitely many."""
     rng, values, intervals = np.random.default_rng(2), [], []
-    real, weights = rng.standard_normal((500, 5)), resamples(150, 100)
+    real, shift = rng.standard_normal((500, size)), 0.3 * (5 / size) ** 0.5
     whole, kernel = statistics([real]), KernelDistance(real[:100])
     for _ in range(100):
-        fake = 0.3 + rng.standard_normal((150, 5))
+        fake = shift + rng.standard_normal((150, size))
         if metric == "frechet":
             values.append(frechet(whole, statistics([fake])))
-            draws = frechet_draws(whole, fake, weights)
+            intervals.append(jackknife(values[-1], frechet_draws(whole, fake, left_out(150))))
         else:
-            value, *draws = kernel(fake, np.vstack([np.ones(150), weights]))
+            value, *draws = kernel(fake, np.vstack([np.ones(150), resamples(150, 100)]))
             values.append(value)
-        intervals.append(interval(values[-1], np.array(draws)))
-    assert 0.88 < np.mean([low <= np.mean(values) <= high for low, high in intervals]) < 0.99
+            intervals.append(interval(value, np.array(draws)))
+    assert 0.88 < np.mean([low <= np.mean(values) <= high for low, high in intervals]) < 1 - 1e-9
+    width = np.mean(np.diff(intervals)) / 3.92
+    assert 0.8 < width / np.std(values) < 1.6
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    sample = np.random.default_rng(0).standard_normal(40)
+    weights = left_out(40)
+    assert np.array_equal(weights.sum(0), np.full(40, 39))
+    low, high = jackknife(sample.mean(), ratio_draws(sample, np.ones(40), weights))
+    assert (high - low) / 3.92 == pytest.approx(sample.std(ddof=1) / 40**0.5)
+    assert (low + high) / 2 == pytest.approx(sample.mean())
+
+
+def test_groups_are_as_large_as_each_other():
+    weights = left_out(1003)
+    assert len(weights) == 40
+    assert set((weights == 0).sum(1)) == {25, 26}
+    assert ((weights == 0).sum(0) == 1).all()
+    with pytest.raises(ValueError, match="three images"):
+        left_out(2)
 
 
 def test_equal_runs_do_not_differ():
@@ -100,18 +120,16 @@ def test_pairing_narrows():
 
 
 def test_a_paired_frechet_difference_is_narrower_and_found():
-    """Run features that differ by a small shift of all images: the bias of resamples cancels."""
+    """Run features that differ by a small shift of all images."""
     rng = np.random.default_rng(0)
     real, base = rng.standard_normal((2, 300, 6))
-    whole, ours = statistics([real]), base + 0.05
-    weights = resamples(300, 200)
+    whole, ours = statistics([real]), base + 0.15
     values = [frechet(whole, statistics([fake])) for fake in (ours, base)]
-    draws = [frechet_draws(whole, fake, weights) for fake in (ours, base)]
-    assert draws[1].mean() > values[1]  # the bias of a single run
-    paired = difference(values[0], draws[0], values[1], draws[1])
-    alone = difference(values[0], draws[0], values[1], frechet_draws(whole, base, resamples(300, 200, seed=1)))
-    assert np.diff(paired["difference_interval"]) < 0.7 * np.diff(alone["difference_interval"])
-    assert np.mean(draws[0] - draws[1]) == pytest.approx(paired["difference"], abs=0.01)
+    draws, base_draws = (frechet_draws(whole, fake, left_out(300)) for fake in (ours, base))
+    paired = difference(values[0], draws, values[1], base_draws, jackknife)
+    alone = difference(values[0], draws, values[1], frechet_draws(whole, base, left_out(300, seed=1)), jackknife)
+    assert np.diff(paired["difference_interval"]) < 0.85 * np.diff(alone["difference_interval"])
+    assert not paired["within_noise"]
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
