@@ -63,7 +63,7 @@ def looks(run: Run, items: Sequence[Item]) -> dict[str, Look]:
     known = {k: v for k, v in run.settings.items() if k in Settings.__dataclass_fields__}
     settings, wanted, found = from_mapping(Settings, known), {item.id: item for item in items}, {}
     texts = settings.texts()
-    if not settings.described(texts).items() <= run.settings.items():
+    if any(run.settings.get(name) != value for name, value in settings.described(texts).items()):
         raise ValueError(
             f"Expected the model and the captions that {run.folder} was made with, but they have changed."
         )
