@@ -1,7 +1,7 @@
 """Distances between two sets of features: Frechet, and the kernel distance that is KID on Inception's.
 
 Statistics are sums in float64, so they depend neither on batches nor on their order beyond rounding. A distance can be asked
-for many resamples of the images at once, for the intervals of `eval.paired`.
+for many resamples of the images at once, for the intervals of `eval.resampling`.
 """
 
 import json
@@ -22,8 +22,9 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_kernel
 
 from eval import features
-from eval.features import Backbone, Item
+from eval.features import Item
 from eval.files import replacing
+from eval.networks import Backbone
 from eval.processes import slices
 from eval.scenes import scene
 
@@ -38,7 +39,7 @@ SCENES = 5000  # of the reference "scenes"
 class Statistics:
     """`mean` [d] and `covariance` [d d] (divided by n - 1), float64; how many images, where that is known.
 
-    `made_with`: settings of the `eval.features.Backbone`, where they are known.
+    `made_with`: settings of the `eval.networks.Backbone`, where they are known.
     """
 
     mean: np.ndarray

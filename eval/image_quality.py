@@ -11,8 +11,8 @@ mmd_efficientnet_lite0 (the same formulas on another network, whose weights a pa
 caption_accuracy (share of images that show every object of their caption, and objects_shown, the share of the named
 objects; by the classifier of eval.faithfulness, for captions of Scenes). Shares are from 0 to 1.
 
-Each metric but precision and recall has a 95 % interval; a run with a cfg run of the same captions, model and guidance scale
-beside it has the difference from that, with the interval of resamples of the ids of both (`eval.paired`), and `within_noise`.
+Each metric but precision and recall has a 95 % interval. A run with a cfg run of the same captions, model and guidance scale
+beside it has the difference from that, with an interval of resamples of both's ids (`eval.resampling`), and `within_noise`.
 
 The features of each image are kept under runs/features/: a killed start goes on, any number of processes has the same result.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
-from eval import features
+from eval import networks
 from eval.distances import (
     BLOCK,
     Reference,
@@ -39,9 +39,10 @@ from eval.distances import (
     statistics,
 )
 from eval.files import write_json
-from eval.paired import Run, base_of, difference, interval, jackknife, left_out, ratio_draws, read_run, resamples
+from eval.paired import Run, base_of, read_run
 from eval.processes import processes, slices
 from eval.provenance import command, commit, versions
+from eval.resampling import difference, interval, jackknife, left_out, ratio_draws, resamples
 from eval.scenes import OBJECTS, scene
 from eval.tables import by_scale
 
@@ -97,7 +98,7 @@ class Measurement:
 
     @cached_property
     def classifier(self):
-        return features.scenes_classifier(self.state)
+        return networks.scenes_classifier(self.state)
 
     def side(self, metric: str) -> Side:
         """The network of a metric."""
@@ -106,15 +107,15 @@ class Measurement:
             self.sides[network] = Side(self.backbone(network), self.reference, self.state, self.settings.batch)
         return self.sides[network]
 
-    def backbone(self, network: str) -> features.Backbone:
+    def backbone(self, network: str) -> networks.Backbone:
         settings, device = self.settings, self.state.device
         if network == "inception":
-            return features.inception(settings.inception, settings.preprocessing, device)
+            return networks.inception(settings.inception, settings.preprocessing, device)
         if network == "efficientnet_lite0":
-            return features.efficientnet_lite0(settings.preprocessing, device)
+            return networks.efficientnet_lite0(settings.preprocessing, device)
         if network == "clip_score":
-            return features.clip(settings.clip_model, settings.clip_pretrained, device)
-        return features.shown_objects(self.classifier[0])
+            return networks.clip(settings.clip_model, settings.clip_pretrained, device)
+        return networks.shown_objects(self.classifier[0])
 
     def collect(self, runs: Sequence[Run]) -> None:
         """All features to disk, the processes sharing the images."""
@@ -224,7 +225,7 @@ def result_of(measurement: Measurement, runs: Sequence[Run]) -> dict:
     return {
         "command": command(),
         "reference": {"path": real.path, "images": real.images, "other_files": real.other_files} if real else None,
-        "settings": {**asdict(chosen), **networks(measurement)},
+        "settings": {**asdict(chosen), **described(measurement)},
         "versions": versions(PACKAGES),
         "commit": commit(),
         "rows": rows,
@@ -237,7 +238,7 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join([by_scale(rows), *told])
 
 
-def networks(measurement: Measurement) -> dict:
+def described(measurement: Measurement) -> dict:
     """The networks with their weights, and what the classifier says of scenes themselves."""
     told = {"networks": [side.backbone.settings for side in measurement.sides.values()]}
     if "caption_accuracy" in measurement.settings.metrics:
@@ -261,8 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="run folders of eval.coco30k")
     parser.add_argument("--reference", help='a folder of real images, an .npz file of statistics, or "scenes"')
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=Settings.metrics)
-    parser.add_argument("--preprocessing", choices=[*features.PREPROCESSINGS], default=Settings.preprocessing)
-    parser.add_argument("--inception", help=f"the file of its weights, {features.INCEPTION_FILE}")
+    parser.add_argument("--preprocessing", choices=[*networks.PREPROCESSINGS], default=Settings.preprocessing)
+    parser.add_argument("--inception", help=f"the file of its weights, {networks.INCEPTION_FILE}")
     parser.add_argument("--clip-model", default=Settings.clip_model, help="a model of open_clip")
     parser.add_argument("--clip-pretrained", default=Settings.clip_pretrained, help="its weights: a tag or a file")
     parser.add_argument("--batch", type=int, default=Settings.batch, help="images in a forward")

