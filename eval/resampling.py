@@ -4,8 +4,8 @@ An id is drawn, or left out, for both runs at once, so what makes one caption ea
 difference. The reference is held fixed: an interval says how a number varies with the captions and their noise.
 
 Means and kernel distances have a bootstrap. A Frechet distance has a jackknife that leaves out one group of ids at a time: a
-bootstrap sample has 63 % of the different images only, and where there are few images for each feature its spread is up to
-three times too wide. No interval mends the bias of a Frechet distance: fewer images make it larger, the more so the wider
+bootstrap sample has 63 % of the different images only, and where there are few images for each feature its spread is too
+wide. No interval mends the bias of a Frechet distance: fewer images make it larger, the more so the wider
 they spread, so a part of a difference between two runs may be of their spread. The kernel distance has no such bias.
 """
 
