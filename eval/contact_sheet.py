@@ -32,6 +32,7 @@ from goca_guidance.records import Regions
 
 
 MOMENTS = {"first": 0.0, "middle": 0.5, "last": 1.0}  # of the guided steps, whose maps are shown
+COMPARED = 2000  # pairs, evenly spread, among which the farthest are found
 LEAST = 0.03  # share of the pixels from which on a region gets its name
 
 
@@ -48,7 +49,9 @@ class Look:
 def chosen(base: Run, goca: Run, count: int) -> list[Item]:
     """`count` images of goca: half spread evenly over the ids, half those whose pixels are farthest from the base's."""
     spread = [goca.items[i] for i in np.linspace(0, len(goca.items) - 1, -(-count // 2)).round().astype(int)]
-    rest = [(one, other) for one, other in zip(goca.items, base.items, strict=True) if one not in spread]
+    pairs = zip(goca.items, base.items, strict=True)
+    rest = [(one, other) for one, other in pairs if one not in spread]
+    rest = rest[:: -(-len(rest) // COMPARED) or 1]
     shift = [np.abs(pixels(one) - pixels(other)).mean() for one, other in tqdm(rest, desc="compare", leave=False)]
     farthest = np.argsort(shift, kind="stable")[::-1][: count - len(spread)]
     return list(dict.fromkeys([*spread, *(rest[i][0] for i in farthest)]))
