@@ -32,11 +32,10 @@ import pandas as pd
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from PIL import Image
-from tqdm.auto import tqdm
 
-from eval.files import replacing, some
+from eval.files import replacing, some, write_json
 from eval.generating import Generator, Settings, batches
-from eval.processes import processes
+from eval.processes import processes, progress, share
 from eval.provenance import command, commit, versions
 
 
@@ -137,7 +136,7 @@ class Folder:
                 path.unlink()
         before = json.loads(self.settings.read_text())["commit"].split(", ") if self.settings.exists() else []
         commits = ", ".join(dict.fromkeys([*before, made_with["commit"]]))
-        write_whole(self.settings, (json.dumps({**made_with, "commit": commits}, indent=1) + "\n").encode())
+        write_json(self.settings, {**made_with, "commit": commits})
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ class Run:
 
     def present(self, names: Iterable[str]) -> dict[str, str]:
         """sha256 of every whole image among some, by id; the processes share the reading, and all have the result."""
-        mine = list(names)[self.state.process_index :: self.state.num_processes]
+        mine = share(list(names), self.state)
         digest = partial(digest_of_png, size=self.generator.size)
         with ThreadPoolExecutor() as threads:
             found = zip(mine, threads.map(digest, map(self.folder.path, mine)), strict=True)
@@ -215,11 +214,9 @@ class Run:
 
     def work(self, batches: Sequence[tuple[Sequence[str], list[str]]]) -> dict[str, str]:
         """Make this process's share; returns the reasons why some failed."""
-        index, reasons = self.state.process_index, {}
-        mine = batches[index :: self.state.num_processes]
+        mine, reasons, lost = share(batches, self.state), {}, 0
         name = f"{self.settings.method} {self.settings.guidance_scale:g}"
-        total, place, lost = sum(len(names) for _, names in mine), self.state.local_process_index, 0
-        with tqdm(total=total, desc=name, unit="image", position=place) as bar:
+        with progress((names for _, names in mine), name, self.state) as bar:
             for batch, names in mine:
                 images, failed = self.generator({name: self.texts[name] for name in batch}, names)
                 for image_id, image in images.items():

@@ -27,7 +27,7 @@ from eval.generating import Generator, Settings, batches
 from eval.paired import Run, check_pair, read_run
 from eval.plots import write
 from eval.processes import processes
-from goca_guidance.pictures import as_labels, colour
+from goca_guidance.pictures import as_labels, painted_regions
 from goca_guidance.records import Regions
 
 
@@ -115,10 +115,9 @@ def sheet(runs: Sequence[Run], goca: Run, items: Sequence[Item], found: dict[str
 
 def paint_regions(axis, regions: Regions, sample: int) -> None:
     """Regions in colours, the larger ones with a name where they are widest; what is not foreground is pale."""
-    labels, names = as_labels(regions, sample).numpy(), regions.labels[sample]
-    shade = np.where(regions.foreground[sample, 0].numpy(), 1.0, 0.45)[..., None]
-    axis.imshow(1 - shade * (1 - np.array([colour(i) for i in range(len(names))])[labels]))
-    for index, name in enumerate(names):
+    labels = as_labels(regions, sample).numpy()
+    axis.imshow(painted_regions(regions, sample))
+    for index, name in enumerate(regions.labels[sample]):
         own = labels == index
         if own.mean() > LEAST:
             y, x = np.unravel_index(distance_transform_edt(np.pad(own, 1)).argmax(), np.add(own.shape, 2))

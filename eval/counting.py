@@ -17,6 +17,8 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from eval.files import replacing
+from eval.processes import slices
+from eval.resampling import resamples
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,8 @@ def pixel_accuracy(confusion: np.ndarray) -> float:
 
 def interval(ours: csr_array, base: csr_array, absent_counts: bool = False, draws: int = 1000, seed: int = 0):
     """95 % interval of mIoU(ours) - mIoU(base): a paired bootstrap over images (the rows of both)."""
-    rng, differences = np.random.default_rng(seed), []
-    images, classes = ours.shape[0], round(ours.shape[1] ** 0.5)
-    for start in range(0, draws, 100):
-        times = rng.multinomial(images, np.full(images, 1 / images), size=min(100, draws - start))
+    differences, classes = [], round(ours.shape[1] ** 0.5)
+    for times in slices(resamples(ours.shape[0], draws, seed), 100):
         sums = [np.asarray(times @ one).reshape(-1, classes, classes) for one in (ours, base)]
         differences.append(mean_iou(sums[0], absent_counts) - mean_iou(sums[1], absent_counts))
     low, high = np.percentile(np.concatenate(differences), [2.5, 97.5])

@@ -242,6 +242,10 @@ class Side:
         self.backbone, self.reference, self.state, self.batch = backbone, reference, state, batch
         self.device = "cuda" if state.device.type == "cuda" else "cpu"  # not every accelerator has float64
 
+    def keep(self, items: Sequence[Item]) -> None:
+        """Have the features on disk."""
+        features.kept(items, self.backbone, self.state, self.batch)
+
     def features(self, items: Sequence[Item]) -> np.ndarray:
         return features.features(items, self.backbone, self.state, self.batch)
 

@@ -19,17 +19,14 @@ from tqdm.auto import tqdm
 
 from eval.experiment import load
 from eval.files import replacing, write_json
+from eval.generating import METHODS as GUIDANCE
 from eval.provenance import command, fingerprint, weights_digest
 from eval.scenes import CLASSES, OBJECTS, scene
 from eval.tables import markdown
-from goca_guidance import TINY_SD, SCFGConfig
+from goca_guidance import TINY_SD
 
 
-METHODS = {  # arguments of the pipeline
-    "CFG": {"use_scfg": False},
-    "S-CFG": {"scfg": SCFGConfig(segmentor="s-cfg")},
-    "GoCA + S-CFG": {},
-}
+METHODS = {name: GUIDANCE[method] for name, method in (("CFG", "cfg"), ("S-CFG", "scfg"), ("GoCA + S-CFG", "goca"))}
 
 
 @dataclass(frozen=True)

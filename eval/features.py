@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image, UnidentifiedImageError
-from tqdm.auto import tqdm
 
 from eval import faithfulness, networks
 from eval.files import file_digest, replacing
 from eval.networks import Backbone
-from eval.processes import slices
+from eval.processes import progress, share, slices
 from eval.provenance import digest_of, versions
 
 
@@ -68,26 +67,26 @@ def visible(folder: Path) -> list[Path]:
 # ---- features --------------------------------------------------------------------------------------------------------
 def features(items: Sequence[Item], backbone: Backbone, state: PartialState, batch: int = 32) -> np.ndarray:
     """A row for each image, [n d] float32, from disk as far as they were computed before; every process must ask for them."""
+    return np.load(kept(items, backbone, state, batch))
+
+
+def kept(items: Sequence[Item], backbone: Backbone, state: PartialState, batch: int) -> Path:
+    """The file of the features, computed if it is not there; no edit but of the code that computes them matters."""
     images = [item.identity() for item in items]
-    code = [
-        file_digest(Path(module)) for module in (__file__, networks.__file__, faithfulness.__file__)
-    ]  # and not all that runs here
+    code = [file_digest(Path(file)) for file in (__file__, networks.__file__, faithfulness.__file__)]
     inputs = {"backbone": backbone.settings, "batch": batch, "images": images, "code": code}
     path = RUNS / f"{digest_of(**inputs, versions=versions(PACKAGES))}.npy"
     if not path.exists():
         compute(items, backbone, state, batch, path)
-    return np.load(path)
+    return path
 
 
 def compute(items: Sequence[Item], backbone: Backbone, state: PartialState, batch: int, path: Path) -> None:
     """Chunk by chunk into a folder beside `path`; when all are there, one process joins them."""
-    chunks, index = slices(items, CHUNK), state.process_index
+    chunks = slices(items, CHUNK)
     parts = [path.with_suffix("") / f"{number:06d}.npy" for number in range(len(chunks))]
-    mine = list(zip(parts, chunks, strict=True))[index :: state.num_processes]
-    name = backbone.settings["network"]
-    with tqdm(
-        total=sum(len(c) for _, c in mine), desc=name, unit="image", position=state.local_process_index, leave=False
-    ) as bar:
+    mine = share(list(zip(parts, chunks, strict=True)), state)
+    with progress((chunk for _, chunk in mine), backbone.settings["network"], state, leave=False) as bar:
         for part, chunk in mine:
             if not part.exists():
                 save(part, encoded(chunk, backbone, state.device, batch))

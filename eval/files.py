@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value) -> None:
     """Readable JSON, whole or not at all."""
     with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n")
+        part.write_bytes((json.dumps(value, indent=1) + "\n").encode())
 
 
 def file_digest(path: Path) -> str:

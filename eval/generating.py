@@ -3,7 +3,6 @@
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from eval.captions import captions_of, digest_of
-from eval.experiment import from_mapping, load
+from eval.experiment import DTYPES, from_mapping, load
 from eval.processes import seed_of, slices
 from eval.provenance import weights_digest
 from goca_guidance import TINY_SD, GoCASCFGPipeline, GoCASCFGPipelineOutput, SCFGConfig
-from goca_guidance.loading import guidance_arguments
+from goca_guidance.families import denoiser_of
+from goca_guidance.loading import exact_arguments, guidance_arguments
 
 
 METHODS: dict[str, dict] = {  # arguments of the pipeline
@@ -27,7 +27,6 @@ METHODS: dict[str, dict] = {  # arguments of the pipeline
     "scfg": {"scfg": SCFGConfig(segmentor="s-cfg")},
     "goca": {},
 }
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,14 @@ class Generator:
     def __init__(self, settings: Settings, device: str | torch.device | None = None):
         self.settings, self.pipe = settings, pipeline(settings, device)
         self.vae_dtype = self.pipe.vae.dtype
-        denoiser = getattr(self.pipe, "unet", None) or self.pipe.transformer
-        side = getattr(self.pipe, "default_sample_size", None) or denoiser.config.sample_size
+        side = getattr(self.pipe, "default_sample_size", None) or denoiser_of(self.pipe.components).config.sample_size
         self.size = settings.size or side * self.pipe.vae_scale_factor
-        self.arguments = guidance_arguments(type(self.pipe), settings.guidance_scale) | METHODS[settings.method]
-        known = signature(type(self.pipe).__call__).parameters
-        self.arguments |= {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}
+        kind = type(self.pipe)
+        self.arguments = {
+            **guidance_arguments(kind, settings.guidance_scale),
+            **exact_arguments(kind),
+            **METHODS[settings.method],
+        }
 
     def __call__(
         self, captions: Mapping[str, str], wanted: Collection[str]

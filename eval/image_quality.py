@@ -124,7 +124,7 @@ class Measurement:
             if metric in DISTANCES and self.reference.items:
                 sets.append(self.reference.items)
             for items in sets:
-                self.side(metric).features(items)
+                self.side(metric).keep(items)
 
     def of(self, run: Run) -> tuple[Measured, dict]:
         """The metrics of a run, and what else its row says."""

@@ -4,7 +4,6 @@ How an image comes to a network's size is a named choice: it moves Frechet dista
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from eval import faithfulness, scenes
 from eval.experiment import load
 from eval.files import file_digest
-from eval.provenance import weights_digest
+from eval.provenance import digest_of, weights_digest
 from eval.tagger import load as load_clip
 from goca_guidance import TINY_SD
 
@@ -171,7 +170,7 @@ def scenes_classifier(state: PartialState) -> tuple[torch.nn.Module, np.ndarray]
     """
     settings, vae = faithfulness.Settings(), load(TINY_SD, device=state.device).vae
     made_of = [file_digest(Path(module.__file__)) for module in (faithfulness, scenes)]
-    key = hashlib.sha256(json.dumps([asdict(settings), weights_digest(TINY_SD), *made_of]).encode()).hexdigest()[:16]
+    key = digest_of(settings=asdict(settings), weights=weights_digest(TINY_SD), code=made_of)
     with state.main_process_first():
         network = faithfulness.classifier(vae, settings, Path(f"runs/faithfulness/classifier-{key}.pt"))
     drawn = [scenes.scene("test", number) for number in range(settings.captions)]

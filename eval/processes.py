@@ -2,12 +2,13 @@
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from tqdm.auto import tqdm
 
 
 def processes() -> PartialState:
@@ -16,6 +17,17 @@ def processes() -> PartialState:
     On CPUs launch with `torchrun --nproc-per-node 2 -m PROGRAM ...`: `accelerate launch --cpu` starts a single process.
     """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+
+
+def share(work: Sequence[Any], state: PartialState) -> Sequence[Any]:
+    """What of the work is this process's."""
+    return work[state.process_index :: state.num_processes]
+
+
+def progress(parts: Iterable[Collection], name: str, state: PartialState, leave: bool = True) -> tqdm:
+    """A bar of the images in this process's parts, below those of the machine's other processes."""
+    total = sum(len(part) for part in parts)
+    return tqdm(total=total, desc=name, unit="image", position=state.local_process_index, leave=leave)
 
 
 def slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -14,14 +14,13 @@ from accelerate import PartialState
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from eval.benchmarks import VOID, BadSample, Benchmark, present
 from eval.counting import Counts, as_tensor, cells_of, cells_of_values, joined
 from eval.experiment import Experiment, base_of, images_of, load, method_of, rule_of, source_of
 from eval.labelling import decided, label_maps, matched, refined
 from eval.methods import Batch, Scores, named
-from eval.processes import now, processes, seed_of, slices
+from eval.processes import now, processes, progress, seed_of, share, slices
 from eval.prompts import Prompt
 from eval.provenance import fingerprint
 
@@ -78,8 +77,8 @@ class Run:
         digest = fingerprint(**self.conditions, settings=settings)
         chunks = slices(self.images.ids, CHUNK)
         work = [(ids, RUNS / digest / f"{zlib.crc32(' '.join(ids).encode()):08x}.npz") for ids in chunks]
-        mine, position = work[self.state.process_index :: self.state.num_processes], self.state.process_index
-        with tqdm(total=sum(len(ids) for ids, _ in mine), desc=name, unit="image", position=position) as bar:
+        mine = share(work, self.state)
+        with progress((ids for ids, _ in mine), name, self.state) as bar:
             for ids, path in mine:
                 if not path.exists() or Counts.load(path).skipped:  # what was skipped may have been mended
                     self.measure(name, ids).save(path)

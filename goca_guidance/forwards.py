@@ -15,6 +15,7 @@ from torch import Tensor
 from goca_guidance.families import denoiser_of, family_of, readers_of
 from goca_guidance.family import Family
 from goca_guidance.images import load_image
+from goca_guidance.loading import exact_arguments
 from goca_guidance.noising import HandingScheduler, encode, noisy_latents
 from goca_guidance.watch import Watch
 
@@ -123,7 +124,6 @@ class Forwards(Watch):
         handed = [(t, self.family.pack(latents)) for t, latents in samples]
         runner = _fresh(stock, self.pipe, HandingScheduler(self.pipe.scheduler.config, handed))
         off = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "pag_scale": 0.0}
-        off |= {"use_resolution_binning": False, "clean_caption": False}
         known = inspect.signature(stock.__call__).parameters
         with self.installed():
             runner(
@@ -134,6 +134,7 @@ class Forwards(Watch):
                 num_inference_steps=len(handed),
                 output_type="latent",
                 **{name: value for name, value in off.items() if name in known},
+                **exact_arguments(stock),
             )
             self._end()
         self.pipe.maybe_free_model_hooks()

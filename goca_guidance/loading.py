@@ -79,6 +79,12 @@ def guidance_arguments(pipeline: type[DiffusionPipeline], scale: float) -> dict:
     return {name: scale} | ({"negative_prompt": ""} if name == "true_cfg_scale" else {})
 
 
+def exact_arguments(pipeline: type[DiffusionPipeline]) -> dict:
+    """Off, where a pipeline has them: switches that change the size (PixArt, HunyuanDiT) or the prompt (PixArt) of a call."""
+    known = inspect.signature(pipeline.__call__).parameters
+    return {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}
+
+
 def is_text_to_image(pipeline: type[DiffusionPipeline]) -> bool:
     """Whether a pipeline needs no picture."""
     return not {"image", "control_image"} & set(inspect.signature(pipeline.__call__).parameters)

@@ -57,13 +57,17 @@ def region_strip(regions: Sequence[Regions], sample: int = 0, columns: int = 8) 
     names = regions[0].labels[sample]
     figure, axes = _panels(1, len(steps), legend=True, panel=1.5)
     for axis, step in zip(axes, steps, strict=True):
-        labels = as_labels(regions[step], sample)
-        paint = np.array([colour(i) for i in range(len(names))])[labels.numpy()]
-        shade = np.where(regions[step].foreground[sample, 0].numpy(), 1.0, 0.45)[..., None]
-        axis.imshow(1 - shade * (1 - paint))
+        axis.imshow(painted_regions(regions[step], sample))
         axis.set_title(f"step {step + 1}", fontsize=8)
     _legend(figure, [(name, colour(i)) for i, name in enumerate(names)])
     return figure
+
+
+def painted_regions(regions: Regions, sample: int = 0) -> np.ndarray:
+    """Regions of one image in colours, H W 3 in [0, 1]; what is not foreground is pale."""
+    paint = np.array([colour(i) for i in range(len(regions.labels[sample]))])[as_labels(regions, sample).numpy()]
+    shade = np.where(regions.foreground[sample, 0].numpy(), 1.0, 0.45)[..., None]
+    return 1 - shade * (1 - paint)
 
 
 def guidance_frames(maps: Float[Tensor, "steps H W"]) -> list[Image.Image]:
