@@ -14,7 +14,7 @@ from urllib3.util import Retry
 
 from eval.aliases import BACKGROUND
 from eval.benchmarks import BadSample
-from eval.files import write_json
+from eval.common.files import write_json
 from eval.prompts import CaptionSource, read_captions
 
 

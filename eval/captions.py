@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.files import some
+from eval.common.files import some
 from eval.scenes import scene
 
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from eval.benchmarks import VOID
+from eval.common.files import replacing
+from eval.common.plots import stack
 from eval.counting import image_scores
-from eval.files import replacing
-from eval.plots import stack
 from eval.running import Answer, Run
 from goca_guidance.pictures import overlay
 

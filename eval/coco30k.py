@@ -33,10 +33,10 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from eval.files import replacing, some, write_json
+from eval.common.files import replacing, some, write_json
+from eval.common.processes import processes, progress, share
+from eval.common.provenance import command, commit, versions
 from eval.generating import Generator, Settings, batches
-from eval.processes import processes, progress, share
-from eval.provenance import command, commit, versions
 
 
 RUNS = Path("runs/generate")

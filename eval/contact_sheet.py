@@ -21,12 +21,12 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eval.experiment import from_mapping
+from eval.common.configs import from_mapping
+from eval.common.plots import write
+from eval.common.processes import processes
 from eval.features import Item
 from eval.generating import Generator, Settings, batches
 from eval.paired import Run, check_pair, read_run
-from eval.plots import write
-from eval.processes import processes
 from goca_guidance.pictures import as_labels, painted_regions
 from goca_guidance.records import Regions
 

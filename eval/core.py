@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 
 from eval.architectures import ARCHITECTURES
 from eval.captured import Step, full_size
-from eval.files import write_json
+from eval.common.files import write_json
+from eval.common.processes import now
+from eval.common.provenance import command
+from eval.common.tables import markdown
 from eval.floor import added_flops
-from eval.processes import now
-from eval.provenance import command
 from eval.speed import PeakMemory, alone, device_name
-from eval.tables import markdown
 from goca_guidance import GoCAConfig, segmentor
 
 

@@ -16,9 +16,9 @@ from jaxtyping import Int
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from eval.files import replacing
-from eval.processes import slices
-from eval.resampling import resamples
+from eval.common.files import replacing
+from eval.common.intervals import resamples
+from eval.common.processes import slices
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Distances between two sets of features: Frechet, and the kernel distance that is KID on Inception's.
 
 Statistics are sums in float64, so they depend neither on batches nor on their order beyond rounding. A distance can be asked
-for many resamples of the images at once, for the intervals of `eval.resampling`.
+for many resamples of the images at once, for the intervals of `eval.common.intervals`.
 """
 
 import json
@@ -22,10 +22,10 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_kernel
 
 from eval import features
+from eval.common.files import replacing
+from eval.common.processes import slices
 from eval.features import Item
-from eval.files import replacing
 from eval.networks import Backbone
-from eval.processes import slices
 from eval.scenes import scene
 
 

@@ -2,28 +2,27 @@
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from eval.aliases import aliases_of
 from eval.background import Rule
 from eval.benchmarks import Benchmark, benchmark
 from eval.captioner import Endpoint
-from eval.files import file_digest
+from eval.common.configs import check_keys, from_mapping
+from eval.common.files import file_digest
+from eval.common.load import DTYPES
+from eval.common.provenance import weights_digest
 from eval.methods import METHODS, Method
 from eval.prompts import Captions, Tags, Vocabulary, read_captions, release
 from eval.protocol import PROTOCOLS, Protocol
-from eval.provenance import weights_digest
 from eval.tagger import Tagger
 from eval.written import Written
-from goca_guidance import TINY_SD, GoCAConfig, GoCASCFGPipeline
+from goca_guidance import TINY_SD, GoCAConfig
 
 
-DTYPES = ("float32", "float16", "bfloat16")
 SOURCES: Mapping[str, Callable] = {
     "tags": Tags,
     "vocabulary": Vocabulary,
@@ -32,6 +31,8 @@ SOURCES: Mapping[str, Callable] = {
     "endpoint": Endpoint,
     "written": Written,
 }
+
+
 OURS = ("base", "timestep", "num_noises", "background", "crf")  # keys of a method that are no `GoCAConfig`
 
 
@@ -196,25 +197,3 @@ def rule_from(told: Mapping[str, Any]) -> Rule:
     if set(told) != {"kind", "values"} or not isinstance(told["values"], list):
         raise ValueError(f'Expected a background such as {{kind = "offset", values = [0.2]}}, but got {dict(told)}.')
     return Rule(told["kind"], tuple(map(float, told["values"])))
-
-
-def load(
-    model: str, dtype: str = "float32", device: str | torch.device | None = None, **components: Any
-) -> GoCASCFGPipeline:
-    """The pipeline on a device, by default the accelerator, if there is one; silent. `components` replace the model's."""
-    pipe = GoCASCFGPipeline.from_pretrained(model, dtype=getattr(torch, dtype), **components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def from_mapping(cls: type, values: Mapping[str, Any]):
-    """A dataclass from a table of a TOML file; an unknown key is an error that lists the known ones."""
-    check_keys(cls, values)
-    return cls(**values)
-
-
-def check_keys(cls: type, values: Mapping[str, Any], others: tuple[str, ...] = ()) -> None:
-    """ValueError for a key that is neither a field of `cls` nor one of the others."""
-    known = {*(each.name for each in fields(cls)), *others}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"Expected keys of {cls.__name__} among {sorted(known)}, but got {unknown}.")

@@ -17,12 +17,12 @@ from diffusers import DPMSolverMultistepScheduler
 from torchvision.models import resnet18
 from tqdm.auto import tqdm
 
-from eval.experiment import load
-from eval.files import replacing, write_json
+from eval.common.files import replacing, write_json
+from eval.common.load import load_pipeline
+from eval.common.provenance import command, fingerprint, weights_digest
+from eval.common.tables import markdown
 from eval.generating import METHODS as GUIDANCE
-from eval.provenance import command, fingerprint, weights_digest
 from eval.scenes import CLASSES, OBJECTS, scene
-from eval.tables import markdown
 from goca_guidance import TINY_SD
 
 
@@ -138,7 +138,7 @@ def row(name: str, found: np.ndarray, named: np.ndarray, base: np.ndarray) -> di
 
 def run(settings: Settings, model_path: str) -> list[dict]:
     """A row for the scenes themselves, and one for each method."""
-    pipe = load(model_path)
+    pipe = load_pipeline(model_path)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     folder = Path("runs/faithfulness") / fingerprint(settings=asdict(settings), weights=weights_digest(model_path))
     model = classifier(pipe.vae, settings, folder / "classifier.pt")

@@ -15,10 +15,10 @@ from accelerate import PartialState
 from PIL import Image, UnidentifiedImageError
 
 from eval import faithfulness, networks
-from eval.files import file_digest, replacing
+from eval.common.files import file_digest, replacing
+from eval.common.processes import progress, share, slices
+from eval.common.provenance import digest_of, versions
 from eval.networks import Backbone
-from eval.processes import progress, share, slices
-from eval.provenance import digest_of, versions
 
 
 RUNS = Path("runs/features")

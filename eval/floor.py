@@ -24,9 +24,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.architectures import ARCHITECTURES, arguments, build
-from eval.files import write_json
-from eval.provenance import command
-from eval.tables import markdown
+from eval.common.files import write_json
+from eval.common.provenance import command
+from eval.common.tables import markdown
 from goca_guidance.families import denoiser_of, family_of
 from goca_guidance.family import DenoiserCall, Family
 

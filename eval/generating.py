@@ -14,9 +14,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from eval.captions import captions_of, digest_of
-from eval.experiment import DTYPES, from_mapping, load
-from eval.processes import seed_of, slices
-from eval.provenance import weights_digest
+from eval.common.configs import from_mapping
+from eval.common.load import DTYPES, load_pipeline
+from eval.common.processes import seed_of, slices
+from eval.common.provenance import weights_digest
 from goca_guidance import TINY_SD, GoCASCFGPipeline, GoCASCFGPipelineOutput, SCFGConfig
 from goca_guidance.families import denoiser_of
 from goca_guidance.loading import exact_arguments, guidance_arguments
@@ -168,7 +169,7 @@ def pipeline(settings: Settings, device: str | torch.device | None = None) -> Go
         name = next(name for name in ("unet", "transformer") if name in DiffusionPipeline.load_config(settings.model))
         dtype = getattr(torch, settings.dtype)
         own[name] = AutoModel.from_pretrained(settings.denoiser, subfolder=name, torch_dtype=dtype)
-    pipe = load(settings.model, settings.dtype, device, **own)
+    pipe = load_pipeline(settings.model, settings.dtype, device, **own)
     if getattr(pipe, "watermark", None) is not None:
         pipe.watermark = None
     if settings.scheduler:

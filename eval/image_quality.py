@@ -12,7 +12,8 @@ caption_accuracy (share of images that show every object of their caption, and o
 objects; by the classifier of eval.faithfulness, for captions of Scenes). Shares are from 0 to 1.
 
 Each metric but precision and recall has a 95 % interval. A run with a cfg run of the same captions, model and guidance scale
-beside it has the difference from that, with an interval of resamples of both's ids (`eval.resampling`), and `within_noise`.
+beside it has the difference from that, with an interval of resamples of both's ids (`eval.common.intervals`), and
+`within_noise`.
 
 The features of each image are kept under runs/features/: a killed start goes on, any number of processes has the same result.
 """
@@ -28,6 +29,11 @@ import numpy as np
 from accelerate import PartialState
 
 from eval import networks
+from eval.common.files import write_json
+from eval.common.intervals import difference, interval, jackknife, left_out, ratio_draws, resamples
+from eval.common.processes import processes, slices
+from eval.common.provenance import command, commit, versions
+from eval.common.tables import by_scale
 from eval.distances import (
     BLOCK,
     Reference,
@@ -38,13 +44,8 @@ from eval.distances import (
     read_reference,
     statistics,
 )
-from eval.files import write_json
 from eval.paired import Run, base_of, read_run
-from eval.processes import processes, slices
-from eval.provenance import command, commit, versions
-from eval.resampling import difference, interval, jackknife, left_out, ratio_draws, resamples
 from eval.scenes import OBJECTS, scene
-from eval.tables import by_scale
 
 
 DISTANCES = {  # the network, and what is made of its features

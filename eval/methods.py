@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.background import Rule
-from eval.processes import slices
+from eval.common.processes import slices
 from eval.prompts import Entity, Prompt
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
 from goca_guidance.segmentor import GoCASegmentor

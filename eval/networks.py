@@ -20,10 +20,9 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from eval import faithfulness, scenes
-from eval.experiment import load
-from eval.files import file_digest
-from eval.provenance import digest_of, weights_digest
-from eval.tagger import load as load_clip
+from eval.common.files import file_digest
+from eval.common.load import load_open_clip, load_pipeline
+from eval.common.provenance import digest_of, weights_digest
 from goca_guidance import TINY_SD
 
 
@@ -149,7 +148,7 @@ def efficientnet_lite0(preprocessing: str, device: torch.device) -> Backbone:
 
 def clip(model: str, pretrained: str | None, device: torch.device) -> Backbone:
     """CLIP score (arXiv 2104.08718, section 3, not clipped at zero): 100 x cosine; and whether the caption was truncated."""
-    network, prepare, tokenizer = load_clip(model, pretrained, device)
+    network, prepare, tokenizer = load_open_clip(model, pretrained, device)
 
     def encode(images, captions):
         tokens, length = tokenizer(list(captions)), tokenizer.context_length
@@ -168,7 +167,7 @@ def scenes_classifier(state: PartialState) -> tuple[torch.nn.Module, np.ndarray]
 
     It is trained anew only if the code that draws scenes and trains it has changed, or the autoencoder.
     """
-    settings, vae = faithfulness.Settings(), load(TINY_SD, device=state.device).vae
+    settings, vae = faithfulness.Settings(), load_pipeline(TINY_SD, device=state.device).vae
     made_of = [file_digest(Path(module.__file__)) for module in (faithfulness, scenes)]
     key = digest_of(settings=asdict(settings), weights=weights_digest(TINY_SD), code=made_of)
     with state.main_process_first():

@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from eval import faithfulness
 from eval.captured import full_size
-from eval.experiment import Experiment, load
-from eval.files import write_json
-from eval.provenance import command, weights_digest
+from eval.common.files import write_json
+from eval.common.load import load_pipeline
+from eval.common.provenance import command, weights_digest
+from eval.common.tables import markdown
+from eval.experiment import Experiment
 from eval.segmentation import result as segmented
-from eval.tables import markdown
 from goca_guidance import TINY_SD, GoCAConfig, Regions, SCFGConfig
 
 
@@ -146,7 +147,7 @@ def core_milliseconds(repeats: int) -> list[dict]:
 
 def run(settings: Settings, model: str) -> list[dict]:
     """A row for each option, and one for plain guidance."""
-    pipe = load(model)
+    pipe = load_pipeline(model)
     batches, segmentation = list(errors(pipe, settings)), miou(settings, model)
     return [row(name, [batch[name] for batch in batches], segmentation.get(name)) for name in batches[0]]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from eval.benchmarks import NAMES
-from eval.files import replacing
+from eval.common.files import replacing
 from eval.methods import METHODS
 from eval.protocol import PROTOCOLS
 from goca_guidance import TINY_SD, GoCAConfig

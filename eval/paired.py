@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from eval.common.files import some
+from eval.common.provenance import model_name
 from eval.features import Item, visible
-from eval.files import some
-from eval.provenance import model_name
 
 
 COCO30K = "MS-COCO_val2014_30k_captions"

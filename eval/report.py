@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval import plots
-from eval.files import replacing
-from eval.tables import by_scale, markdown
+from eval.common import plots
+from eval.common.files import replacing
+from eval.common.tables import by_scale, markdown
 
 
 DOCUMENTS = (

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 
 from eval.benchmarks import Benchmark
+from eval.common.provenance import PACKAGES, command, commit, model_name, versions
 from eval.counting import Counts, by_image, interval, iou, mean_iou, pixel_accuracy, total
 from eval.experiment import Experiment, method_of, rule_of
-from eval.provenance import PACKAGES, command, commit, model_name, versions
 
 
 @dataclass(frozen=True)

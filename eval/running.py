@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from eval.benchmarks import VOID, BadSample, Benchmark, present
+from eval.common.load import load_pipeline
+from eval.common.processes import now, processes, progress, seed_of, share, slices
+from eval.common.provenance import fingerprint
 from eval.counting import Counts, as_tensor, cells_of, cells_of_values, joined
-from eval.experiment import Experiment, base_of, images_of, load, method_of, rule_of, source_of
+from eval.experiment import Experiment, base_of, images_of, method_of, rule_of, source_of
 from eval.labelling import decided, label_maps, matched, refined
 from eval.methods import Batch, Scores, named
-from eval.processes import now, processes, progress, seed_of, share, slices
 from eval.prompts import Prompt
-from eval.provenance import fingerprint
 
 
 CHUNK = 32  # images whose counts are kept together
@@ -53,7 +54,7 @@ class Run:
     @cached_property
     def pipe(self):
         own = self.experiment
-        return self.lender.pipe if self.lender else load(own.model, own.dtype, self.state.device)
+        return self.lender.pipe if self.lender else load_pipeline(own.model, own.dtype, self.state.device)
 
     @cached_property
     def conditions(self) -> dict:

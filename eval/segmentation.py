@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 
 from eval.benchmarks import BadSample
 from eval.cases import draw
+from eval.common.files import write_json
+from eval.common.tables import markdown
 from eval.counting import Counts, mean_iou, total
 from eval.experiment import Experiment, method_of, rule_of
-from eval.files import write_json
 from eval.rows import Measured, result_of
 from eval.running import Run
-from eval.tables import markdown
 from eval.written import write_prompts
 
 

@@ -30,10 +30,10 @@ import torch
 from tqdm.auto import tqdm
 
 from eval.architectures import ARCHITECTURES, arguments, build, guided_arguments
-from eval.files import write_json
-from eval.processes import now
-from eval.provenance import command, fingerprint
-from eval.tables import markdown
+from eval.common.files import write_json
+from eval.common.processes import now
+from eval.common.provenance import command, fingerprint
+from eval.common.tables import markdown
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 
 

@@ -1,13 +1,13 @@
 """Image tags without ground truth: open_clip says which of a benchmark's classes an image shows (zero-shot)."""
 
 from collections.abc import Sequence
-from pickle import UnpicklingError
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from eval.aliases import BACKGROUND
+from eval.common.load import load_open_clip
 from eval.prompts import Source, joined
 
 
@@ -34,7 +34,7 @@ class Tagger(Source):
             raise ValueError(f"Expected a threshold of probability, above 0 and up to 1, but got {threshold}.")
         self.threshold, self.device = threshold, torch.device(device)
         self.labels = [label for label, name in enumerate(self.names) if name != BACKGROUND]
-        self.model, self.preprocess, tokenizer = load(model, pretrained, self.device)
+        self.model, self.preprocess, tokenizer = load_open_clip(model, pretrained, self.device)
         with torch.inference_mode():
             tokens = tokenizer([f"a photo of a {self.names[label]}" for label in self.labels]).to(self.device)
             self.text = self.model.encode_text(tokens, normalize=True)
@@ -53,18 +53,3 @@ class Tagger(Source):
         """Labels of the tags, in the classes' order."""
         chosen = probabilities >= min(self.threshold, float(probabilities.max()))
         return [label for label, keep in zip(self.labels, chosen.tolist(), strict=True) if keep]
-
-
-def load(model: str, pretrained: str | None, device: torch.device):
-    """(model, preprocessing of an image, tokenizer) of open_clip; ValueError where the name or the weights cannot be had."""
-    import open_clip
-
-    try:
-        network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained, device=device)
-    except (OSError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
-        raise ValueError(
-            f"Expected a model of open_clip with weights that can be had, but got {model!r} with {pretrained!r} "
-            f"({type(error).__name__}: {error}). Without a network, download the checkpoint elsewhere and give its path as "
-            "`pretrained`; `open_clip.list_pretrained()` lists the names."
-        ) from error
-    return network.eval(), preprocess, open_clip.get_tokenizer(model)

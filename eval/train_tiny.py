@@ -23,8 +23,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from eval.files import replacing
-from eval.provenance import weights_digest
+from eval.common.files import replacing
+from eval.common.provenance import weights_digest
 from eval.scenes import scene
 from eval.tiny_components import (
     LATENT,

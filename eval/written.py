@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval.files import replacing
+from eval.common.files import replacing
 from eval.prompts import Entity, Prompt, parsed, require_entries
 
 

@@ -23,8 +23,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from eval import coco30k, experiment, generating
+from eval import coco30k, generating
 from eval.coco30k import digest_of_png, png_bytes
+from eval.common.configs import from_mapping
+from eval.common.load import load_pipeline
 from eval.generating import Generator, Settings
 from goca_guidance import TINY_SD, GoCASCFGPipeline
 from tests.families import FAMILIES, stock_pipeline
@@ -37,7 +39,7 @@ CAPTIONS = {10: "a cat on grass", 2: 'a "dog",\r\nand a bus', 33: "🐈 on snow"
 
 @pytest.fixture(scope="module")
 def tiny():
-    return experiment.load(TINY_SD, device="cpu")
+    return load_pipeline(TINY_SD, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,7 @@ def one_model(tiny, monkeypatch):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    monkeypatch.setattr(generating, "load", load)
+    monkeypatch.setattr(generating, "load_pipeline", load)
 
 
 def few(**changes):
@@ -159,7 +161,7 @@ def test_captions_scale_and_scheduler_reach_the_pipeline(tiny):
 def test_every_family_is_guided(name, monkeypatch):
     """At the scale of the settings, which for Flux is that of true guidance."""
     stock = stock_pipeline(name)
-    monkeypatch.setattr(generating, "load", lambda *args: GoCASCFGPipeline.from_pipe(stock))
+    monkeypatch.setattr(generating, "load_pipeline", lambda *args: GoCASCFGPipeline.from_pipe(stock))
     family, found = FAMILIES[name], {}
     for method in ("cfg", "goca"):
         settings = few(method=method, size=family.call["height"], guidance_scale=4.0)
@@ -180,7 +182,7 @@ def test_no_safety_checker_and_no_watermark(monkeypatch, tiny):
         pipe.watermark = object()
         return pipe
 
-    monkeypatch.setattr(generating, "load", load)
+    monkeypatch.setattr(generating, "load_pipeline", load)
     pipe = generating.pipeline(few())
     assert (pipe.safety_checker, pipe.watermark) == (None, None)
 
@@ -191,7 +193,7 @@ def test_another_denoiser(tmp_path, monkeypatch):
     torch.nn.init.ones_(other.transformer.proj_out.weight)
     stock.save_pretrained(tmp_path / "whole")
     other.transformer.save_pretrained(tmp_path / "other" / "transformer")
-    monkeypatch.setattr(generating, "load", experiment.load)
+    monkeypatch.setattr(generating, "load_pipeline", load_pipeline)
     plain = few(model=str(tmp_path / "whole"), captions="scenes", count=1)
     changed = dataclasses.replace(plain, denoiser=str(tmp_path / "other"))
     weights = generating.pipeline(changed, "cpu").transformer.proj_out.weight
@@ -424,7 +426,7 @@ def test_what_fails_again_is_listed_and_made_the_next_time(tmp_path, monkeypatch
 def test_a_failed_decoding_in_half_precision_spoils_no_other(monkeypatch):
     """SDXL's decoder is brought to float32 for a call, and back only where the call ends well."""
     pipe = GoCASCFGPipeline.from_pipe(stock_pipeline("sdxl")).to(torch.float16)
-    monkeypatch.setattr(generating, "load", lambda *args: pipe)
+    monkeypatch.setattr(generating, "load_pipeline", lambda *args: pipe)
     generator = Generator(few(size=FAMILIES["sdxl"].call["height"]), "cpu")
     expected, _ = generator({"1": "a cat"}, ["1"])
     real, calls = pipe.vae.decode, []
@@ -526,7 +528,7 @@ def test_the_command_line(tmp_path, monkeypatch):
 )
 def test_mistakes_in_the_file(changes, message):
     with pytest.raises(ValueError, match=message):
-        experiment.from_mapping(Settings, changes)
+        from_mapping(Settings, changes)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "generate").glob("*.toml")), ids=lambda path: path.stem)

@@ -11,6 +11,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
+from eval.common.processes import slices
 from eval.distances import (
     KernelDistance,
     Statistics,
@@ -19,7 +20,6 @@ from eval.distances import (
     precision_recall,
     statistics,
 )
-from eval.processes import slices
 
 
 def drawn(seed, images, size, shift=0.0, scale=1.0):

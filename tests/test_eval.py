@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eval import files, report, train_tiny
+from eval import report, train_tiny
+from eval.common import files
 from tests.tiny import tiny_components
 
 
@@ -22,7 +23,7 @@ def test_replacing_leaves_the_old_file_after_a_failure(tmp_path):
 
 
 def test_the_command_of_a_module_and_of_a_script(tmp_path):
-    (tmp_path / "script.py").write_text("from eval.provenance import command\nprint(command())\n")
+    (tmp_path / "script.py").write_text("from eval.common.provenance import command\nprint(command())\n")
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     for arguments, expected in (
         (["script.py", "a b"], "python script.py 'a b'"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eval import options as program
 from eval.captured import Step, capture, sharpen
-from eval.experiment import load
+from eval.common.load import load_pipeline
 from eval.naive import head_shares, probabilities
 from goca_guidance import TINY_SD, GoCAConfig, GoCAGuidance, GoCASCFGPipeline, SCFGConfig, segmentor
 from goca_guidance.call import GuidedCall
@@ -478,7 +478,7 @@ def test_bad_values(name, value):
 # ---- the program that measures them ----------------------------------------------------------------------------------
 def test_the_default_has_no_error(monkeypatch):
     """Forced onto its own latents, and left to itself; an option has one."""
-    pipe, settings = load(TINY_SD), program.Settings(captions=2, steps=3, batch=2)
+    pipe, settings = load_pipeline(TINY_SD), program.Settings(captions=2, steps=3, batch=2)
     default = program.generate(pipe, 0, settings, output_regions=True)
     forced = program.generate(pipe, 0, settings, on=default, output_regions=True)
     assert program.regional(forced, default) == {"same region": 100, "same foreground": 100}

@@ -9,8 +9,8 @@ import pytest
 
 from eval import page
 from eval.benchmarks import NAMES
+from eval.common.files import write_json
 from eval.experiment import Experiment
-from eval.files import write_json
 from eval.methods import METHODS
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import coco30k, contact_sheet, generating, plots, report
+from eval import coco30k, contact_sheet, generating, report
+from eval.common import plots
+from eval.common.tables import by_scale
 from eval.generating import Settings, batches
 from eval.paired import read_run
-from eval.tables import by_scale
 
 
 def row(method, scale, distance, accuracy, gap=None, **more):

@@ -14,6 +14,8 @@ from PIL import Image
 
 from eval import experiment, methods, running, segmentation
 from eval.benchmarks import benchmark
+from eval.common.configs import from_mapping
+from eval.common.load import load_pipeline
 from eval.counting import Counts
 from eval.experiment import Experiment
 from eval.prompts import Entity, Prompt
@@ -24,7 +26,7 @@ from tests.miniatures import miniature, relist
 
 @pytest.fixture(scope="module")
 def tiny():
-    return experiment.load(Experiment(methods={"goca": {}}).model)
+    return load_pipeline(Experiment(methods={"goca": {}}).model)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def here(tmp_path, monkeypatch, tiny):
     """Runs of their own, in chunks of two images, on a model that is loaded once."""
     monkeypatch.setattr(running, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(running, "CHUNK", 2)
-    monkeypatch.setattr(running, "load", lambda *args: tiny)
+    monkeypatch.setattr(running, "load_pipeline", lambda *args: tiny)
 
 
 def scenes(limit=4, batch=3, **changes):
@@ -323,7 +325,7 @@ def test_nothing_to_count_is_an_error(tmp_path):
 )
 def test_mistakes_in_the_file(changes, message):
     with pytest.raises(ValueError, match=message):
-        segmentation.result(experiment.from_mapping(Experiment, {"methods": {"goca": {}}, "limit": 1} | changes))
+        segmentation.result(from_mapping(Experiment, {"methods": {"goca": {}}, "limit": 1} | changes))
 
 
 def test_only_some_methods():

@@ -8,10 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval.files import replacing
+from eval.common.files import replacing
 
 
 DISTANCES = ("fid", "kid", "frechet_efficientnet_lite0", "mmd_efficientnet_lite0")
+
+
 AGREEMENTS = ("clip_score", "caption_accuracy")
 
 

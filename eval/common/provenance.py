@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from eval.files import file_digest
+from eval.common.files import file_digest
 
 
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "goca-guidance")

@@ -15,7 +15,11 @@ import numpy as np
 
 
 DRAWS = 1000
+
+
 GROUPS = 40  # of ids that the jackknife leaves out
+
+
 Spread = Callable[[float, np.ndarray], tuple[float, float]]
 
 
