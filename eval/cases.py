@@ -11,11 +11,11 @@ from eval.benchmarks import VOID
 from eval.common.files import replacing
 from eval.common.plots import stack
 from eval.counting import image_scores
-from eval.running import Answer, Run
+from eval.running import Answer, SegmentationRun
 from goca_guidance.pictures import overlay
 
 
-def draw(run: Run, found: dict, count: int, folder: Path) -> list[Path]:
+def draw(run: SegmentationRun, found: dict, count: int, folder: Path) -> list[Path]:
     """Write BENCHMARK-METHOD-{best,worst}.png with `count` images each, by the mIoU of the image alone."""
     paths = []
     for name, one in found.items():

@@ -36,7 +36,7 @@ from PIL import Image
 from eval.common.files import replacing, some, write_json
 from eval.common.processes import processes, progress, share
 from eval.common.provenance import command, commit, versions
-from eval.generating import Generator, Settings, batches
+from eval.generating import GenerationSettings, Generator, batches
 
 
 RUNS = Path("runs/generate")
@@ -82,7 +82,7 @@ def digest_of_png(path: Path, size: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class Folder:
+class RunFolder:
     """A run folder."""
 
     root: Path
@@ -140,11 +140,11 @@ class Folder:
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
-class Run:
+class GenerationRun:
     """Captions to images in a folder, shared by the processes."""
 
-    def __init__(self, settings: Settings, out: Path, limit: int | None = None):
-        self.settings, self.folder = settings, Folder(out)
+    def __init__(self, settings: GenerationSettings, out: Path, limit: int | None = None):
+        self.settings, self.folder = settings, RunFolder(out)
         self.state, self.lock = processes(), FileLock(out / ".lock")
         self.texts = settings.texts()
         self.asked = list(self.texts)[:limit]
@@ -249,17 +249,17 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a TOML file with the fields of eval.generating.Settings")
+    parser.add_argument("config", type=Path, help="a TOML file with the fields of eval.generating.GenerationSettings")
     parser.add_argument("--scale", type=float, help="the guidance scale, instead of the file's")
     parser.add_argument("--limit", type=int, help="only the first so many ids")
     parser.add_argument("--out", type=Path, help="the run folder; runs/generate/CONFIG_SCALE by default")
     args = parser.parse_args(arguments)
     if args.limit is not None and args.limit < 1:
         parser.error(f"expected --limit to be at least 1, but got {args.limit}")
-    settings = Settings.read(args.config, **({} if args.scale is None else {"guidance_scale": args.scale}))
+    settings = GenerationSettings.read(args.config, **({} if args.scale is None else {"guidance_scale": args.scale}))
     out = args.out or RUNS / f"{args.config.stem}_{settings.guidance_scale:g}"
     try:
-        run = Run(settings, out, args.limit)
+        run = GenerationRun(settings, out, args.limit)
         failed = run()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -25,8 +25,8 @@ from eval.common.configs import from_mapping
 from eval.common.plots import write
 from eval.common.processes import processes
 from eval.features import Item
-from eval.generating import Generator, Settings, batches
-from eval.paired import Run, check_pair, read_run
+from eval.generating import GenerationSettings, Generator, batches
+from eval.paired import FinishedRun, check_pair, read_run
 from goca_guidance.pictures import as_labels, painted_regions
 from goca_guidance.records import Regions
 
@@ -46,7 +46,7 @@ class Look:
     again: bool
 
 
-def chosen(base: Run, goca: Run, count: int) -> list[Item]:
+def chosen(base: FinishedRun, goca: FinishedRun, count: int) -> list[Item]:
     """`count` images of goca: half spread evenly over the ids, half those whose pixels are farthest from the base's."""
     spread = [goca.items[i] for i in np.linspace(0, len(goca.items) - 1, -(-count // 2)).round().astype(int)]
     pairs = zip(goca.items, base.items, strict=True)
@@ -61,10 +61,10 @@ def pixels(item: Item) -> np.ndarray:
     return np.asarray(item.read(), np.float32)
 
 
-def looks(run: Run, items: Sequence[Item]) -> dict[str, Look]:
+def looks(run: FinishedRun, items: Sequence[Item]) -> dict[str, Look]:
     """What guided the images, by id; ValueError if the captions are no longer those of the run."""
-    known = {k: v for k, v in run.settings.items() if k in Settings.__dataclass_fields__}
-    settings, wanted, found = from_mapping(Settings, known), {item.id: item for item in items}, {}
+    known = {k: v for k, v in run.settings.items() if k in GenerationSettings.__dataclass_fields__}
+    settings, wanted, found = from_mapping(GenerationSettings, known), {item.id: item for item in items}, {}
     texts = settings.texts()
     if any(run.settings.get(name) != value for name, value in settings.described(texts).items()):
         raise ValueError(
@@ -84,7 +84,7 @@ def looks(run: Run, items: Sequence[Item]) -> dict[str, Look]:
 
 
 # ---- the sheet -------------------------------------------------------------------------------------------------------
-def sheet(runs: Sequence[Run], goca: Run, items: Sequence[Item], found: dict[str, Look]) -> Figure:
+def sheet(runs: Sequence[FinishedRun], goca: FinishedRun, items: Sequence[Item], found: dict[str, Look]) -> Figure:
     """A row for each image: its caption, every run's image, the regions of the last step, the guidance maps."""
     scale, all_maps = goca.settings["guidance_scale"], torch.stack([found[item.id].maps for item in items])
     low, high = all_maps.min().item(), all_maps.max().item()

@@ -114,7 +114,7 @@ def rows_read(layer: Layer, grid: tuple[int, int]) -> int:
     return min(layer.grid[0], grid[0]) * min(layer.grid[1], grid[1])
 
 
-def added(step: "Step") -> dict[str, Cost]:
+def added(step: "StockStep") -> dict[str, Cost]:
     """What GoCA-S-CFG adds, by part, and the cost of the recomputed refinement."""
     layers, preset = step.layers, step.family.preset
     cross, own, fine = ([layers[name] for name in names] for names in (preset.cross, preset.own, preset.fine))
@@ -157,7 +157,7 @@ def denoiser_inputs(pipe, call: dict) -> tuple[tuple, dict]:
 
 
 @dataclass(frozen=True)
-class Step:
+class StockStep:
     """A stock step: operations, bytes of weights that it reads, and the sizes of the layers that GoCA reads."""
 
     family: Family
@@ -167,7 +167,7 @@ class Step:
 
 
 @torch.no_grad()
-def stock_step(name: str, size: int | None = None) -> Step:
+def stock_step(name: str, size: int | None = None) -> StockStep:
     """Counted on "meta", at the native size unless told; a pipeline with one prediction at a time reads its weights twice."""
     pipe, size = build(name, "meta", torch.float16), size or ARCHITECTURES[name].size
     denoiser = denoiser_of(pipe.components)
@@ -178,7 +178,7 @@ def stock_step(name: str, size: int | None = None) -> Step:
     with FlopCounterMode(display=False) as counter:
         layers = layer_sizes(family, DenoiserCall(batch, (latent, latent), text), args, kwargs)
     weights = HALF * sum(parameter.numel() for parameter in denoiser.parameters())
-    return Step(family, counter.get_total_flops() * 2 // batch, weights * 2 // batch, layers)
+    return StockStep(family, counter.get_total_flops() * 2 // batch, weights * 2 // batch, layers)
 
 
 def layer_sizes(family: Family, call: DenoiserCall, args: tuple, kwargs: dict) -> dict[str, Layer]:

@@ -31,7 +31,7 @@ METHODS: dict[str, dict] = {  # arguments of the pipeline
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """The fields of a TOML file: what an image depends on.
 
     `method`: "cfg" (the stock pipeline), "scfg" (S-CFG with its own segmentor) or "goca" (GoCA inside S-CFG). `captions`:
@@ -73,7 +73,7 @@ class Settings:
             raise ValueError(f"Expected `scheduler` to be a scheduler of diffusers, but got {self.scheduler!r}.")
 
     @classmethod
-    def read(cls, path: Path, **changes: Any) -> "Settings":
+    def read(cls, path: Path, **changes: Any) -> "GenerationSettings":
         """From a TOML file, with some fields changed; unknown keys are an error."""
         return from_mapping(cls, tomllib.loads(path.read_text()) | changes)
 
@@ -99,7 +99,7 @@ def batches(texts: Mapping[str, str], size: int) -> list[Sequence[str]]:
 class Generator:
     """A pipeline with its settings; `size` is the side of its images in pixels."""
 
-    def __init__(self, settings: Settings, device: str | torch.device | None = None):
+    def __init__(self, settings: GenerationSettings, device: str | torch.device | None = None):
         self.settings, self.pipe = settings, pipeline(settings, device)
         self.vae_dtype = self.pipe.vae.dtype
         side = getattr(self.pipe, "default_sample_size", None) or denoiser_of(self.pipe.components).config.sample_size
@@ -162,7 +162,7 @@ class Generator:
         )
 
 
-def pipeline(settings: Settings, device: str | torch.device | None = None) -> GoCASCFGPipeline:
+def pipeline(settings: GenerationSettings, device: str | torch.device | None = None) -> GoCASCFGPipeline:
     """The model with the denoiser and the scheduler that the settings name, without safety checker and watermark."""
     own: dict[str, Any] = {}
     if settings.denoiser:

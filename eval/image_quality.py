@@ -44,7 +44,7 @@ from eval.distances import (
     read_reference,
     statistics,
 )
-from eval.paired import Run, base_of, read_run
+from eval.paired import FinishedRun, base_of, read_run
 from eval.scenes import OBJECTS, scene
 
 
@@ -67,7 +67,7 @@ Measured = dict[str, tuple[float, np.ndarray]]  # a metric's value, and its valu
 
 
 @dataclass(frozen=True)
-class Settings:
+class QualitySettings:
     """What the numbers depend on, beside the images. `inception`: the file of its weights, None is the usual download."""
 
     metrics: tuple[str, ...] = ("fid", "clip_score")
@@ -86,7 +86,7 @@ class Settings:
 class Measurement:
     """Runs measured against a reference, by networks that are made when they are first needed."""
 
-    def __init__(self, settings: Settings, reference: Reference | None, state: PartialState):
+    def __init__(self, settings: QualitySettings, reference: Reference | None, state: PartialState):
         self.settings, self.reference, self.state = settings, reference, state
         self.sides: dict[str, Side] = {}
         asked = [name for name in settings.metrics if name in DISTANCES]
@@ -118,7 +118,7 @@ class Measurement:
             return networks.clip(settings.clip_model, settings.clip_pretrained, device)
         return networks.shown_objects(self.classifier[0])
 
-    def collect(self, runs: Sequence[Run]) -> None:
+    def collect(self, runs: Sequence[FinishedRun]) -> None:
         """All features to disk, the processes sharing the images."""
         for metric in self.settings.metrics:
             sets = [run.items for run in runs]
@@ -127,7 +127,7 @@ class Measurement:
             for items in sets:
                 self.side(metric).keep(items)
 
-    def of(self, run: Run) -> tuple[Measured, dict]:
+    def of(self, run: FinishedRun) -> tuple[Measured, dict]:
         """The metrics of a run, and what else its row says."""
         weights, values, facts = resamples(len(run.items)), {}, {}
         for metric in self.settings.metrics:
@@ -140,7 +140,7 @@ class Measurement:
         warnings += [UNKNOWN] if known and not known.made_with else []
         return values, facts | {"warnings": warnings}
 
-    def measured(self, metric: str, run: Run, weights: np.ndarray) -> tuple[Measured, dict]:
+    def measured(self, metric: str, run: FinishedRun, weights: np.ndarray) -> tuple[Measured, dict]:
         side = self.side(metric)
         rows = side.features(run.items)
         if metric == "clip_score":
@@ -178,7 +178,7 @@ def accuracy(shown: np.ndarray, named: np.ndarray, weights: np.ndarray) -> Measu
     }
 
 
-def named_objects(run: Run) -> np.ndarray:
+def named_objects(run: FinishedRun) -> np.ndarray:
     """Which objects each caption of Scenes names, [n 16] bool; ValueError for other captions."""
     named = np.array([names_in(item.caption) for item in run.items])
     if run.settings["captions"] != "scenes" or not named.any(1).all():
@@ -192,7 +192,7 @@ def names_in(caption: str) -> list[bool]:
 
 
 # ---- the result ------------------------------------------------------------------------------------------------------
-def row_of(run: Run, preprocessing: str, measured: tuple[Measured, dict], base: Measured | None) -> dict:
+def row_of(run: FinishedRun, preprocessing: str, measured: tuple[Measured, dict], base: Measured | None) -> dict:
     """A run's row: metrics with intervals, and where there is a base their difference from it."""
     values, facts = measured
     counts = {"images": len(run.items), "failed": run.failed, "preprocessing": preprocessing}
@@ -214,7 +214,7 @@ def tidy(value):
     return value if isinstance(value, bool) else float(f"{value:.6g}")
 
 
-def result_of(measurement: Measurement, runs: Sequence[Run]) -> dict:
+def result_of(measurement: Measurement, runs: Sequence[FinishedRun]) -> dict:
     """The JSON of a measurement: how it was made, and a row for each run."""
     bases = [base_of(run, runs) for run in runs]
     found = {run.folder: measurement.of(run) for run in runs}
@@ -262,21 +262,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders of eval.coco30k")
     parser.add_argument("--reference", help='a folder of real images, an .npz file of statistics, or "scenes"')
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=Settings.metrics)
-    parser.add_argument("--preprocessing", choices=[*networks.PREPROCESSINGS], default=Settings.preprocessing)
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=QualitySettings.metrics)
+    parser.add_argument("--preprocessing", choices=[*networks.PREPROCESSINGS], default=QualitySettings.preprocessing)
     parser.add_argument("--inception", help=f"the file of its weights, {networks.INCEPTION_FILE}")
-    parser.add_argument("--clip-model", default=Settings.clip_model, help="a model of open_clip")
-    parser.add_argument("--clip-pretrained", default=Settings.clip_pretrained, help="its weights: a tag or a file")
-    parser.add_argument("--batch", type=int, default=Settings.batch, help="images in a forward")
+    parser.add_argument("--clip-model", default=QualitySettings.clip_model, help="a model of open_clip")
+    parser.add_argument(
+        "--clip-pretrained", default=QualitySettings.clip_pretrained, help="its weights: a tag or a file"
+    )
+    parser.add_argument("--batch", type=int, default=QualitySettings.batch, help="images in a forward")
     parser.add_argument("--write-statistics", type=Path, help="write the reference's statistics to this .npz file")
     parser.add_argument("--result", type=Path, help="results/quality-CAPTIONS.json by default")
     args = vars(parser.parse_args(arguments))
     others = [args.pop(name) for name in ("runs", "reference", "write_statistics", "result")]
-    run(Settings(**args | {"metrics": tuple(args["metrics"])}), *others)
+    run(QualitySettings(**args | {"metrics": tuple(args["metrics"])}), *others)
 
 
 def run(
-    settings: Settings,
+    settings: QualitySettings,
     folders: Sequence[Path],
     reference: str | None = None,
     written: Path | None = None,

@@ -163,16 +163,16 @@ def clip(model: str, pretrained: str | None, device: torch.device) -> Backbone:
 
 
 def scenes_classifier(state: PartialState) -> tuple[torch.nn.Module, np.ndarray]:
-    """The classifier of `eval.faithfulness`, and what it finds in scenes themselves, as in the result there: [400 16] bool.
+    """The classifier of `eval.faithfulness`, and what it finds in scenes themselves, [400 16] bool.
 
     It is trained anew only if the code that draws scenes and trains it has changed, or the autoencoder.
     """
-    settings, vae = faithfulness.Settings(), load_pipeline(TINY_SD, device=state.device).vae
+    settings, vae = faithfulness.ClassifierSettings(), load_pipeline(TINY_SD, device=state.device).vae
     made_of = [file_digest(Path(module.__file__)) for module in (faithfulness, scenes)]
     key = digest_of(settings=asdict(settings), weights=weights_digest(TINY_SD), code=made_of)
     with state.main_process_first():
-        network = faithfulness.classifier(vae, settings, Path(f"runs/faithfulness/classifier-{key}.pt"))
-    drawn = [scenes.scene("test", number) for number in range(settings.captions)]
+        network = faithfulness.classifier(vae, settings, Path(f"runs/classifier/scenes-{key}.pt"))
+    drawn = [scenes.scene("test", number) for number in range(settings.test_scenes)]
     return network, faithfulness.shown(network, faithfulness.reproduced(vae, drawn))
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eval import faithfulness
 from eval.captured import full_size
 from eval.common.files import write_json
 from eval.common.load import load_pipeline
 from eval.common.provenance import command, weights_digest
 from eval.common.tables import markdown
 from eval.experiment import Experiment
+from eval.scenes import scene
 from eval.segmentation import result as segmented
 from goca_guidance import TINY_SD, GoCAConfig, Regions, SCFGConfig
 
@@ -59,7 +59,7 @@ OPTIONS += [Option(side=0.5), Option(every=2, side=0.5)]
 
 
 @dataclass(frozen=True)
-class Settings:
+class SavingsSettings:
     """What the errors depend on."""
 
     captions: int = 32
@@ -79,7 +79,7 @@ class Trajectory:
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
-def generate(pipe, first: int, settings: Settings, on: Trajectory | None = None, **kwargs) -> Trajectory:
+def generate(pipe, first: int, settings: SavingsSettings, on: Trajectory | None = None, **kwargs) -> Trajectory:
     """Images for the captions of some scenes; with `on`, every step ends in the latents of that trajectory."""
     found = Trajectory()
 
@@ -88,12 +88,27 @@ def generate(pipe, first: int, settings: Settings, on: Trajectory | None = None,
         return {"latents": found.latents[-1]}
 
     kind = "pt" if on is None else "latent"
-    output = faithfulness.generate(pipe, first, settings, output_type=kind, callback_on_step_end=after, **kwargs)
+    output = generated(pipe, first, settings, output_type=kind, callback_on_step_end=after, **kwargs)
     found.regions, found.images = getattr(output, "regions", None), None if on else 255 * output.images
     return found
 
 
-def errors(pipe, settings: Settings) -> Iterator[dict[str, dict[str, float]]]:
+def generated(pipe, first: int, settings: SavingsSettings, **arguments):
+    """A batch's output for the captions of scenes from number `first`; a scene's number is its seed, whatever the method.
+
+    Images are in [0, 1], b 3 H W.
+    """
+    numbers = range(first, min(first + settings.batch, settings.captions))
+    return pipe(
+        [scene("test", i).caption for i in numbers],
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=[torch.Generator().manual_seed(i) for i in numbers],
+        **{"output_type": "pt", **arguments},
+    )
+
+
+def errors(pipe, settings: SavingsSettings) -> Iterator[dict[str, dict[str, float]]]:
     """Of each batch of captions: errors by the name of what guides."""
     shown = tqdm(total=settings.captions * 2 * len(OPTIONS), desc="captions", smoothing=0)
     for first in range(0, settings.captions, settings.batch):
@@ -125,7 +140,7 @@ def difference(ours: Trajectory, default: Trajectory) -> dict[str, float]:
 
 
 # ---- segmentation and time -------------------------------------------------------------------------------------------
-def miou(settings: Settings, model: str) -> dict[str, dict]:
+def miou(settings: SavingsSettings, model: str) -> dict[str, dict]:
     """Rows of `eval.segmentation` by name, for the options without `every`, which segmentation does not have."""
     methods = {o.name(TINY_SIDE): {"base": "goca", **o.goca(TINY_SIDE)} for o in OPTIONS if o.every == 1}
     rows = segmented(Experiment(methods, limit=settings.scenes, model=model))["rows"]
@@ -145,7 +160,7 @@ def core_milliseconds(repeats: int) -> list[dict]:
     return [{"option": o.name(FULL_SIDE), "core_ms": round(1000 * s, 1), "ratio": round(s / base, 3)} for o, s in rows]
 
 
-def run(settings: Settings, model: str) -> list[dict]:
+def run(settings: SavingsSettings, model: str) -> list[dict]:
     """A row for each option, and one for plain guidance."""
     pipe = load_pipeline(model)
     batches, segmentation = list(errors(pipe, settings)), miou(settings, model)
@@ -170,13 +185,13 @@ def row(name: str, batches: list[dict[str, float]], segmentation: dict | None) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", type=int, default=Settings.captions, help="a multiple of 16, or fewer")
-    parser.add_argument("--scenes", type=int, default=Settings.scenes)
+    parser.add_argument("--captions", type=int, default=SavingsSettings.captions, help="a multiple of 16, or fewer")
+    parser.add_argument("--scenes", type=int, default=SavingsSettings.scenes)
     parser.add_argument("--core", action="store_true", help="the core's time on a full-size step instead")
     parser.add_argument("--model", default=TINY_SD)
     parser.add_argument("--result", type=Path)
     args = parser.parse_args()
-    settings = Settings(captions=args.captions, scenes=args.scenes)
+    settings = SavingsSettings(captions=args.captions, scenes=args.scenes)
     rows = core_milliseconds(repeats=5) if args.core else run(settings, args.model)
     result = args.result or Path(f"results/options{'-core' * args.core}.json")
     shared = {**vars(settings), "weights": weights_digest(args.model), "threads": torch.get_num_threads()}

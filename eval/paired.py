@@ -1,4 +1,4 @@
-"""Run folders of `eval.coco30k` as they are read, and which of them are a pair."""
+"""FinishedRun folders of `eval.coco30k` as they are read, and which of them are a pair."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -17,7 +17,7 @@ UNPAIRED = {"method", "model", "captions", "batch"}  # a pair may differ in thes
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A run folder of `eval.coco30k`: its settings, its images sorted by id, and how many failed."""
 
     folder: Path
@@ -36,7 +36,7 @@ class Run:
         }
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> FinishedRun:
     """ValueError for a folder that is no run, or whose manifest and images do not agree."""
     if lacking := [name for name in ("settings.json", "manifest.csv") if not (folder / name).is_file()]:
         names = " and no ".join(lacking)
@@ -59,7 +59,7 @@ def read_run(folder: Path) -> Run:
     refuse(folder, "every image of its manifest (start its generation again); these lack", names)
     names = {path.name for path in found - listed}
     refuse(folder, "only images of its manifest (move others away, or start its generation again); found", names)
-    return Run(folder, settings, tuple(sorted(items, key=lambda item: item.id)), len(failed))
+    return FinishedRun(folder, settings, tuple(sorted(items, key=lambda item: item.id)), len(failed))
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -73,7 +73,7 @@ def refuse(folder: Path, expected: str, mistakes: Collection[str]) -> None:
         raise ValueError(f"Expected of {folder} {expected}: {some(sorted(mistakes))}.")
 
 
-def base_of(run: Run, runs: Sequence[Run]) -> Run | None:
+def base_of(run: FinishedRun, runs: Sequence[FinishedRun]) -> FinishedRun | None:
     """The cfg run of the same captions, model and scale, None for such a run itself; ValueError if they are no pair."""
     bases = [each for each in runs if each.settings["method"] == "cfg" and each.group == run.group]
     if len(bases) > 1:
@@ -85,7 +85,7 @@ def base_of(run: Run, runs: Sequence[Run]) -> Run | None:
     return bases[0]
 
 
-def check_pair(run: Run, base: Run) -> None:
+def check_pair(run: FinishedRun, base: FinishedRun) -> None:
     """ValueError unless both were made from the same captions and noise, with the same settings but for the method."""
     names = {*run.settings, *base.settings} - UNPAIRED
     differing = {name for name in names if run.settings.get(name) != base.settings.get(name)}

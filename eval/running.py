@@ -31,11 +31,11 @@ RUNS = Path("runs/segmentation")
 
 
 @dataclass
-class Run:
+class SegmentationRun:
     """One experiment's images, prompts and model, each made when it is first needed."""
 
     experiment: Experiment
-    lender: "Run | None" = None  # whose model it is
+    lender: "SegmentationRun | None" = None  # whose model it is
 
     @cached_property
     def state(self) -> PartialState:
@@ -65,11 +65,11 @@ class Run:
         """The prompts of an image."""
         return self.prompts(name, image, present(mask))
 
-    def on_training_images(self) -> "Run":
+    def on_training_images(self) -> "SegmentationRun":
         """The same model and settings on the images that choose among values of the background's rule."""
         if self.experiment.evaluated == "train":
             raise ValueError("Expected another split than the training images, on which `tune` chooses a value.")
-        return Run(replace(self.experiment, split="train", limit=self.experiment.tune), self)
+        return SegmentationRun(replace(self.experiment, split="train", limit=self.experiment.tune), self)
 
     def counts(self, name: str) -> Counts:
         """Counts of one method, from disk as far as they are there and whole; the processes share the chunks."""
@@ -102,7 +102,7 @@ class Run:
 class Answer:
     """Counts of a method as they come, and where the time goes."""
 
-    def __init__(self, run: Run, name: str):
+    def __init__(self, run: SegmentationRun, name: str):
         self.run, self.method = run, method_of(name, run.experiment.rows[name])
         self.rule = rule_of(run.experiment, self.method, run.images)
         self.images: list[str] = []

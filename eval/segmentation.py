@@ -26,11 +26,11 @@ from eval.common.tables import markdown
 from eval.counting import Counts, mean_iou, total
 from eval.experiment import Experiment, method_of, rule_of
 from eval.rows import Measured, result_of
-from eval.running import Run
+from eval.running import SegmentationRun
 from eval.written import write_prompts
 
 
-def measured(run: Run) -> dict[str, Measured]:
+def measured(run: SegmentationRun) -> dict[str, Measured]:
     """What each row measured; what cannot be measured is found before anything is."""
     experiment, found = run.experiment, {}
     judge = run.on_training_images() if experiment.tune and not experiment.counted.best_value else run
@@ -54,7 +54,7 @@ def measured(run: Run) -> dict[str, Measured]:
 
 def result(experiment: Experiment) -> dict:
     """The result of an experiment, as its JSON file holds it."""
-    run = Run(experiment)
+    run = SegmentationRun(experiment)
     return result_of(experiment, run.images, measured(run))
 
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changes = {name: value for name in ("limit", "root", "model") if (value := getattr(args, name)) is not None}
     experiment = Experiment.read(args.config, **changes)
     experiment = experiment.only(args.methods) if args.methods else experiment
-    run = Run(experiment)
+    run = SegmentationRun(experiment)
     if args.write_prompts:
         if run.state.is_main_process:
             write_prompts(args.write_prompts, prompts_of(run), run.images.classes)
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             draw(run, found, args.pictures, Path("runs/pictures"))
 
 
-def prompts_of(run: Run) -> dict:
+def prompts_of(run: SegmentationRun) -> dict:
     """The prompts of every image that can be read."""
     found = {}
     for name in tqdm(run.images.ids, desc="prompts", unit="image"):

@@ -27,7 +27,7 @@ from eval import coco30k, generating
 from eval.coco30k import digest_of_png, png_bytes
 from eval.common.configs import from_mapping
 from eval.common.load import load_pipeline
-from eval.generating import Generator, Settings
+from eval.generating import GenerationSettings, Generator
 from goca_guidance import TINY_SD, GoCASCFGPipeline
 from tests.families import FAMILIES, stock_pipeline
 from tests.tiny import stock_of
@@ -55,7 +55,7 @@ def one_model(tiny, monkeypatch):
 
 
 def few(**changes):
-    return Settings(**{"method": "cfg", "count": 7, "steps": 2, "batch": 3, "size": 32} | changes)
+    return GenerationSettings(**{"method": "cfg", "count": 7, "steps": 2, "batch": 3, "size": 32} | changes)
 
 
 def table(path):
@@ -64,7 +64,7 @@ def table(path):
 
 def made(settings, out, limit=None):
     """A whole run; its images' bytes by id, which the manifest must agree with."""
-    assert coco30k.Run(settings, out, limit)() == {}
+    assert coco30k.GenerationRun(settings, out, limit)() == {}
     return images_of(out)
 
 
@@ -289,7 +289,7 @@ def test_foreign_files_are_named_and_kept(tmp_path):
     for name in ("holiday.png", "999999.png", "notes.txt"):
         (tmp_path / "images" / name).write_text("mine")
     with pytest.raises(ValueError, match=r"found 999999.png, holiday.png, notes.txt: move them away"):
-        coco30k.Run(few(), tmp_path)()
+        coco30k.GenerationRun(few(), tmp_path)()
     assert (tmp_path / "images" / "holiday.png").read_text() == "mine"
 
 
@@ -298,14 +298,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, name):
     (tmp_path / "images").mkdir()
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"found {Path(name).name}: move"):
-        coco30k.Run(few(), tmp_path)()
+        coco30k.GenerationRun(few(), tmp_path)()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
 def test_hidden_files_are_nobodys(tmp_path):
     whole = made(few(), tmp_path)
     (tmp_path / "images" / ".DS_Store").write_text("")
-    assert coco30k.Run(few(), tmp_path)() == {}
+    assert coco30k.GenerationRun(few(), tmp_path)() == {}
     assert len(whole) == 7
 
 
@@ -313,18 +313,18 @@ def test_damaged_settings_are_told(tmp_path):
     made(few(), tmp_path, 1)
     (tmp_path / "settings.json").write_text("")
     with pytest.raises(ValueError, match=r"settings.json, but it is damaged"):
-        coco30k.Run(few(), tmp_path)()
+        coco30k.GenerationRun(few(), tmp_path)()
 
 
 def test_one_run_at_a_time(tmp_path, monkeypatch):
     """A second start changes nothing, and the first ends well."""
-    run, others, real = coco30k.Run(few(), tmp_path), [], Generator.__call__
+    run, others, real = coco30k.GenerationRun(few(), tmp_path), [], Generator.__call__
 
     def second(self, *args):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / ".part-000000.png").write_bytes(b"half")
         with pytest.raises(ValueError, match="another is at work"):
-            coco30k.Run(few(), tmp_path)()
+            coco30k.GenerationRun(few(), tmp_path)()
         others.append((tmp_path / "images" / ".part-000000.png").read_bytes())
         return real(self, *args)
 
@@ -332,18 +332,18 @@ def test_one_run_at_a_time(tmp_path, monkeypatch):
     assert run() == {}
     assert others == [b"half"] * 3
     monkeypatch.setattr(Generator, "__call__", real)
-    assert coco30k.Run(few(), tmp_path)() == {}
+    assert coco30k.GenerationRun(few(), tmp_path)() == {}
 
 
 def test_other_settings_are_named(tmp_path, monkeypatch):
     made(few(), tmp_path, 1)
     with pytest.raises(ValueError, match=r"differ: guidance_scale was 5.0 and is 3.0; steps was 2 and is 3\. Use"):
-        coco30k.Run(few(guidance_scale=3.0, steps=3), tmp_path)()
+        coco30k.GenerationRun(few(guidance_scale=3.0, steps=3), tmp_path)()
     with pytest.raises(ValueError, match=r"differ: split .*; captions_sha256"):
-        coco30k.Run(few(split="validation"), tmp_path)()
+        coco30k.GenerationRun(few(split="validation"), tmp_path)()
     monkeypatch.setattr(coco30k, "versions", lambda packages: dict.fromkeys(packages, "0"))
     with pytest.raises(ValueError, match=r"differ: torch was '.*' and is '0'; diffusers"):
-        coco30k.Run(few(), tmp_path)()
+        coco30k.GenerationRun(few(), tmp_path)()
 
 
 def test_a_moved_model_and_moved_captions_are_the_same(tmp_path, monkeypatch):
@@ -357,7 +357,7 @@ def test_a_moved_model_and_moved_captions_are_the_same(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["commit"].endswith(", another")
     csv_of(tmp_path / "moved.csv", captions | {2: "a bird"})
     with pytest.raises(ValueError, match="differ: captions_sha256"):
-        coco30k.Run(moved, tmp_path / "run")()
+        coco30k.GenerationRun(moved, tmp_path / "run")()
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_a_failing_machine_stops_the_run(tmp_path, monkeypatch):
     real = Generator.pixels
     monkeypatch.setattr(Generator, "pixels", pixels)
     with pytest.raises(RuntimeError, match=r"6 captions in a row have none; the last one: CUDA error"):
-        coco30k.Run(few(count=30), tmp_path)()
+        coco30k.GenerationRun(few(count=30), tmp_path)()
     assert len(calls) == 1 + 2 * 4
     monkeypatch.setattr(Generator, "pixels", real)
     assert len(made(few(count=30), tmp_path, 6)) == 6
@@ -452,7 +452,7 @@ def test_an_image_of_nan_fails_alone(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(Generator, "pixels", broken)
-    failed = coco30k.Run(few(), tmp_path)()
+    failed = coco30k.GenerationRun(few(), tmp_path)()
     assert list(failed) == ["000004"]
     assert "NaN" in failed["000004"]
     assert len(images_of(tmp_path)) == 6
@@ -461,13 +461,14 @@ def test_an_image_of_nan_fails_alone(tmp_path, monkeypatch):
 def test_mistakes_of_ours_are_not_hidden(tmp_path, monkeypatch):
     failing(monkeypatch, AttributeError("a bug"))
     with pytest.raises(AttributeError, match="a bug"):
-        coco30k.Run(few(), tmp_path)()
+        coco30k.GenerationRun(few(), tmp_path)()
 
 
 def test_empty_captions_are_listed_under_every_method(tmp_path):
     captions = csv_of(tmp_path / "captions.csv", CAPTIONS | {3: "", 1: " \n"})
     found = {
-        method: coco30k.Run(few(captions=captions, method=method), tmp_path / method)() for method in ("cfg", "goca")
+        method: coco30k.GenerationRun(few(captions=captions, method=method), tmp_path / method)()
+        for method in ("cfg", "goca")
     }
     assert found["cfg"] == found["goca"] == {"1": "The caption is empty.", "3": "The caption is empty."}
     assert list(table(tmp_path / "cfg" / "failed.csv")["id"]) == ["1", "3"]
@@ -517,7 +518,7 @@ def test_the_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": "goca"}, "keys of Settings among"),
+        ({"methods": "goca"}, "keys of GenerationSettings among"),
         ({"method": "gocha"}, "`method` among cfg, scfg, goca"),
         ({"dtype": "half"}, "`dtype` among"),
         ({"scheduler": "DPM"}, "a scheduler of diffusers"),
@@ -528,12 +529,12 @@ def test_the_command_line(tmp_path, monkeypatch):
 )
 def test_mistakes_in_the_file(changes, message):
     with pytest.raises(ValueError, match=message):
-        from_mapping(Settings, changes)
+        from_mapping(GenerationSettings, changes)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "generate").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_files_of_this_repository(path):
-    settings, name = Settings.read(path), path.stem.rpartition("_")
+    settings, name = GenerationSettings.read(path), path.stem.rpartition("_")
     assert settings.method == name[2]
     for other in path.parent.glob(f"{name[0]}_*.toml"):
         assert {**tomllib.loads(other.read_text()), "method": name[2]} == tomllib.loads(path.read_text())

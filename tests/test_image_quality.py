@@ -19,7 +19,7 @@ from torchmetrics.image.kid import poly_mmd
 from eval import faithfulness, features, image_quality, networks
 from eval.distances import Reference, Side, Statistics, draw_scenes, frechet, read_reference, statistics
 from eval.features import Item
-from eval.image_quality import METRICS, Measurement, Settings, names_in
+from eval.image_quality import METRICS, Measurement, QualitySettings, names_in
 from eval.networks import PREPROCESSINGS, Backbone
 from eval.paired import read_run
 from eval.scenes import OBJECTS, scene
@@ -330,7 +330,9 @@ def runs(tmp_path):
 
 
 def measured(runs, reference, **settings):
-    image_quality.run(Settings(**settings), list(runs.values()), reference, None, runs["cfg"].parent / "result.json")
+    image_quality.run(
+        QualitySettings(**settings), list(runs.values()), reference, None, runs["cfg"].parent / "result.json"
+    )
     return json.loads((runs["cfg"].parent / "result.json").read_text())
 
 
@@ -393,7 +395,7 @@ def test_the_numbers_are_those_of_the_tools(tmp_path, tiny, runs):
 def test_statistics_in_place_of_the_reference(tmp_path, tiny, runs):
     folder = folder_of(tmp_path / "real", 9)
     written = tmp_path / "real.npz"
-    image_quality.run(Settings(metrics=("fid", "kid")), [], str(folder), written)
+    image_quality.run(QualitySettings(metrics=("fid", "kid")), [], str(folder), written)
     assert Statistics.read(written).images == 9
     rows = [measured(runs, str(path), metrics=("fid",))["rows"] for path in (folder, written)]
     assert rows[0] == rows[1]
@@ -450,12 +452,12 @@ def test_caption_accuracy(runs, monkeypatch):
     assert found["reference"] is None
 
 
-def test_the_classifier_is_that_of_faithfulness(monkeypatch):
+def test_the_classifier_is_trained_once(monkeypatch):
     """Untrained here: its weights come from its own cache, and it looks at scenes as the autoencoder shows them."""
     monkeypatch.setattr(faithfulness, "train", lambda *args: None)
-    monkeypatch.setattr(faithfulness, "Settings", lambda: SETTINGS)
+    monkeypatch.setattr(faithfulness, "ClassifierSettings", lambda: SETTINGS)
     network, shown = networks.scenes_classifier(PartialState())
-    assert len(list(image_quality.Path("runs/faithfulness").glob("classifier-*.pt"))) == 1
+    assert len(list(image_quality.Path("runs/classifier").glob("scenes-*.pt"))) == 1
     assert (shown.shape, shown.dtype) == ((3, 16), bool)
     backbone = networks.shown_objects(network)
     image = Image.fromarray(scene("test", 0).image)
@@ -466,7 +468,7 @@ def test_the_classifier_is_that_of_faithfulness(monkeypatch):
         backbone.prepare(picture(32, 40))
 
 
-SETTINGS = faithfulness.Settings(captions=3)
+SETTINGS = faithfulness.ClassifierSettings(test_scenes=3)
 
 
 @pytest.mark.parametrize(
@@ -495,13 +497,13 @@ def test_what_cannot_be_measured(settings, reference, match, tmp_path, tiny, mon
 
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="`batch`"):
-        Settings(batch=0)
+        QualitySettings(batch=0)
 
 
 def test_nothing_to_do():
     with pytest.raises(ValueError, match="run folders, or --write-statistics"):
         image_quality.main([])
-    measurement = Measurement(Settings(metrics=METRICS), Reference("real"), PartialState())
+    measurement = Measurement(QualitySettings(metrics=METRICS), Reference("real"), PartialState())
     with pytest.raises(ValueError, match=r"one network.*efficientnet_lite0.*inception"):
         image_quality.write_statistics(measurement, None)
 

@@ -478,7 +478,7 @@ def test_bad_values(name, value):
 # ---- the program that measures them ----------------------------------------------------------------------------------
 def test_the_default_has_no_error(monkeypatch):
     """Forced onto its own latents, and left to itself; an option has one."""
-    pipe, settings = load_pipeline(TINY_SD), program.Settings(captions=2, steps=3, batch=2)
+    pipe, settings = load_pipeline(TINY_SD), program.SavingsSettings(captions=2, steps=3, batch=2)
     default = program.generate(pipe, 0, settings, output_regions=True)
     forced = program.generate(pipe, 0, settings, on=default, output_regions=True)
     assert program.regional(forced, default) == {"same region": 100, "same foreground": 100}

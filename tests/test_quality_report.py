@@ -10,7 +10,7 @@ from PIL import Image
 from eval import coco30k, contact_sheet, generating, report
 from eval.common import plots
 from eval.common.tables import by_scale
-from eval.generating import Settings, batches
+from eval.generating import GenerationSettings, batches
 from eval.paired import read_run
 
 
@@ -104,7 +104,7 @@ def test_a_panel_for_each_model(drawn, tmp_path):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for method in ("cfg", "goca"):
-        coco30k.Run(Settings(method=method, **SETTINGS), root / method)()
+        coco30k.GenerationRun(GenerationSettings(method=method, **SETTINGS), root / method)()
     return root
 
 
@@ -121,7 +121,7 @@ def test_looks_are_those_of_the_run(folders):
     goca, item = read_run(folders / "goca"), read_run(folders / "goca").items[3]
     look = contact_sheet.looks(goca, [item])[item.id]
     assert look.again
-    generator = generating.Generator(Settings(**SETTINGS))
+    generator = generating.Generator(GenerationSettings(**SETTINGS))
     texts = generator.settings.texts()
     batch = next(names for names in batches(texts, 2) if item.id in names)
     output = generator.call({name: texts[name] for name in batch}, output_regions=True)
@@ -149,6 +149,6 @@ def test_sheet_needs_a_pair(folders, names):
 
 def test_sheet_of_changed_captions_is_refused(folders, monkeypatch):
     goca = read_run(folders / "goca")
-    monkeypatch.setattr(Settings, "texts", lambda self: {"000000": "another caption"})
+    monkeypatch.setattr(GenerationSettings, "texts", lambda self: {"000000": "another caption"})
     with pytest.raises(ValueError, match="they have changed"):
         contact_sheet.looks(goca, goca.items[:1])

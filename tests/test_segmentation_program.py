@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on(monkeypatch):
     monkeypatch.setattr(Counts, "save", save)
     assert segmentation.result(scenes(limit=6)) == whole
     assert {path: path.read_bytes() for path in saved} == done
-    monkeypatch.setattr(running.Run, "measure", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(running.SegmentationRun, "measure", lambda *a: pytest.fail("measured again"))
     assert segmentation.result(scenes(limit=6)) == whole
 
 
@@ -254,7 +254,7 @@ def test_classes_of_written_prompts_are_names(tmp_path):
     miniature("ade20k", tmp_path / "ade", "val")
     ade = {"benchmark": "ade20k", "root": str(tmp_path / "ade"), "limit": None, "methods": {"goca": {}}}
     experiments = [scenes(**ade, protocol=protocol) for protocol in ("standard", "goca")]
-    run = running.Run(experiments[0])
+    run = running.SegmentationRun(experiments[0])
     write_prompts(tmp_path / "p.jsonl", segmentation.prompts_of(run), run.images.classes)
     given = {"source": "written", "path": str(tmp_path / "p.jsonl")}
     read = segmentation.result(scenes(**ade, protocol="goca", prompts=given))["rows"][0]
@@ -277,7 +277,7 @@ def test_what_no_image_is_at_fault_for_stops_the_run(monkeypatch, tiny):
 def test_prompts_are_written_for_what_can_be_read(voc, tmp_path):
     ids = benchmark("voc", voc["root"]).ids
     next((tmp_path / "voc").rglob(f"{ids[0]}.png")).write_bytes(b"not a picture")
-    found = segmentation.prompts_of(running.Run(scenes(**voc)))
+    found = segmentation.prompts_of(running.SegmentationRun(scenes(**voc)))
     assert sorted(found) == sorted(ids[1:])
 
 
