@@ -45,11 +45,11 @@ format: $(VENV)/installed
 
 speed: $(VENV)/installed  ## what guidance costs on this machine's CPU: an hour, and a killed run goes on
 	$(RUN)/python -m eval.speed --device cpu
-	$(RUN)/python -m eval.core --device cpu
+	$(RUN)/python -m eval.core_cost --device cpu
 
 speed-gpu: $(VENV)/installed  ## the same on a GPU, in half precision
 	$(RUN)/python -m eval.speed --device cuda
-	$(RUN)/python -m eval.core --device cuda --dtype bfloat16
+	$(RUN)/python -m eval.core_cost --device cuda --dtype bfloat16
 
 report: $(VENV)/installed  ## results/*.json and the pictures of `make demo` into README.md
 	$(RUN)/python -m eval.report

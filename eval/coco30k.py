@@ -17,126 +17,24 @@ more, alone. An empty caption has no image under any method, so that the sets ag
 """
 
 import argparse
-import csv
 import errno
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property, partial
-from io import BytesIO
 from pathlib import Path
 
-import pandas as pd
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
-from PIL import Image
 
-from eval.common.files import replacing, some, write_json
 from eval.common.processes import processes, progress, share
 from eval.common.provenance import command, commit, versions
-from eval.generating import GenerationSettings, Generator, batches
+from eval.generation.generator import GenerationSettings, Generator, batches
+from eval.generation.run_folder import RunFolder, digest_of_png, png_bytes, write_table, write_whole
 
 
 RUNS = Path("runs/generate")
 PACKAGES = ("torch", "diffusers", "transformers", "pillow", "goca-guidance")
-MOVABLE = ("model", "captions")  # paths, which digests stand for
 HOPELESS = 64  # captions in a row without an image: not their fault
-PNG_END = bytes.fromhex("0000000049454e44ae426082")  # the whole last chunk, IEND
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    with replacing(path) as part:
-        part.write_bytes(data)
-
-
-def write_table(path: Path, rows: Iterable[Sequence], columns: Sequence[str]) -> None:
-    """A CSV file, all texts in quotes."""
-    table = pd.DataFrame(rows, columns=list(columns))
-    write_whole(path, table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode())
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """The file that an image is kept as."""
-    buffer = BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def digest_of_png(path: Path, size: int) -> str | None:
-    """sha256 of a file; None unless it is an RGB PNG of `size` x `size` pixels, whole by the checksums of its chunks."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    try:
-        with Image.open(BytesIO(data), formats=["PNG"]) as image:
-            expected = image.size == (size, size) and image.mode == "RGB"
-            image.verify()
-    except Exception:  # Pillow raises many kinds for damaged files
-        return None
-    return hashlib.sha256(data).hexdigest() if expected and data.endswith(PNG_END) else None
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run folder."""
-
-    root: Path
-
-    @property
-    def images(self) -> Path:
-        return self.root / "images"
-
-    @property
-    def settings(self) -> Path:
-        return self.root / "settings.json"
-
-    def path(self, name: str) -> Path:
-        return self.images / f"{name}.png"
-
-    def check(self, made_with: Mapping, ids: Iterable[str]) -> None:
-        """ValueError for a folder of other settings or versions, or with files that are not of this run; changes nothing."""
-        own = {f"{name}.png" for name in ids}
-        present = [path.name for path in self.images.glob("[!.]*")]
-        if self.settings.exists():
-            self._check_settings(made_with)
-        else:
-            present += [path.name for path in self.root.glob("[!.]*") if path != self.images]
-            own = set()
-        if foreign := sorted(set(present) - own):
-            raise ValueError(
-                f"Expected only images of this run in {self.root}, but found {some(foreign)}: move them away, or use another "
-                "--out."
-            )
-
-    def _check_settings(self, made_with) -> None:
-        try:
-            before = json.loads(self.settings.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"Expected settings in {self.settings}, but it is damaged ({error}): if its images are of the settings given "
-                "now, move them away, start again, and move them back."
-            ) from error
-        old, new = ({**each["settings"], **each["versions"]} for each in (before, made_with))
-        names = [name for name in {**old, **new} if name not in MOVABLE and old.get(name) != new.get(name)]
-        if names:
-            told = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
-            raise ValueError(
-                f"Expected the settings that {self.root} was made with, but these differ: {told}. Use another --out."
-            )
-
-    def open(self, made_with: Mapping) -> None:
-        """Remove what a killed process left half-written, and say what the run is made with, every commit of it."""
-        for folder in (self.root, self.images):
-            for path in folder.glob(".part-*"):
-                path.unlink()
-        before = json.loads(self.settings.read_text())["commit"].split(", ") if self.settings.exists() else []
-        commits = ", ".join(dict.fromkeys([*before, made_with["commit"]]))
-        write_json(self.settings, {**made_with, "commit": commits})
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -249,7 +147,7 @@ class GenerationRun:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a TOML file with the fields of eval.generating.GenerationSettings")
+    parser.add_argument("config", type=Path, help="a TOML file, see eval.generation.generator.GenerationSettings")
     parser.add_argument("--scale", type=float, help="the guidance scale, instead of the file's")
     parser.add_argument("--limit", type=int, help="only the first so many ids")
     parser.add_argument("--out", type=Path, help="the run folder; runs/generate/CONFIG_SCALE by default")

@@ -24,9 +24,8 @@ from tqdm.auto import tqdm
 from eval.common.configs import from_mapping
 from eval.common.plots import write
 from eval.common.processes import processes
-from eval.features import Item
-from eval.generating import GenerationSettings, Generator, batches
-from eval.paired import FinishedRun, check_pair, read_run
+from eval.generation.generator import GenerationSettings, Generator, batches
+from eval.generation.run_folder import FinishedRun, Item, check_pair, read_run
 from goca_guidance.pictures import as_labels, painted_regions
 from goca_guidance.records import Regions
 

@@ -9,7 +9,7 @@ the test split, drawn.
 Metrics: fid, kid, precision_recall (Inception-v3); clip_score (100 x cosine by open_clip); frechet_efficientnet_lite0 and
 mmd_efficientnet_lite0 (the same formulas on another network, whose weights a package holds: they are neither FID nor KID);
 caption_accuracy (share of images that show every object of their caption, and objects_shown, the share of the named
-objects; by the classifier of eval.faithfulness, for captions of Scenes). Shares are from 0 to 1.
+objects; by the classifier of eval.generation.classifier, for captions of Scenes). Shares are from 0 to 1.
 
 Each metric but precision and recall has a 95 % interval. A run with a cfg run of the same captions, model and guidance scale
 beside it has the difference from that, with an interval of resamples of both's ids (`eval.common.intervals`), and
@@ -28,13 +28,13 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
-from eval import networks
 from eval.common.files import write_json
 from eval.common.intervals import difference, interval, jackknife, left_out, ratio_draws, resamples
 from eval.common.processes import processes, slices
 from eval.common.provenance import command, commit, versions
 from eval.common.tables import by_scale
-from eval.distances import (
+from eval.generation import networks
+from eval.generation.distances import (
     BLOCK,
     Reference,
     Side,
@@ -44,8 +44,8 @@ from eval.distances import (
     read_reference,
     statistics,
 )
-from eval.paired import FinishedRun, base_of, read_run
-from eval.scenes import OBJECTS, scene
+from eval.generation.run_folder import FinishedRun, base_of, read_run
+from eval.scenes.scene import OBJECTS, scene
 
 
 DISTANCES = {  # the network, and what is made of its features

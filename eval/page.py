@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval.benchmarks import NAMES
 from eval.common.files import replacing
-from eval.methods import METHODS
-from eval.protocol import PROTOCOLS
+from eval.datasets.benchmarks import NAMES
+from eval.datasets.protocols import PROTOCOLS
+from eval.segment.methods import METHODS
 from goca_guidance import TINY_SD, GoCAConfig
 
 

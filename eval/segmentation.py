@@ -16,51 +16,22 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from eval.benchmarks import BadSample
-from eval.cases import draw
 from eval.common.files import write_json
 from eval.common.tables import markdown
-from eval.counting import Counts, mean_iou, total
-from eval.experiment import Experiment, method_of, rule_of
-from eval.rows import Measured, result_of
-from eval.running import SegmentationRun
-from eval.written import write_prompts
-
-
-def measured(run: SegmentationRun) -> dict[str, Measured]:
-    """What each row measured; what cannot be measured is found before anything is."""
-    experiment, found = run.experiment, {}
-    judge = run.on_training_images() if experiment.tune and not experiment.counted.best_value else run
-    rules = {name: rule_of(experiment, method_of(name, row), run.images) for name, row in experiment.rows.items()}
-    for each in (run, judge):
-        _ = each.prompts
-    for name, rule in rules.items():
-        values = rule.values if rule else (None,)
-        counts = run.counts(name)
-        if not counts.images:
-            first = next(iter(counts.skipped.values()))
-            raise ValueError(
-                f"Expected images to measure {name} on, but all {len(counts.skipped)} were skipped: {first}"
-            )
-        judged = counts if judge is run or len(values) == 1 else judge.counts(name)
-        matrices = total(judged, len(values), len(run.images.classes))
-        best = int(np.argmax(mean_iou(matrices, experiment.counted.absent_counts)))
-        found[name] = Measured(counts, best, values)
-    return found
-
-
-def result(experiment: Experiment) -> dict:
-    """The result of an experiment, as its JSON file holds it."""
-    run = SegmentationRun(experiment)
-    return result_of(experiment, run.images, measured(run))
+from eval.datasets.benchmarks import BadSample
+from eval.prompts.prompt_file import write_prompts
+from eval.segment.best_and_worst import draw
+from eval.segment.confusion import Counts
+from eval.segment.experiment import Experiment
+from eval.segment.results import result_of
+from eval.segment.running import SegmentationRun, measured
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a TOML file with the fields of eval.experiment.Experiment")
+    parser.add_argument("config", type=Path, help="a TOML file with the fields of eval.segment.experiment.Experiment")
     parser.add_argument("--limit", type=int, help="only the first so many images")
     parser.add_argument("--root", help="the dataset's folder, instead of the file's")
     parser.add_argument("--model", help="the model's folder or repository, instead of the file's")

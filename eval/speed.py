@@ -5,7 +5,7 @@ were seen. A step's time is the mean over a call's steps but the first, and the 
 pairs of neighbours. `once_ms` is what a guided call's first step takes beyond that (Gram matrices, constants), less what the
 stock call's does. Memory is the peak of a call of one step: resident
 memory of a process of its own on the CPU, allocated memory on an accelerator. Full-size denoisers have random weights, and
-there are no text encoders (`eval.architectures`).
+there are no text encoders (`eval.cost.full_size`).
 
 Without `--families` the plan of the device is measured. Rows that the result file has from the same code are not measured
 again, so that a killed run goes on where it stopped.
@@ -13,27 +13,23 @@ again, so that a killed run goes on where it stopped.
 
 import argparse
 import json
-import multiprocessing
-import platform
 import statistics
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-import psutil
 import torch
 from tqdm.auto import tqdm
 
-from eval.architectures import ARCHITECTURES, arguments, build, guided_arguments
 from eval.common.files import write_json
 from eval.common.processes import now
 from eval.common.provenance import command, fingerprint
 from eval.common.tables import markdown
+from eval.cost.full_size import ARCHITECTURES, arguments, build, guided_arguments
+from eval.cost.measure import PeakMemory, alone, device_name
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 
 
@@ -125,33 +121,6 @@ def peak_bytes(case: Case, device: str, name: str) -> int:
     return memory.peak
 
 
-class PeakMemory:
-    """Peak memory while the block runs."""
-
-    def __init__(self, device: str):
-        self.device, self.peak = device, 0
-
-    def __enter__(self):
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def _sample(self):
-        process, ended = psutil.Process(), False
-        while not ended:
-            ended = self._stop.wait(0.005)
-            self.peak = max(self.peak, process.memory_info().rss)
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-        if self.device == "cuda":
-            self.peak = torch.cuda.max_memory_allocated()
-
-
 # ---- rows ------------------------------------------------------------------------------------------------------------
 def compare(case: Case, device: str, seconds: float) -> dict:
     """A row of the table; each measurement in a process of its own, which leaves no memory behind."""
@@ -167,21 +136,6 @@ def compare(case: Case, device: str, seconds: float) -> dict:
         "stock_mb": peaks["stock"] // 2**20,
         "memory_ratio": round(peaks["guided"] / peaks["stock"], 3),
     }
-
-
-def alone(function, *args):
-    """What a function returns in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *args).result()
-
-
-def device_name(device: str) -> str:
-    """What the numbers were measured on."""
-    return (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
 
 
 def measure(cases: list[Case], device: str, seconds: float, result: Path) -> list[dict]:

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from eval.common.files import replacing
 from eval.common.provenance import weights_digest
-from eval.scenes import scene
-from eval.tiny_components import (
+from eval.scenes.scene import scene
+from eval.scenes.tiny_model import (
     LATENT,
     SCHEDULE,
     SIZE,

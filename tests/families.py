@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from PIL import Image
 
-from eval.tiny_components import clip_tokenizer
+from eval.scenes.tiny_model import clip_tokenizer
 from tests.tiny import WORDS, tiny_components
 
 

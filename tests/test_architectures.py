@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval import floor
-from eval.architectures import ARCHITECTURES, arguments, build, guided_arguments
+from eval import least_cost
+from eval.cost.full_size import ARCHITECTURES, arguments, build, guided_arguments
 from goca_guidance import GoCASCFGPipeline
 from goca_guidance.families import denoiser_of, family_of
 
@@ -30,7 +30,7 @@ def test_sizes_are_the_published_ones(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_pipeline_takes_the_arguments(name):
     pipe = build(name, "meta", torch.float16)
-    _, kwargs = floor.denoiser_inputs(pipe, arguments(name, pipe, ARCHITECTURES[name].size, batch=2, steps=2))
+    _, kwargs = least_cost.denoiser_inputs(pipe, arguments(name, pipe, ARCHITECTURES[name].size, batch=2, steps=2))
     assert len(kwargs["encoder_hidden_states"]) == (2 if name == "flux" else 4)
 
 
@@ -45,9 +45,9 @@ def test_tiny_runs_stock_and_guided():
 
 
 def test_floor_of_stable_diffusion_by_hand():
-    step = floor.stock_step("sd-1.5")
+    step = least_cost.stock_step("sd-1.5")
     assert step.flops == pytest.approx(1.6e12, rel=0.02)  # two predictions of 0.8 TFLOP
-    parts = floor.added(step)
+    parts = least_cost.added(step)
     levels = [(5, 4096, 320), (5, 1024, 640), (5, 256, 1280), (1, 64, 1280)]  # layers, pixels, channels
     assert parts["heads"].flops == 2 * sum(count * 2 * p * c * c for count, p, c in levels)
     assert parts["heads"].flops == pytest.approx(25.6e9, rel=0.001)
@@ -58,7 +58,7 @@ def test_floor_of_stable_diffusion_by_hand():
 
 
 def test_floor_of_joint_attention_counts_probabilities_once():
-    parts = floor.added(floor.stock_step("flux-short"))
-    assert parts["heads"] == parts["cross"] == floor.Cost()
+    parts = least_cost.added(least_cost.stock_step("flux-short"))
+    assert parts["heads"] == parts["cross"] == least_cost.Cost()
     assert parts["agreement"].flops == 6 * 2 * 4096 * (4096 + 512) * (3072 + 1)
     assert parts["refinement"].flops == 2 * 2 * 4096**2 * 6

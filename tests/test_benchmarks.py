@@ -12,8 +12,8 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Cityscapes, VOCSegmentation
 
-from eval import scenes
-from eval.benchmarks import VOID, BadSample, bare, benchmark, present
+from eval.datasets.benchmarks import VOID, BadSample, bare, benchmark, present
+from eval.scenes import scene
 from tests.miniatures import SIZE, miniature, relist
 
 
@@ -121,12 +121,12 @@ def test_coco_in_its_other_folders(tmp_path):
 
 def test_scenes():
     found = benchmark("scenes")
-    assert (len(found.ids), found.ids[0], found.ids[-1], found.classes) == (1000, "000000", "000999", scenes.CLASSES)
+    assert (len(found.ids), found.ids[0], found.ids[-1], found.classes) == (1000, "000000", "000999", scene.CLASSES)
     image, mask = benchmark("scenes", split="val", ids=["002000.png"]).read("002000")
-    drawn = scenes.scene("validation", 2000)
+    drawn = scene.scene("validation", 2000)
     np.testing.assert_array_equal(np.asarray(image), drawn.image)
     np.testing.assert_array_equal(mask, drawn.mask)
-    assert {scenes.CLASSES[i] for i in present(mask)} == set(drawn.names)
+    assert {scene.CLASSES[i] for i in present(mask)} == set(drawn.names)
 
 
 # ids

@@ -11,8 +11,15 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.datasets import Cityscapes
 
-from eval.benchmarks import VOID, bare, benchmark, present
-from eval.labels import COCO_OBJECT_LABELS, CONTEXT_IDS, STUFF_27, STUFF_27_LABELS, STUFF_171, STUFF_171_LABELS
+from eval.datasets.benchmarks import VOID, bare, benchmark, present
+from eval.datasets.labels import (
+    COCO_OBJECT_LABELS,
+    CONTEXT_IDS,
+    STUFF_27,
+    STUFF_27_LABELS,
+    STUFF_171,
+    STUFF_171_LABELS,
+)
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.benchmarks import BadSample
-from eval.captioner import Endpoint
-from eval.prompts import Captions, Entity, Prompt
+from eval.datasets.benchmarks import BadSample
+from eval.prompts.endpoint import Endpoint
+from eval.prompts.sources import Captions, Entity, Prompt
 
 
 CLASSES = ("background", "person", "dog", "tree")

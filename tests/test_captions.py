@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.captions import captions_of, coco_captions, digest_of, scenes_captions
-from eval.scenes import scene
+from eval.generation.captions import captions_of, coco_captions, digest_of, scenes_captions
+from eval.scenes.scene import scene
 
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data" / "coco30k" / "MS-COCO_val2014_30k_captions.csv"

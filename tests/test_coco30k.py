@@ -23,11 +23,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from eval import coco30k, generating
-from eval.coco30k import digest_of_png, png_bytes
+from eval import coco30k
 from eval.common.configs import from_mapping
 from eval.common.load import load_pipeline
-from eval.generating import GenerationSettings, Generator
+from eval.generation import generator as generating
+from eval.generation.generator import GenerationSettings, Generator
+from eval.generation.run_folder import digest_of_png, png_bytes
 from goca_guidance import TINY_SD, GoCASCFGPipeline
 from tests.families import FAMILIES, stock_pipeline
 from tests.tiny import stock_of
@@ -183,7 +184,7 @@ def test_no_safety_checker_and_no_watermark(monkeypatch, tiny):
         return pipe
 
     monkeypatch.setattr(generating, "load_pipeline", load)
-    pipe = generating.pipeline(few())
+    pipe = generator.pipeline(few())
     assert (pipe.safety_checker, pipe.watermark) == (None, None)
 
 
@@ -196,9 +197,9 @@ def test_another_denoiser(tmp_path, monkeypatch):
     monkeypatch.setattr(generating, "load_pipeline", load_pipeline)
     plain = few(model=str(tmp_path / "whole"), captions="scenes", count=1)
     changed = dataclasses.replace(plain, denoiser=str(tmp_path / "other"))
-    weights = generating.pipeline(changed, "cpu").transformer.proj_out.weight
+    weights = generator.pipeline(changed, "cpu").transformer.proj_out.weight
     assert torch.equal(weights, torch.ones_like(weights))
-    assert not torch.equal(weights, generating.pipeline(plain, "cpu").transformer.proj_out.weight)
+    assert not torch.equal(weights, generator.pipeline(plain, "cpu").transformer.proj_out.weight)
     digests = {settings.described(settings.texts())["weights"] for settings in (plain, changed)}
     assert len(digests) == 2
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.benchmarks import NAMES, Benchmark
-from eval.experiment import Experiment, method_of, rule_of
-from eval.methods import METHODS
+from eval.datasets.benchmarks import NAMES, Benchmark
+from eval.segment.experiment import Experiment, method_of, rule_of
+from eval.segment.methods import METHODS
 from goca_guidance import TINY_SD
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import crf
-from eval.crf import CRF, refine
+from eval.segment import crf
+from eval.segment.crf import CRF, refine
 
 
 def brute(features):

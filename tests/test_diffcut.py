@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.matching import match
+from eval.segment.matching import match
 from goca_guidance import diffcut
 
 

@@ -12,14 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from eval.common.processes import slices
-from eval.distances import (
-    KernelDistance,
-    Statistics,
-    frechet,
-    frechet_draws,
-    precision_recall,
-    statistics,
-)
+from eval.generation.distances import KernelDistance, Statistics, frechet, frechet_draws, precision_recall, statistics
 
 
 def drawn(seed, images, size, shift=0.0, scale=1.0):
@@ -227,7 +220,7 @@ def test_kernel_distance_is_the_mean_over_subsets():
 
 def test_kernel_distance_of_resamples(monkeypatch):
     """Pair by pair, copies of one image left out; in blocks."""
-    monkeypatch.setattr("eval.distances.BLOCK", 4)
+    monkeypatch.setattr("eval.generation.distances.BLOCK", 4)
     real, fake = drawn(1, 7, 3).astype(float), drawn(2, 9, 3, 1).astype(float)
     weights = np.random.default_rng(0).multinomial(9, np.full(9, 1 / 9), 4)
 

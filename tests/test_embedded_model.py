@@ -9,8 +9,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors import safe_open
 from transformers import CLIPTextModel
 
-from eval import running, segmentation
-from eval.experiment import Experiment
+from eval import segmentation
+from eval.segment import running
+from eval.segment.experiment import Experiment
 from goca_guidance import TINY_SD, GoCASCFGPipeline
 
 

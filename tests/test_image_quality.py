@@ -16,13 +16,13 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import poly_mmd
 
-from eval import faithfulness, features, image_quality, networks
-from eval.distances import Reference, Side, Statistics, draw_scenes, frechet, read_reference, statistics
-from eval.features import Item
+from eval import image_quality
+from eval.generation import classifier, features, networks
+from eval.generation.distances import Reference, Side, Statistics, draw_scenes, frechet, read_reference, statistics
+from eval.generation.networks import PREPROCESSINGS, Backbone
+from eval.generation.run_folder import Item, read_run
 from eval.image_quality import METRICS, Measurement, QualitySettings, names_in
-from eval.networks import PREPROCESSINGS, Backbone
-from eval.paired import read_run
-from eval.scenes import OBJECTS, scene
+from eval.scenes.scene import OBJECTS, scene
 from tests.test_paired import run_folder
 from tests.test_tagger import TINY
 
@@ -295,10 +295,10 @@ def test_references(tmp_path, monkeypatch):
     found = read_reference(str(folder), state)
     assert [item.id for item in found.items] == ["B.JPG", "deep/0.png", "deep/1.png", "deep/2.png"]
     assert (found.images, found.other_files) == (4, 1)
-    monkeypatch.setattr("eval.distances.SCENES", 3)
+    monkeypatch.setattr("eval.generation.distances.SCENES", 3)
     drawn = read_reference("scenes", state)
     assert np.array_equal(np.asarray(drawn.items[2].read()), scene("test", 2).image)
-    monkeypatch.setattr("eval.distances.scene", None)
+    monkeypatch.setattr("eval.generation.distances.scene", None)
     draw_scenes(drawn.items[0].path.parent)  # they are there
     for path in ("nowhere", str(folder / "notes.txt")):
         with pytest.raises(ValueError, match=r'a folder of images, an \.npz file or "scenes"'):
@@ -454,8 +454,8 @@ def test_caption_accuracy(runs, monkeypatch):
 
 def test_the_classifier_is_trained_once(monkeypatch):
     """Untrained here: its weights come from its own cache, and it looks at scenes as the autoencoder shows them."""
-    monkeypatch.setattr(faithfulness, "train", lambda *args: None)
-    monkeypatch.setattr(faithfulness, "ClassifierSettings", lambda: SETTINGS)
+    monkeypatch.setattr(classifier, "train", lambda *args: None)
+    monkeypatch.setattr(classifier, "ClassifierSettings", lambda: SETTINGS)
     network, shown = networks.scenes_classifier(PartialState())
     assert len(list(image_quality.Path("runs/classifier").glob("scenes-*.pt"))) == 1
     assert (shown.shape, shown.dtype) == ((3, 16), bool)
@@ -468,7 +468,7 @@ def test_the_classifier_is_trained_once(monkeypatch):
         backbone.prepare(picture(32, 40))
 
 
-SETTINGS = faithfulness.ClassifierSettings(test_scenes=3)
+SETTINGS = classifier.ClassifierSettings(test_scenes=3)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.background import Rule
-from eval.counting import cells_of, cells_of_values
-from eval.labelling import decided, label_maps, matched, refined
-from eval.methods import Scores
+from eval.segment.confusion import cells_of, cells_of_values
+from eval.segment.label_maps import decided, label_maps, matched, refined
+from eval.segment.methods import Rule, Scores
 
 
 G = torch.Generator().manual_seed(0)

@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 import torch
 
-from eval.captured import Step, capture, sharpen
-from eval.core import PARTS, measure, profile
-from eval.naive import head_shares, probabilities
+from eval.core_cost import PARTS, measure, profile
+from eval.cost.captured_step import Step, capture, sharpen
+from eval.cost.naive import head_shares, probabilities
 from goca_guidance import GoCAConfig
 from goca_guidance.records import AttentionRecord, AttentionView
 from tests.families import FAMILIES, stock_pipeline

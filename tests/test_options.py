@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval import options as program
-from eval.captured import Step, capture, sharpen
+from eval import savings as program
 from eval.common.load import load_pipeline
-from eval.naive import head_shares, probabilities
+from eval.cost.captured_step import Step, capture, sharpen
+from eval.cost.naive import head_shares, probabilities
 from goca_guidance import TINY_SD, GoCAConfig, GoCAGuidance, GoCASCFGPipeline, SCFGConfig, segmentor
 from goca_guidance.call import GuidedCall
 from goca_guidance.config import LayerPreset

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 
 from eval import page
-from eval.benchmarks import NAMES
 from eval.common.files import write_json
-from eval.experiment import Experiment
-from eval.methods import METHODS
+from eval.datasets.benchmarks import NAMES
+from eval.segment.experiment import Experiment
+from eval.segment.methods import METHODS
 
 
 ROOT = Path(__file__).parents[1]

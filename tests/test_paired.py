@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from eval.common.intervals import difference, interval, jackknife, left_out, ratio_draws, resamples
-from eval.distances import KernelDistance, frechet, frechet_draws, statistics
-from eval.paired import base_of, read_run
+from eval.generation.distances import KernelDistance, frechet, frechet_draws, statistics
+from eval.generation.run_folder import base_of, read_run
 
 
 def run_folder(root, method="cfg", ids=("000000", "000001", "000002"), seed=0, size=(64, 64), **changes):

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.aliases import aliases_of, caption_groups, clean, forms, name_index, named
-from eval.labels import ADE20K, CITYSCAPES, COCO_OBJECT, CONTEXT, STUFF_27, STUFF_171, VOC
-from eval.prompts import Captions, Entity, Prompt, Tags, Vocabulary, release
-from eval.scenes import CLASSES as SCENES
-from eval.tiny_components import clip_tokenizer
-from eval.written import Written, write_prompts
+from eval.datasets.labels import ADE20K, CITYSCAPES, COCO_OBJECT, CONTEXT, STUFF_27, STUFF_171, VOC
+from eval.prompts.phrases import aliases_of, caption_groups, clean, forms, name_index, named
+from eval.prompts.prompt_file import Written, write_prompts
+from eval.prompts.sources import Captions, Entity, Prompt, Tags, Vocabulary, release
+from eval.scenes.scene import CLASSES as SCENES
+from eval.scenes.tiny_model import clip_tokenizer
 from goca_guidance.tokens import words
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.benchmarks import VOID, Benchmark
-from eval.labels import STUFF_27
-from eval.protocol import GOCA, PROTOCOLS, STANDARD
+from eval.datasets.benchmarks import VOID, Benchmark
+from eval.datasets.labels import STUFF_27
+from eval.datasets.protocols import GOCA, PROTOCOLS, STANDARD
 
 
 def made(name, classes, mask):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import coco30k, contact_sheet, generating, report
+from eval import coco30k, contact_sheet, report
 from eval.common import plots
 from eval.common.tables import by_scale
-from eval.generating import GenerationSettings, batches
-from eval.paired import read_run
+from eval.generation import generator as generating
+from eval.generation.generator import GenerationSettings, batches
+from eval.generation.run_folder import read_run
 
 
 def row(method, scale, distance, accuracy, gap=None, **more):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.scenes import CLASSES, GROUNDS, OBJECTS, VISIBLE, _scaled_sprite, background, draw, scene
+from eval.scenes.scene import CLASSES, GROUNDS, OBJECTS, VISIBLE, _scaled_sprite, background, draw, scene
 
 
 def test_deterministic_by_seed():

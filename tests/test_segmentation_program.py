@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import experiment, methods, running, segmentation
-from eval.benchmarks import benchmark
+from eval import segmentation
 from eval.common.configs import from_mapping
 from eval.common.load import load_pipeline
-from eval.counting import Counts
-from eval.experiment import Experiment
-from eval.prompts import Entity, Prompt
-from eval.written import write_prompts
+from eval.datasets.benchmarks import benchmark
+from eval.prompts.prompt_file import write_prompts
+from eval.prompts.sources import Entity, Prompt
+from eval.segment import experiment, methods, running
+from eval.segment.confusion import Counts
+from eval.segment.experiment import Experiment
 from goca_guidance import GoCAConfig
 from tests.miniatures import miniature, relist
 

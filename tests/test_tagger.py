@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from eval.prompts import Entity, Prompt
-from eval.tagger import Tagger
+from eval.prompts.sources import Entity, Prompt
+from eval.prompts.tagger import Tagger
 
 
 CLASSES = ("person", "background", "dog", "potted plant", "tree")

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from eval.tiny_components import clip_tokenizer
+from eval.scenes.tiny_model import clip_tokenizer
 from goca_guidance import tokens
 from goca_guidance.tokens import Encoded
 from tests.families import BERT_TOKENS, FAMILIES, HUNYUAN_T5_TOKENS

@@ -1,0 +1,207 @@
+"""Segmentation methods as rows of a table: each reads a batch of images with its prompts and answers with class scores.
+
+goca           auto aggregation over heads and layers, per-pixel rescaling (arXiv 2603.06178)
+vanilla        plain means over heads and layers, min-max only
+manual         vanilla on the layers picked by hand
+fttm           as GoCA re-implements it: manual, then a dense CRF
+fttm-paper     FTTM's own definition (arXiv 2309.04109): its layers, boxes, background rule and noises, then a dense CRF
+diffsegmenter  one pass per class, weights by resolution, one refinement (arXiv 2309.02773)
+diffcut        segments without names, given the best ones by Hungarian matching (arXiv 2406.02842)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from eval.common.processes import slices
+from eval.prompts.sources import Entity, Prompt
+from goca_guidance import GoCAConfig, GoCASCFGPipeline
+from goca_guidance.segmentor import GoCASegmentor
+from goca_guidance.word_baselines import FTTM, DiffSegmenter
+
+
+KINDS = ("offset", "constant", "max", "square")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the background scores: for each of the `values` v, with e the highest background entity's score and s the highest
+    class's: "offset" v + e, "constant" v, "max" max(v, e), "square" (2 v - s)^2, which is FTTM's.
+
+    All values share one forward, and one count: they ascend, and what the background wins at one it wins at all above.
+    """
+
+    kind: str
+    values: tuple[float, ...]
+
+    def __post_init__(self):
+        if self.kind not in KINDS or not self.values or list(self.values) != sorted(set(self.values)):
+            raise ValueError(
+                f"Expected a background rule among {', '.join(KINDS)} with at least one value, in ascending order, but got "
+                f"{self.kind!r} with {list(self.values)}."
+            )
+        if self.kind == "square" and self.values[0] < 0:
+            raise ValueError(f"Expected values of at least 0 for this rule, but got {list(self.values)}.")
+
+    def score(self, value: float, entity: Tensor, highest: Tensor) -> Tensor:
+        """The background's score at each pixel."""
+        if self.kind == "offset":
+            return entity + value
+        if self.kind == "constant":
+            return torch.full_like(entity, value)
+        return entity.clamp(min=value) if self.kind == "max" else (2 * value - highest) ** 2
+
+    def margin(self, entity: Tensor, highest: Tensor) -> Tensor:
+        """The value above which the background wins a pixel."""
+        if self.kind == "offset":
+            return highest - entity
+        if self.kind == "constant":
+            return highest
+        if self.kind == "max":
+            return highest.masked_fill(entity > highest, -torch.inf)
+        return (highest + highest.sqrt()) / 2  # of (2 v - s)^2 > s, as v and s are not negative
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a method says of an image: `maps` [k H W] in [0, 1] for the classes `labels`; the highest one of the background's
+    entities, `background` [H W], zeros where there are none. Or `segments` [H W] without names. Nothing where no class was
+    asked for.
+    """
+
+    maps: Float[Tensor, "k H W"] | None = None
+    labels: tuple[int, ...] = ()
+    background: Float[Tensor, "H W"] | None = None
+    segments: Int[Tensor, "H W"] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their prompts, a seed for the noise of each, and the names of all classes."""
+
+    images: list[Image.Image]
+    prompts: list[list[Prompt]]
+    seeds: list[int]
+    classes: tuple[str, ...]
+
+    def generators(self, which: Sequence[int]) -> list[torch.Generator]:
+        """One for each of some images: an image's noise depends on its seed alone."""
+        return [torch.Generator().manual_seed(self.seeds[image]) for image in which]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method reads, and what of the experiment's settings it overrides.
+
+    `nameless`: it answers with segments. `stretched`: each class's scores reach from 0 to 1 at the picture's size.
+    `crf`: the label map is refined by a dense CRF. `timestep`, `num_noises`: None leaves the experiment's. `rule`: its
+    own background rule. `own`: settings of `answer` that no other method has.
+    """
+
+    answer: Callable[..., list[Scores]]
+    config: GoCAConfig = field(default_factory=GoCAConfig)
+    nameless: bool = False
+    stretched: bool = False
+    crf: bool = False
+    timestep: int | None = None
+    num_noises: int | None = None
+    rule: Rule | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+
+def by_words(
+    pipe: GoCASCFGPipeline,
+    batch: Batch,
+    config: GoCAConfig,
+    size: int,
+    segmentor: type = GoCASegmentor,
+    **settings: Any,
+) -> list[Scores]:
+    """All classes of a prompt in one forward; the class score is the highest of its entities'."""
+    asked = [(image, prompt) for image, prompts in enumerate(batch.prompts) if named(prompts) for prompt in prompts]
+    return _answers(pipe, batch, asked, size, goca=config, segmentor=segmentor, **settings)
+
+
+def by_class(
+    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, template: str, **settings: Any
+) -> list[Scores]:
+    """DiffSegmenter: a forward for each class, whose name stands in the `template` at {}."""
+    asked = []
+    for image, prompts in enumerate(batch.prompts):
+        for label in sorted(named(prompts)):
+            name = batch.classes[label]
+            asked.append((image, Prompt(template.format(name), (Entity(name, label),))))
+    return _answers(pipe, batch, asked, size, goca=config, segmentor=DiffSegmenter, **settings)
+
+
+def by_sentence(
+    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, template: str, **settings: Any
+) -> list[Scores]:
+    """FTTM: the list of all entities stands in the `template` at {}."""
+    said = [[replace(prompt, text=template.format(prompt.text)) for prompt in prompts] for prompts in batch.prompts]
+    return by_words(pipe, replace(batch, prompts=said), config, size, FTTM, **settings)
+
+
+def by_cut(
+    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, num_noises: int, **settings: Any
+) -> list[Scores]:
+    """DiffCut: no words, and one noise."""
+    found = []
+    for images in slices(range(len(batch.images)), size):
+        pictures = [batch.images[i] for i in images]
+        found += pipe.discover(pictures, generator=batch.generators(images), **settings)
+    return [Scores(segments=segments) for segments in found]
+
+
+def _answers(pipe, batch, asked, size, **settings) -> list[Scores]:
+    """Prompts of several images, `size` of them in a forward."""
+    maps: list[dict[int | None, Tensor]] = [{} for _ in batch.images]
+    for part in slices(asked, size):
+        images, prompts = zip(*part, strict=True)
+        scores = pipe.segment(
+            [batch.images[i] for i in images],
+            [[entity.words for entity in prompt.entities] for prompt in prompts],
+            prompt=[prompt.text for prompt in prompts],
+            generator=batch.generators(images),
+            **settings,
+        ).scores
+        for image, prompt, found in zip(images, prompts, scores, strict=True):
+            for entity, score in zip(prompt.entities, found, strict=False):  # padded where others ask for more
+                known = maps[image].get(entity.label)
+                maps[image][entity.label] = score if known is None else torch.maximum(known, score)
+    return [_scores(found) for found in maps]
+
+
+def named(prompts: Sequence[Prompt]) -> set[int]:
+    """The classes that an image's prompts ask for."""
+    return {entity.label for prompt in prompts for entity in prompt.entities if entity.label is not None}
+
+
+def _scores(maps) -> Scores:
+    labels = tuple(sorted(label for label in maps if label is not None))
+    if not labels:
+        return Scores()
+    stacked = torch.stack([maps[label] for label in labels])
+    return Scores(stacked, labels, maps.get(None, torch.zeros_like(stacked[0])))
+
+
+METHODS = {
+    "goca": Method(by_words),
+    "vanilla": Method(by_words, GoCAConfig.vanilla()),
+    "manual": Method(by_words, GoCAConfig.vanilla(layers="manual")),
+    "fttm": Method(by_words, GoCAConfig.vanilla(layers="manual"), crf=True),
+    "fttm-paper": Method(
+        by_sentence, crf=True, timestep=150, num_noises=10, rule=Rule("square", (0.5,)),
+        own={"template": "a photo including {}."},
+    ),
+    "diffsegmenter": Method(
+        by_class, stretched=True, rule=Rule("constant", tuple(round(0.3 + 0.01 * i, 2) for i in range(45))),
+        own={"template": "a photograph of {}"},
+    ),
+    "diffcut": Method(by_cut, nameless=True, timestep=50, own={"threshold": 0.5, "alpha": 10.0}),
+}  # fmt: skip
