@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from eval.common.files import replacing
-from eval.datasets.benchmarks import NAMES
+from eval.datasets.benchmarks import DATASETS
 from eval.datasets.protocols import PROTOCOLS
 from eval.segment.methods import METHODS
 from goca_guidance import TINY_SD, GoCAConfig
@@ -173,7 +173,9 @@ def main_tables(both: pd.DataFrame) -> str:
     groups = both[both["method"].isin(METHODS)].groupby(SETTING)
     for setting, rows in sorted(groups, key=lambda group: group[1]["source"].notna().all()):
         cells = {}
-        for (benchmark, split, asked), column in sorted(rows.groupby(PLACE[3:]), key=lambda c: NAMES.index(c[0][0])):
+        for (benchmark, split, asked), column in sorted(
+            rows.groupby(PLACE[3:]), key=lambda c: list(DATASETS).index(c[0][0])
+        ):
             head = escape(benchmark) + small(f"{split}, {asked:.0f} images")
             cells[head] = {name: beside(part) for name, part in column.groupby("method")}
         note = "" if rows["source"].isna().any() else small("nothing measured here: papers' numbers only")

@@ -1,7 +1,7 @@
 """Tiny folders in the original layout of each dataset, deterministic, with the truth that was written into them.
 
 `miniature(name, root)` writes three images of 12 x 16 pixels (height x width) and gives {id: Truth}. The ids in the files
-and what they stand for are facts by hand, so that nothing here depends on `eval.datasets.labels`.
+and what they stand for are facts by hand, so that nothing here depends on `eval.datasets.folders`.
 """
 
 import json

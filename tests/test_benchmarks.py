@@ -12,7 +12,8 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Cityscapes, VOCSegmentation
 
-from eval.datasets.benchmarks import VOID, BadSample, bare, benchmark, present
+from eval.datasets.benchmarks import BadSample, bare, benchmark, present
+from eval.datasets.folders import VOID
 from eval.scenes import scene
 from tests.miniatures import SIZE, miniature, relist
 

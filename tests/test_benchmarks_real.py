@@ -11,15 +11,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.datasets import Cityscapes
 
-from eval.datasets.benchmarks import VOID, bare, benchmark, present
-from eval.datasets.labels import (
-    COCO_OBJECT_LABELS,
-    CONTEXT_IDS,
-    STUFF_27,
-    STUFF_27_LABELS,
-    STUFF_171,
-    STUFF_171_LABELS,
-)
+from eval.datasets.benchmarks import bare, benchmark, present
+from eval.datasets.coco import COCO_OBJECT_LABELS, STUFF_27, STUFF_27_LABELS, STUFF_171, STUFF_171_LABELS
+from eval.datasets.folders import VOID
+from eval.datasets.pascal import CONTEXT_IDS
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

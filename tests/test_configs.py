@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.datasets.benchmarks import NAMES, Benchmark
+from eval.datasets.benchmarks import DATASETS, Benchmark
 from eval.segment.experiment import Experiment, method_of, rule_of
 from eval.segment.methods import METHODS
 from goca_guidance import TINY_SD
@@ -46,7 +46,7 @@ def test_methods_are_known(config):
 
 def test_parts_go_together(config):
     _, experiment = config
-    assert experiment.benchmark in NAMES
+    assert experiment.benchmark in DATASETS
     assert isinstance(getattr(torch, experiment.dtype), torch.dtype)
     assert (experiment.root is None) == (experiment.benchmark == "scenes") == (experiment.model == TINY_SD)
     if experiment.prompts.get("source") == "captions":

@@ -9,7 +9,7 @@ import pytest
 
 from eval import page
 from eval.common.files import write_json
-from eval.datasets.benchmarks import NAMES
+from eval.datasets.benchmarks import DATASETS
 from eval.segment.experiment import Experiment
 from eval.segment.methods import METHODS
 
@@ -212,7 +212,7 @@ def test_paper_file():
     for number in paper["number"]:
         assert 0 < number["miou"] < 1
         assert number["method"] in known
-        assert number["benchmark"] in NAMES
+        assert number["benchmark"] in DATASETS
         assert number["protocol"] in paper["protocols"]
         assert number["protocol"] != "goca" or number["model"] in paper["models"]
     found = {key: n["miou"] for key, n in zip(keys, paper["number"], strict=True)}

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.datasets.labels import ADE20K, CITYSCAPES, COCO_OBJECT, CONTEXT, STUFF_27, STUFF_171, VOC
+from eval.datasets.ade20k import ADE20K
+from eval.datasets.cityscapes import CITYSCAPES
+from eval.datasets.coco import COCO_OBJECT, STUFF_27, STUFF_171
+from eval.datasets.pascal import CONTEXT, VOC
 from eval.prompts.phrases import aliases_of, caption_groups, clean, forms, name_index, named
 from eval.prompts.prompt_file import Written, write_prompts
 from eval.prompts.sources import Captions, Entity, Prompt, Tags, Vocabulary, release

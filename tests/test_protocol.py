@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.datasets.benchmarks import VOID, Benchmark
-from eval.datasets.labels import STUFF_27
+from eval.datasets.benchmarks import Benchmark
+from eval.datasets.coco import STUFF_27
+from eval.datasets.folders import VOID
 from eval.datasets.protocols import GOCA, PROTOCOLS, STANDARD
 
 

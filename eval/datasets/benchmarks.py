@@ -1,6 +1,7 @@
 """The segmentation benchmarks, one type for all: `benchmark("voc", root)` gives classes, ids, and image and mask of an id.
 
-The original layout that each one reads is written in `eval.datasets.folders`; "scenes" is drawn and needs no folder.
+The original layout that each one reads is written in its dataset's file beside this one; "scenes" is drawn and needs no
+folder.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,12 +12,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.datasets.folders import LAYOUTS, Layout, unique
-from eval.datasets.labels import VOID
-from eval.scenes import scene
+from eval.datasets import ade20k, cityscapes, coco, pascal
+from eval.datasets.folders import VOID, Dataset, Layout, unique
+from eval.scenes.scene import CLASSES, SPLITS, scene
 
 
-NAMES = (*LAYOUTS, "scenes")
+DATASETS: dict[str, Dataset] = {
+    "voc": pascal.VOC_DATASET,
+    "context": pascal.CONTEXT_DATASET,
+    "context-59": pascal.CONTEXT_59_DATASET,
+    "coco-object": coco.OBJECT_DATASET,
+    "coco-stuff-27": coco.STUFF_27_DATASET,
+    "coco-stuff-171": coco.STUFF_171_DATASET,
+    "cityscapes": cityscapes.DATASET,
+    "ade20k": ade20k.DATASET,
+    "scenes": Dataset(None, split="test"),
+}
 SCENES = 1000  # how many scenes where no ids are given
 
 
@@ -48,21 +59,22 @@ def benchmark(
 ) -> Benchmark:
     """A benchmark by name, from the dataset's original folder.
 
-    `split`: "val" where none is given, of scenes "test". `ids` keeps some: with or without the image file's ending.
+    `split`: the dataset's own where none is given. `ids` keeps some: with or without the image file's ending.
     ValueError: unknown name, missing root, split folder or list, ids twice, ids without an image, no image at all.
     """
-    if name not in NAMES:
-        raise ValueError(f"Expected a benchmark among {', '.join(NAMES)}, but got {name!r}.")
+    if name not in DATASETS:
+        raise ValueError(f"Expected a benchmark among {', '.join(DATASETS)}, but got {name!r}.")
     if isinstance(ids, str):
         raise TypeError(f"Expected a sequence of ids, but got the string {ids!r}. Put it into a list.")
-    if name == "scenes":
-        return _scenes(root, split or "test", ids)
+    dataset = DATASETS[name]
+    if dataset.layout is None:
+        return _scenes(root, split or dataset.split, ids)
     if root is None or not Path(root).is_dir():
         raise ValueError(
             f"Expected the folder of {name} as root, but got {root!s}, which is no folder. Give its path."
         )
-    split = {"validation": "val", "training": "train"}.get(split, split) or "val"
-    layout = LAYOUTS[name](Path(root), split)
+    split = {"validation": "val", "training": "train"}.get(split, split) or dataset.split
+    layout = dataset.layout(Path(root), split)
     if not layout.files:
         raise ValueError(
             f"Expected images in split {split!r} of {name} in {root}, but it is empty. Unpack the images there."
@@ -102,15 +114,15 @@ def _chosen(ids: Iterable[str] | None, known: Callable[[str], bool], everything:
 
 
 def _scenes(root, split, ids) -> Benchmark:
-    """Scenes of `eval.scenes.scene`, 64 x 64, ids "000000" and so on, every pixel labelled and no background."""
+    """Scenes of `eval.scenes`, 64 x 64, ids "000000" and so on, every pixel labelled and no background."""
     split = {"val": "validation", "training": "train"}.get(split, split)
     if root is not None:
         raise ValueError(f"Expected no root for scenes, which are drawn, but got {root!s}. Leave root out.")
-    if split not in scene.SPLITS:
-        raise ValueError(f"Expected a split of scenes among {', '.join(scene.SPLITS)}, but got {split!r}.")
+    if split not in SPLITS:
+        raise ValueError(f"Expected a split of scenes among {', '.join(SPLITS)}, but got {split!r}.")
     first = (f"{index:06d}" for index in range(SCENES))
     chosen = _chosen(ids, _is_scene, first, f"split {split!r} of scenes (000000 to 9999999)")
-    return Benchmark("scenes", scene.CLASSES, chosen, partial(_draw, split))
+    return Benchmark("scenes", CLASSES, chosen, partial(_draw, split))
 
 
 def _is_scene(id: str) -> bool:
@@ -118,7 +130,7 @@ def _is_scene(id: str) -> bool:
 
 
 def _draw(split: str, id: str) -> tuple[Image.Image, np.ndarray]:
-    drawn = scene.scene(split, int(id))
+    drawn = scene(split, int(id))
     return Image.fromarray(drawn.image), drawn.mask
 
 

@@ -9,6 +9,8 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
+from eval.datasets.benchmarks import DATASETS
+
 
 LONGEST = 4  # words in a phrase of a caption; more are a sentence, not a noun
 NO_NOUN = re.compile(r"(the )?(background|foreground|top|bottom|left|right)( image)?|x? ?\d+")  # where and how many
@@ -144,39 +146,6 @@ pole: post, utility pole, lamp post, lamppost
 food: meal
 """
 
-# Words that mean another thing in one benchmark; these lines come before the common ones.
-_ONLY = {
-    "ade20k": """
-crt screen: computer screen
-monitor: computer monitor, display
-""",
-    "coco-stuff-27": """
-electronic: electronics, tv, television, monitor, screen, laptop, computer, keyboard, mouse, remote, cell phone, phone
-appliance: microwave, oven, stove, toaster, sink, refrigerator, fridge
-sports: sport, sport equipment, sports equipment, frisbee, skis, snowboard, ball, kite, bat, baseball bat, baseball glove
-sports: skateboard, surfboard, racket, tennis racket
-vehicle: car, truck, bus, train, boat, bicycle, bike, motorcycle, airplane, aeroplane, plane, van, taxi, ship
-accessory: backpack, umbrella, handbag, purse, bag, tie, suitcase
-outdoor: traffic light, fire hydrant, stop sign, parking meter, bench
-indoor: book, clock, vase, scissors, teddy bear, hair drier, toothbrush
-kitchen: kitchen stuff, kitchenware, utensil, bottle, cup, wine glass, fork, knife, spoon, bowl
-food: banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake
-food-stuff: fruit, vegetable, salad
-furniture: chair, couch, sofa, potted plant, bed, dining table, toilet
-furniture-stuff: cabinet, cupboard, counter, desk, door, light, mirror, shelf, stairs, table
-raw material: cardboard, metal, paper, plastic
-textile: cloth, curtain, towel, blanket, pillow, rug, napkin, mat, banner
-floor: carpet
-window: window blind, blinds
-building: bridge, house, skyscraper, roof, tent
-ground: road, street, sidewalk, pavement, sand, snow, dirt, platform, mud, gravel, earth, railroad, playing field
-plant: tree, grass, bush, flower, leaves, branch, straw, moss
-solid: rock, stone, wood, mountain, hill
-structural: fence, railing, cage, net
-water: sea, river, fog
-""",
-}
-
 
 def clean(text: str) -> str:
     """A phrase as prompts spell it: lower case; letters, digits, and hyphens and apostrophes within words.
@@ -246,7 +215,7 @@ def class_names(classes: Sequence[str]) -> tuple[str, ...]:
 def aliases_of(benchmark: str, classes: Sequence[str]) -> dict[str, str]:
     """Our words for a benchmark's classes: phrase -> class. No class's own name, singular or plural, is among the words."""
     own, names, found = name_index(classes, {}), class_names(classes), {}
-    for line in (_ONLY.get(benchmark, "") + _WORDS).strip().splitlines():
+    for line in (DATASETS[benchmark].phrases + _WORDS).strip().splitlines():
         owners = [own[key] for name in line.split(":")[0].split(",") if (key := tuple(clean(name).split())) in own]
         for word in map(clean, line.replace(":", ",").split(",")) if owners else ():
             *first, last = word.split()

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.datasets.benchmarks import bare
+from eval.datasets.benchmarks import DATASETS, bare
 from eval.prompts.phrases import BACKGROUND, caption_groups, class_names, clean, name_index, named
 
 
@@ -149,10 +149,8 @@ def merged(groups: Sequence[tuple[tuple[str, ...], int | None]]) -> list[Entity]
 
 def release(benchmark: str) -> dict:
     """What the released code of GoCA does with a benchmark's captions, as arguments of `Captions` and `Endpoint`."""
-    return {
-        "append_missing": benchmark in ("voc", "context", "context-59", "coco-stuff-27", "coco-stuff-171"),
-        "background": (BACKGROUND,) if benchmark in ("voc", "coco-object", "ade20k") else (),
-    }
+    dataset = DATASETS[benchmark]
+    return {"append_missing": dataset.append_missing, "background": dataset.background_words}
 
 
 class CaptionSource(Source):

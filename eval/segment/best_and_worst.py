@@ -9,7 +9,7 @@ from PIL import Image
 
 from eval.common.files import replacing
 from eval.common.plots import stack
-from eval.datasets.benchmarks import VOID
+from eval.datasets.folders import VOID
 from eval.segment.confusion import image_scores
 from eval.segment.running import Answer, SegmentationRun
 from goca_guidance.pictures import overlay

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from eval.datasets.benchmarks import VOID
+from eval.datasets.folders import VOID
 from eval.segment import crf
 from eval.segment.matching import match
 from eval.segment.methods import Rule, Scores

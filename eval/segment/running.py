@@ -18,7 +18,8 @@ from torch import Tensor
 from eval.common.load import load_pipeline
 from eval.common.processes import now, processes, progress, seed_of, share, slices
 from eval.common.provenance import fingerprint
-from eval.datasets.benchmarks import VOID, BadSample, Benchmark, present
+from eval.datasets.benchmarks import BadSample, Benchmark, present
+from eval.datasets.folders import VOID
 from eval.prompts.sources import Prompt
 from eval.segment.confusion import Counts, as_tensor, cells_of, cells_of_values, joined, mean_iou, total
 from eval.segment.experiment import Experiment, base_of, images_of, method_of, rule_of, source_of
