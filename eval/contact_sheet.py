@@ -26,8 +26,8 @@ from eval.common.plots import write
 from eval.common.processes import processes
 from eval.generation.generator import GenerationSettings, Generator, batches
 from eval.generation.run_folder import FinishedRun, Item, check_pair, read_run
+from goca_guidance.method.records import Regions
 from goca_guidance.pictures import as_labels, painted_regions
-from goca_guidance.records import Regions
 
 
 MOMENTS = {"first": 0.0, "middle": 0.5, "last": 1.0}  # of the guided steps, whose maps are shown

@@ -28,7 +28,8 @@ from eval.cost.captured_step import Step, full_size
 from eval.cost.full_size import ARCHITECTURES
 from eval.cost.measure import PeakMemory, alone, device_name
 from eval.cost.operations import added_flops
-from goca_guidance import GoCAConfig, segmentor
+from goca_guidance import GoCAConfig
+from goca_guidance.method import segmentor
 
 
 SHARPER = 16  # times louder queries: of evener attention the naive form keeps mostly rounding

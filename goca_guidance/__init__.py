@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from goca_guidance.config import Background as Background
 from goca_guidance.config import GoCAConfig as GoCAConfig
 from goca_guidance.config import SCFGConfig as SCFGConfig
-from goca_guidance.records import Regions as Regions
-from goca_guidance.records import WordMaps as WordMaps
+from goca_guidance.method.records import Regions as Regions
+from goca_guidance.method.records import WordMaps as WordMaps
 
 
 if TYPE_CHECKING:
     from goca_guidance.guider import GoCAGuidance as GoCAGuidance
     from goca_guidance.pipeline import GoCASCFGPipeline as GoCASCFGPipeline
     from goca_guidance.pipeline import GoCASCFGPipelineOutput as GoCASCFGPipelineOutput
-    from goca_guidance.segment import Segmentation as Segmentation
+    from goca_guidance.real_images.segment import Segmentation as Segmentation
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ def __getattr__(name: str):
         "GoCASCFGPipeline": "pipeline",
         "GoCASCFGPipelineOutput": "pipeline",
         "GoCAGuidance": "guider",
-        "Segmentation": "segment",
+        "Segmentation": "real_images.segment",
     }
     if name in rooms:
         return getattr(import_module(f"goca_guidance.{rooms[name]}"), name)

@@ -84,7 +84,7 @@ def generate(args) -> None:
 def segment(args) -> None:
     """Overlay, and label map as a palette picture, of one image."""
     from goca_guidance import pictures
-    from goca_guidance.images import load_image
+    from goca_guidance.real_images.load import load_image
 
     image = load_image(args.image)
     rule = (
@@ -196,7 +196,7 @@ def _generator(seed):
 
 
 def _generate(pipe, prompt, seed, steps=30, guidance_scale=5.0, **kwargs):
-    from goca_guidance.loading import guidance_arguments
+    from goca_guidance.stock import guidance_arguments
 
     pipe.set_progress_bar_config(disable=False, desc=prompt[:40])
     try:

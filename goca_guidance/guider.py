@@ -8,10 +8,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
-from goca_guidance.call import GuidedCall
 from goca_guidance.config import GoCAConfig, SCFGConfig
-from goca_guidance.families import denoiser_of, family_of, readers_of
-from goca_guidance.scfg import SpatialGuidanceScale
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.hooks.guided import GuidedCall
+from goca_guidance.method.scfg import SpatialGuidanceScale
 
 
 class GoCAGuidance(ClassifierFreeGuidance):

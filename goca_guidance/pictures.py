@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
-from goca_guidance.records import Regions
+from goca_guidance.method.records import Regions
 
 
 PANEL = 3.2  # inches of one panel

@@ -16,13 +16,16 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from goca_guidance.call import GuidedCall, check_input, config_of
 from goca_guidance.config import GoCAConfig, SCFGConfig
-from goca_guidance.families import denoiser_of, family_of, readers_of
-from goca_guidance.loading import PREFIX, check_folder, named_pipeline, scale_name, stock_class
-from goca_guidance.reading import ReadingMixin, stock_of
-from goca_guidance.records import Regions, WordMaps
-from goca_guidance.scfg import SpatialGuidanceScale
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.denoisers.layouts import named_words
+from goca_guidance.denoisers.words import read
+from goca_guidance.hooks.guided import GuidedCall, check_input, config_of
+from goca_guidance.method.records import Regions, WordMaps
+from goca_guidance.method.scfg import SpatialGuidanceScale
+from goca_guidance.real_images.discover import discover
+from goca_guidance.real_images.segment import Segmentation, segment
+from goca_guidance.stock import PREFIX, check_folder, is_text_to_image, named_pipeline, scale_name, stock_class
 
 
 @dataclasses.dataclass
@@ -44,7 +47,7 @@ class GoCASCFGPipelineOutput(BaseOutput):
     negative_maps: list[WordMaps] | None = None
 
 
-class GoCASCFGPipeline(ReadingMixin, DiffusionPipeline):
+class GoCASCFGPipeline(DiffusionPipeline):
     r"""
     Any stock text-to-image pipeline that mixes two predictions, with S-CFG guided by GoCA regions at every denoising step.
 
@@ -53,6 +56,10 @@ class GoCASCFGPipeline(ReadingMixin, DiffusionPipeline):
     stock one, image-to-image, inpainting and ControlNet pipelines included. Denoisers: those of Stable Diffusion 1.x, 2.x,
     XL and 3, PixArt-alpha and -Sigma, Flux.1, HunyuanDiT; others with cross-attention get a generic preset and a warning.
     Papers: GoCA (arXiv 2603.06178), S-CFG (arXiv 2404.05384).
+
+    How the classes are made: `guided` derives one from this class and a stock one, the same at every call; `__init_subclass__`
+    gives it a `__call__` that shows the stock arguments and ours; `__new__` makes `GoCASCFGPipeline(**components)` one of
+    them; and the module's `__getattr__` finds them by name, for pickle. This class alone is never instantiated.
     """
 
     _goca_call: GuidedCall | None = None  # the call in progress; None outside one, and then everything is stock
@@ -205,6 +212,34 @@ class GoCASCFGPipeline(ReadingMixin, DiffusionPipeline):
             if isinstance(getattr(self, "_guidance_scale", None), SpatialGuidanceScale):
                 self._guidance_scale = float(self._guidance_scale)
 
+    # ---- real images, and the words of prompts ------------------------------------------------------------------------
+    def segment(self, images, classes: Sequence[str] | Sequence[Sequence[str]], **kwargs) -> Segmentation:
+        """Segment real images by class names; see [`goca_guidance.real_images.segment.segment`] for the arguments."""
+        return segment(self, self._text_to_image_class(), images, classes, **kwargs)
+
+    def discover(self, images, **kwargs) -> list[Tensor]:
+        """Segment real images without names; see [`goca_guidance.real_images.discover.discover`] for the arguments."""
+        return discover(self, self._text_to_image_class(), images, **kwargs)
+
+    def _text_to_image_class(self):
+        """The text-to-image class that runs these components."""
+        stock = stock_of(type(self))
+        return stock if is_text_to_image(stock) else named_pipeline(family_of(denoiser_of(self.components)))
+
+    def words(self, prompt: str) -> dict[str, list[int]]:
+        """The words of a prompt with their token positions, in the form that `region_tokens` takes."""
+        family = family_of(denoiser_of(self.components))
+        tokenizers = [tokenizer for _, tokenizer in readers_of(self, family)]
+        limit = inspect.signature(stock_of(type(self)).__call__).parameters.get("max_sequence_length")
+        longest = None if limit is None else limit.default
+        return named_words(read(prompt, tokenizers, self._as_read, longest), family.sink)
+
+    def _as_read(self, prompt: str, tokenizer) -> str:
+        """The text that the stock pipeline gives to its tokenizer: cleaned (PixArt), textual inversions spelled out."""
+        if hasattr(self, "_text_preprocessing"):
+            prompt = self._text_preprocessing(prompt, clean_caption=True)[0]
+        return self.maybe_convert_prompt(prompt, tokenizer) if hasattr(self, "maybe_convert_prompt") else prompt
+
     # ---- loading and saving ------------------------------------------------------------------------------------------
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -247,6 +282,11 @@ class GoCASCFGPipeline(ReadingMixin, DiffusionPipeline):
         """What is saved names the stock pipeline: anyone can load it, with us or without."""
         saved = {**json.loads(super().to_json_string()), "_class_name": stock_of(type(self)).__name__}
         return json.dumps(saved, indent=2, sort_keys=True) + "\n"
+
+
+def stock_of(cls: type) -> type[DiffusionPipeline]:
+    """The class that does the work: the first one that is not ours."""
+    return next(base for base in cls.__mro__ if not issubclass(base, GoCASCFGPipeline))
 
 
 @functools.cache

@@ -13,8 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from goca_guidance import GoCASCFGPipeline, GoCASCFGPipelineOutput, SCFGConfig
-from goca_guidance.call import GuidedCall
-from goca_guidance.families import family_of
+from goca_guidance.denoisers.adapters import family_of
+from goca_guidance.hooks.guided import GuidedCall
 from tests.families import FAMILIES, run, stock_pipeline
 from tests.tiny import hooks_of
 

@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, HunyuanAttnProcessor2_0
 
 from goca_guidance import GoCAConfig
-from goca_guidance.families import family_of
+from goca_guidance.denoisers.adapters import family_of
 from tests.families import FAMILIES, add_ip_adapter, add_lora, run, stock_pipeline
 from tests.feature_checks import (
     ABSENT,

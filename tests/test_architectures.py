@@ -6,7 +6,7 @@ import torch
 from eval import least_cost
 from eval.cost.full_size import ARCHITECTURES, arguments, build, guided_arguments
 from goca_guidance import GoCASCFGPipeline
-from goca_guidance.families import denoiser_of, family_of
+from goca_guidance.denoisers.adapters import denoiser_of, family_of
 
 
 PUBLISHED = {  # attention layers that the method reads, parameters of the denoiser

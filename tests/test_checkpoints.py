@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from goca_guidance.noising import encode, noisy_latents
-from goca_guidance.observer import AttentionObserver
-from goca_guidance.tokens import Encoded, encoder_ids, named_words
+from goca_guidance.denoisers.layouts import named_words
+from goca_guidance.denoisers.words import Encoded, encoder_ids
+from goca_guidance.hooks.observer import AttentionObserver
+from goca_guidance.real_images.noising import encode, noisy_latents
 from tests.families import FAMILIES, inpaint, run, stock_pipeline
 from tests.test_contract import every_family, guided
 from tests.tiny import tiny_components

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
-from goca_guidance.observer import WatchedKernel
+from goca_guidance.hooks.observer import WatchedKernel
 from tests.families import (
     BERT_TOKENS,
     FAMILIES,

@@ -13,8 +13,8 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from PIL import Image
 
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
-from goca_guidance.records import AttentionRecord
-from goca_guidance.segmentor import GoCASegmentor
+from goca_guidance.method.records import AttentionRecord
+from goca_guidance.method.segmentor import GoCASegmentor
 from tests.families import FAMILIES, MAX_TOKENS, run, stock_pipeline
 from tests.test_contract import (
     NEUTRAL,

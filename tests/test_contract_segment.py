@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from goca_guidance import GoCAConfig, SCFGConfig
-from goca_guidance.families import family_of
-from goca_guidance.goca import normalise
-from goca_guidance.scfg import rate_map
-from goca_guidance.segment import ClassForwards
-from goca_guidance.segmentor import GoCASegmentor
+from goca_guidance.denoisers.adapters import family_of
+from goca_guidance.method.goca import normalise
+from goca_guidance.method.scfg import rate_map
+from goca_guidance.method.segmentor import GoCASegmentor
+from goca_guidance.real_images.segment import ClassForwards
 from tests.families import FAMILIES, run, stock_pipeline
 from tests.test_contract import (
     END_SINK,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.segment.matching import match
-from goca_guidance import diffcut
+from goca_guidance.method import diffcut
 
 
 def blocks(sizes, across):

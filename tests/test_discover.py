@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from goca_guidance import GoCASCFGPipeline, discover
+from goca_guidance import GoCASCFGPipeline
+from goca_guidance.real_images import discover
 from tests.families import stock_pipeline
 from tests.tiny import hooks_of
 

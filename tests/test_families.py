@@ -20,9 +20,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 
-from goca_guidance.families import denoiser_of, family_of, readers_of
-from goca_guidance.family import DenoiserCall, Family, check_whole
-from goca_guidance.loading import named_pipeline
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
+from goca_guidance.stock import named_pipeline
 from tests import families
 from tests.families import BERT_TOKENS, FAMILIES, HUNYUAN_T5_TOKENS, MAX_TOKENS, stock_pipeline
 from tests.tiny import tiny_components

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from goca_guidance import goca
-from goca_guidance.baselines import SCFGSegmentor
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.maps import blur, min_max, nearest, pull_affinity, row_mass
-from goca_guidance.records import AttentionRecord, AttentionView, TokenLayout
-from goca_guidance.segmentor import GoCASegmentor
+from goca_guidance.method import goca
+from goca_guidance.method.maps import blur, min_max, nearest, pull_affinity, row_mass
+from goca_guidance.method.records import AttentionRecord, AttentionView, TokenLayout
+from goca_guidance.method.scfg import SCFGSegmentor
+from goca_guidance.method.segmentor import GoCASegmentor
 from tests.test_maps import resized_affinity
 
 

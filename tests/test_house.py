@@ -62,9 +62,9 @@ def test_goca_and_scfg_meet_in_regions_only():
     goca, segmentor, scfg = (
         imports_of(ROOT / "goca_guidance" / f"{module}.py") for module in ("goca", "segmentor", "scfg")
     )
-    families = {"goca_guidance.family", "goca_guidance.families"}
-    assert not {"goca_guidance.scfg", *families} & (goca | segmentor)
-    assert not {"goca_guidance.goca", "goca_guidance.segmentor", *families} & scfg
+    families = {"goca_guidance.denoisers.base", "goca_guidance.denoisers.adapters"}
+    assert not {"goca_guidance.method.scfg", *families} & (goca | segmentor)
+    assert not {"goca_guidance.method.goca", "goca_guidance.method.segmentor", *families} & scfg
 
 
 def test_the_library_never_imports_programs():

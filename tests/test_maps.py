@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from goca_guidance import maps
+from goca_guidance.method import maps
 
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))

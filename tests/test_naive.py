@@ -9,7 +9,7 @@ from eval.core_cost import PARTS, measure, profile
 from eval.cost.captured_step import Step, capture, sharpen
 from eval.cost.naive import head_shares, probabilities
 from goca_guidance import GoCAConfig
-from goca_guidance.records import AttentionRecord, AttentionView
+from goca_guidance.method.records import AttentionRecord, AttentionView
 from tests.families import FAMILIES, stock_pipeline
 
 

@@ -9,9 +9,9 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor
 
-from goca_guidance.families import family_of
-from goca_guidance.observer import AttentionObserver, WatchedKernel, _Call, check_seen
-from goca_guidance.records import AttentionView
+from goca_guidance.denoisers.adapters import family_of
+from goca_guidance.hooks.observer import AttentionObserver, WatchedKernel, _Call, check_seen
+from goca_guidance.method.records import AttentionView
 from tests import families
 from tests.families import FAMILIES, stock_pipeline
 from tests.tiny import hooks_of, tiny_components

@@ -16,11 +16,12 @@ from eval import savings as program
 from eval.common.load import load_pipeline
 from eval.cost.captured_step import Step, capture, sharpen
 from eval.cost.naive import head_shares, probabilities
-from goca_guidance import TINY_SD, GoCAConfig, GoCAGuidance, GoCASCFGPipeline, SCFGConfig, segmentor
-from goca_guidance.call import GuidedCall
+from goca_guidance import TINY_SD, GoCAConfig, GoCAGuidance, GoCASCFGPipeline, SCFGConfig
 from goca_guidance.config import LayerPreset
-from goca_guidance.maps import as_maps, blur, coarser, min_max, nearest, resize
-from goca_guidance.records import TokenLayout
+from goca_guidance.hooks.guided import GuidedCall
+from goca_guidance.method import segmentor
+from goca_guidance.method.maps import as_maps, blur, coarser, min_max, nearest, resize
+from goca_guidance.method.records import TokenLayout
 from tests.families import FAMILIES, run, stock_pipeline
 from tests.test_goca import projection_of, record
 from tests.test_guider import modular_pipeline, needs_modular_sd3

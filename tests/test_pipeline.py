@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
-from goca_guidance.scfg import rate_map
+from goca_guidance.method.scfg import rate_map
 from tests.tiny import assert_clean, generate, hooks_of, stock_of, tiny_components
 
 

@@ -17,7 +17,7 @@ from eval.prompts.prompt_file import Written, write_prompts
 from eval.prompts.sources import Captions, Entity, Prompt, Tags, Vocabulary, release
 from eval.scenes.scene import CLASSES as SCENES
 from eval.scenes.tiny_model import clip_tokenizer
-from goca_guidance.tokens import words
+from goca_guidance.denoisers.words import words
 
 
 CLASSES = (

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from goca_guidance.tokens import Encoded, prompt_layout, sentence, words
+from goca_guidance.denoisers.layouts import prompt_layout
+from goca_guidance.denoisers.words import Encoded, sentence, words
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

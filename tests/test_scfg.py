@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from goca_guidance.config import SCFGConfig
-from goca_guidance.records import Regions
-from goca_guidance.scfg import SpatialGuidanceScale, rate_map
+from goca_guidance.method.records import Regions
+from goca_guidance.method.scfg import SpatialGuidanceScale, rate_map
 
 
 SHARP = SCFGConfig(smooth_size=1)  # no smoothing

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from goca_guidance import Background, GoCAConfig
-from goca_guidance.families import family_of
-from goca_guidance.images import load_image
-from goca_guidance.segmentor import GoCASegmentor
+from goca_guidance.denoisers.adapters import family_of
+from goca_guidance.method.segmentor import GoCASegmentor
+from goca_guidance.real_images.load import load_image
 from tests.tiny import WORDS, hooks_of
 
 

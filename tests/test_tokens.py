@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from eval.scenes.tiny_model import clip_tokenizer
-from goca_guidance import tokens
-from goca_guidance.tokens import Encoded
+from goca_guidance.denoisers import layouts
+from goca_guidance.denoisers.words import Encoded, sentence
+from goca_guidance.denoisers.words import words as words_of
 from tests.families import BERT_TOKENS, FAMILIES, HUNYUAN_T5_TOKENS
 from tests.tiny import WORDS
 
@@ -45,7 +46,7 @@ def both(*prompts):
 
 
 def words(prompt, tokenizer=TOKENIZER):
-    return tokens.words(tokenizer, ids(prompt, tokenizer=tokenizer)[0].tolist())
+    return words_of(tokenizer, ids(prompt, tokenizer=tokenizer)[0].tolist())
 
 
 def test_words_and_their_tokens():
@@ -57,7 +58,7 @@ def test_words_and_their_tokens():
 
 
 def test_prompt_layout_of_a_batch():
-    layout = tokens.prompt_layout(clip("a cat on grass", "dog"), "start")
+    layout = layouts.prompt_layout(clip("a cat on grass", "dog"), "start")
     assert layout.labels == (("a", "cat", "on", "grass", "<sos>"), ("dog", "<sos>"))
     assert layout.columns[0].tolist() == [0, 1, 2, 3, 4]
     assert layout.content[0].tolist() == [False, True, True, True, True]
@@ -65,19 +66,19 @@ def test_prompt_layout_of_a_batch():
 
 
 def test_stop_words_can_be_dropped():
-    layout = tokens.prompt_layout(clip("a photo of a cat on the grass."), "start", drop_stop_words=True)
+    layout = layouts.prompt_layout(clip("a photo of a cat on the grass."), "start", drop_stop_words=True)
     assert layout.labels == (("photo", "cat", "grass", "<sos>"),)
-    only = tokens.prompt_layout(clip("on the"), "start", drop_stop_words=True)
+    only = layouts.prompt_layout(clip("on the"), "start", drop_stop_words=True)
     assert only.labels == (("on", "the", "<sos>"),)
 
 
 def test_empty_prompt():
     with pytest.raises(ValueError, match="at least one word"):
-        tokens.prompt_layout(clip(""), "start")
+        layouts.prompt_layout(clip(""), "start")
 
 
 def test_classes_of_several_words_and_several_places():
-    layout = tokens.class_layout(clip("cat, potted plant, cat"), [["cat", "potted plant"]])
+    layout = layouts.class_layout(clip("cat, potted plant, cat"), [["cat", "potted plant"]])
     assert layout.labels == (("cat", "potted plant"),)
     assert layout.columns[0].tolist() == [1, 3, 4, 6]
     assert torch.allclose(layout.groups[0].T, torch.tensor([[0.5, 0, 0, 0.5], [0, 0.5, 0.5, 0]]))
@@ -85,13 +86,13 @@ def test_classes_of_several_words_and_several_places():
 
 
 def test_a_longer_name_keeps_its_words():
-    layout = tokens.class_layout(clip("potted plant, plant"), [["plant", "potted plant"]])
+    layout = layouts.class_layout(clip("potted plant, plant"), [["plant", "potted plant"]])
     columns = layout.columns[0]
     assert [columns[layout.groups[0, :, k] > 0].tolist() for k in (0, 1)] == [[4], [1, 2]]
 
 
 def test_phrases_of_one_name_and_names_of_each_image():
-    layout = tokens.class_layout(
+    layout = layouts.class_layout(
         clip("cat, potted plant, grass", "plant, dog"), [["cat, potted plant", "grass"], ["dog"]]
     )
     assert layout.labels == (("cat, potted plant", "grass"), ("dog",))
@@ -102,22 +103,22 @@ def test_phrases_of_one_name_and_names_of_each_image():
 
 def test_every_phrase_must_be_there():
     with pytest.raises(ValueError, match="'dog' among the words"):
-        tokens.class_layout(clip("cat, grass"), [["cat, dog"]])
+        layouts.class_layout(clip("cat, grass"), [["cat, dog"]])
 
 
 def test_part_of_a_word_is_not_the_word():
     with pytest.raises(ValueError, match="'cat' among the words"):
-        tokens.class_layout(clip("a catalog"), [["cat"]])
+        layouts.class_layout(clip("a catalog"), [["cat"]])
 
 
 @pytest.mark.parametrize("prompt", ["a dog", "a " * 40 + "cat"])
 def test_missing_or_truncated_class(prompt):
     with pytest.raises(ValueError, match="encoder keeps 24 tokens"):
-        tokens.class_layout(clip(prompt), [["cat"]])
+        layouts.class_layout(clip(prompt), [["cat"]])
 
 
 def test_every_token_is_a_region_for_the_scfg_baseline():
-    layout = tokens.token_layout(clip("a cat"), "start")
+    layout = layouts.token_layout(clip("a cat"), "start")
     assert layout.groups.shape == (1, 24, 24)
     assert torch.equal(layout.groups[0], torch.eye(24))
 
@@ -133,11 +134,11 @@ def test_every_token_is_a_region_for_the_scfg_baseline():
 )
 def test_bad_named_regions(regions, message):
     with pytest.raises(ValueError, match=message):
-        tokens.named_layout(regions, 2, LENGTH, "start")
+        layouts.named_layout(regions, 2, LENGTH, "start")
 
 
 def test_repeat_follows_the_images_of_a_prompt():
-    layout = tokens.prompt_layout(clip("a cat", "dog"), "start").repeat(2)
+    layout = layouts.prompt_layout(clip("a cat", "dog"), "start").repeat(2)
     assert [names[0] for names in layout.labels] == ["a", "a", "dog", "dog"]
     assert layout.columns.shape[0] == 4
 
@@ -215,7 +216,7 @@ def test_vectors_of_a_textual_inversion_are_one_word(kind):
 def test_an_unknown_tokenizer_is_refused():
     stranger = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER._tokenizer)
     with pytest.raises(ValueError, match=r"Expected a CLIP, T5 or BERT tokenizer.*pass `region_tokens`"):
-        tokens.words(stranger, [1, 2])
+        words_of(stranger, [1, 2])
 
 
 def prompts(*special):
@@ -231,7 +232,7 @@ def prompts(*special):
 def test_words_cover_every_content_token_once(prompt):
     row = ids(prompt)[0].tolist()
     end = row.index(TOKENIZER.eos_token_id)
-    covered = [p for _, positions in tokens.words(TOKENIZER, row) for p in positions]
+    covered = [p for _, positions in words_of(TOKENIZER, row) for p in positions]
     assert covered == [p for p in range(end) if row[p] != TOKENIZER.bos_token_id]
 
 
@@ -262,7 +263,7 @@ def test_words_of_bert_cover_every_content_token_once(prompt):
 # ---- several encoders ------------------------------------------------------------------------------------------------
 def test_a_word_is_what_every_encoder_read_of_it():
     """By its spelling, whatever the case, and its occurrence; a word that one encoder spells alone stands behind."""
-    found = tokens.sentence(both("A cat, a Dogs it's cat"), 0)
+    found = sentence(both("A cat, a Dogs it's cat"), 0)
     assert found == [
         ("a", [1, 77, 78]),
         ("cat", [2, 79]),
@@ -279,7 +280,7 @@ def test_a_word_is_what_every_encoder_read_of_it():
 
 def test_a_word_beyond_the_first_encoder_is_the_seconds():
     """BERT keeps 77 tokens, T5 256."""
-    found = tokens.sentence(both("a " * 80 + "cat"), 0)
+    found = sentence(both("a " * 80 + "cat"), 0)
     assert found[0] == ("a", [1, 77])
     assert found[74] == ("a", [75, 77 + 74])
     assert found[75] == ("a", [77 + 75])
@@ -288,12 +289,12 @@ def test_a_word_beyond_the_first_encoder_is_the_seconds():
 
 
 def test_layouts_over_two_encoders():
-    layout = tokens.prompt_layout(both("a cat on grass", "a dog"), "start", drop_stop_words=True)
+    layout = layouts.prompt_layout(both("a cat on grass", "a dog"), "start", drop_stop_words=True)
     assert layout.labels == (("cat", "grass", "<sos>"), ("dog", "<sos>"))
     assert layout.columns.tolist() == [[0, 2, 4, 78, 80], [0, 2, 78, 0, 0]]
     assert torch.allclose(layout.groups[0, :, 0], torch.tensor([0, 0.5, 0, 0.5, 0]))
     assert layout.content.tolist() == [[False, True, True, True, True], [False, True, True, False, False]]
-    every = tokens.token_layout(both("a cat"), "start")
+    every = layouts.token_layout(both("a cat"), "start")
     assert torch.equal(every.columns[0], torch.arange(BERT_TOKENS + HUNYUAN_T5_TOKENS))
     assert every.labels[0][:3] == ("[CLS]", "a", "cat")
     assert every.labels[0][77:80] == ("▁a", "▁cat", "</s>")
@@ -301,59 +302,59 @@ def test_layouts_over_two_encoders():
 
 def test_classes_over_two_encoders():
     """Where either of them reads the name; the parts of a name stand together in each."""
-    layout = tokens.class_layout(
+    layout = layouts.class_layout(
         both("a potted plant, Zebra", "zebra plant, potted plant"), [["zebra", "potted plant"]] * 2
     )
     names = [[layout.columns[b, layout.groups[b, :, k] > 0].tolist() for k in (0, 1)] for b in (0, 1)]
     assert names[0] == [[5, 6, 7, 8, 9, *range(81, 87)], [2, 3, 78, 79]]
     assert names[1] == [[1, 2, 3, 4, 5, *range(77, 83)], [8, 9, 85, 86]]
     assert torch.allclose(layout.groups.sum(1), torch.ones(2, 2))
-    far = tokens.class_layout(both("a " * 80 + "cat"), [["cat"]])
+    far = layouts.class_layout(both("a " * 80 + "cat"), [["cat"]])
     assert far.columns.tolist() == [[77 + 80]]
     with pytest.raises(ValueError, match=r"'dog' among the words.*encoder keeps 256 tokens"):
-        tokens.class_layout(both("a cat"), [["dog"]])
+        layouts.class_layout(both("a cat"), [["dog"]])
 
 
 # ---- sinks -----------------------------------------------------------------------------------------------------------
 def test_the_start_token_is_a_region_and_no_content():
-    layout = tokens.prompt_layout(clip("a cat", "dog"), "start")
+    layout = layouts.prompt_layout(clip("a cat", "dog"), "start")
     assert layout.sink.tolist() == [[0], [0]]
     assert [names[-1] for names in layout.labels] == ["<sos>", "<sos>"]
 
 
 def test_the_end_token_is_no_region():
     """It stands where each prompt ends; for several encoders, where the last one's text does."""
-    layout = tokens.prompt_layout(t5("a cat on grass", "dogs"), "end")
+    layout = layouts.prompt_layout(t5("a cat on grass", "dogs"), "end")
     assert layout.sink.tolist() == [[4], [2]]
     assert layout.labels == (("a", "cat", "on", "grass"), ("dogs",))
     assert layout.columns.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert layout.content.tolist() == [[True] * 4, [True, True, False, False]]
-    assert tokens.token_layout(t5("a cat"), "end").sink.tolist() == [[2]]
-    assert tokens._sinks(both("a cat on grass", "dogs"), "end") == [77 + 4, 77 + 2]
-    assert tokens._sinks(both("a cat on grass", "dogs"), "start") == [0, 0]
-    assert tokens._sinks(t5("a " * 99), "end") == [LENGTH - 1]
+    assert layouts.token_layout(t5("a cat"), "end").sink.tolist() == [[2]]
+    assert layouts._sinks(both("a cat on grass", "dogs"), "end") == [77 + 4, 77 + 2]
+    assert layouts._sinks(both("a cat on grass", "dogs"), "start") == [0, 0]
+    assert layouts._sinks(t5("a " * 99), "end") == [LENGTH - 1]
 
 
 def test_no_sink():
-    layout = tokens.prompt_layout(clip("a cat", "dog"), None)
+    layout = layouts.prompt_layout(clip("a cat", "dog"), None)
     assert layout.sink.shape == (2, 0)
     assert layout.labels == (("a", "cat"), ("dog",))
-    assert tokens.class_layout(clip("a cat"), [["cat"]]).sink.shape == (1, 0)
+    assert layouts.class_layout(clip("a cat"), [["cat"]]).sink.shape == (1, 0)
 
 
 def test_named_regions_and_their_sink():
     """The start token is always at hand; the end token is named, or read off the prompt."""
     named = {"cat": [2], "grass": [4, 5]}
-    start = tokens.named_layout(named, 1, LENGTH, "start")
+    start = layouts.named_layout(named, 1, LENGTH, "start")
     assert start.labels == (("cat", "grass", "<sos>"),)
     assert start.sink.tolist() == [[0]]
-    end = tokens.named_layout([named | {"</s>": [7]}, {"dog": [1], "</s>": [3]}], 2, LENGTH, "end")
+    end = layouts.named_layout([named | {"</s>": [7]}, {"dog": [1], "</s>": [3]}], 2, LENGTH, "end")
     assert end.labels == (("cat", "grass"), ("dog",))
     assert end.sink.tolist() == [[7], [3]]
     assert end.columns.tolist() == [[2, 4, 5], [1, 0, 0]]
-    assert tokens.named_layout(named, 1, LENGTH, "end", t5("a cat on grass")).sink.tolist() == [[4]]
+    assert layouts.named_layout(named, 1, LENGTH, "end", t5("a cat on grass")).sink.tolist() == [[4]]
     with pytest.raises(ValueError, match=r'name the prompt\'s end token too.*"</s>": \[7\]'):
-        tokens.named_layout(named, 1, LENGTH, "end")
+        layouts.named_layout(named, 1, LENGTH, "end")
 
 
 @given(
@@ -363,7 +364,7 @@ def test_named_regions_and_their_sink():
 )
 @settings(max_examples=50, deadline=None)
 def test_group_weights_average(names):
-    layout = tokens.class_layout(clip(", ".join(names)), [names])
+    layout = layouts.class_layout(clip(", ".join(names)), [names])
     assert torch.allclose(layout.groups.sum(1), torch.ones(1, len(names)))
 
 
@@ -373,6 +374,6 @@ def test_group_weights_average(names):
 def test_real_clip_tokenizer():
     real = CLIPTokenizer.from_pretrained(SHARED / "model_trees" / "stable-diffusion-v1-5" / "tokenizer")
     row = real("A tennis-player's potted plants, near naïve giraffes!", return_tensors="pt").input_ids
-    found = [w for w, _ in tokens.words(real, row[0].tolist())]
+    found = [w for w, _ in words_of(real, row[0].tolist())]
     assert found[:2] == ["a", "tennis"]
     assert {"potted", "plants", "giraffes"} <= set(found)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from eval.segment.baselines import FTTM, DiffSegmenter, boxes
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.records import TokenLayout
-from goca_guidance.word_baselines import FTTM, DiffSegmenter, boxes
+from goca_guidance.method.records import TokenLayout
 from tests.test_goca import IMAGE_FIRST, TEXT_FIRST, joint_record, record
 
 

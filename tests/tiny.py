@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from eval.scenes.tiny_model import clip_tokenizer
-from goca_guidance.scfg import SpatialGuidanceScale
+from goca_guidance.method.scfg import SpatialGuidanceScale
 
 
 WORDS = [

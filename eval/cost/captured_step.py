@@ -12,12 +12,12 @@ from torch import Tensor
 from eval.cost.full_size import arguments, build, guided_arguments
 from eval.cost.naive import NaiveSegmentor
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.families import denoiser_of, family_of, readers_of
-from goca_guidance.observer import output_projection
-from goca_guidance.records import AttentionRecord, TokenLayout
-from goca_guidance.segmentor import GoCASegmentor
-from goca_guidance.tokens import named_layout, prompt_layout
-from goca_guidance.watch import Watch
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.denoisers.layouts import named_layout, prompt_layout
+from goca_guidance.hooks.observer import output_projection
+from goca_guidance.hooks.watch import Watch
+from goca_guidance.method.records import AttentionRecord, TokenLayout
+from goca_guidance.method.segmentor import GoCASegmentor
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.maps import as_maps, blur, min_max, nearest, resize
-from goca_guidance.records import AttentionRecord, Regions, TokenLayout
+from goca_guidance.method.maps import as_maps, blur, min_max, nearest, resize
+from goca_guidance.method.records import AttentionRecord, Regions, TokenLayout
 
 
 @dataclass

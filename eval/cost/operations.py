@@ -22,8 +22,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.cost.full_size import ARCHITECTURES, arguments, build
-from goca_guidance.families import denoiser_of, family_of
-from goca_guidance.family import DenoiserCall, Family
+from goca_guidance.denoisers.adapters import denoiser_of, family_of
+from goca_guidance.denoisers.base import DenoiserCall, Family
 
 
 HALF, FLOAT = 2, 4  # bytes

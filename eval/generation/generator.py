@@ -19,8 +19,8 @@ from eval.common.processes import seed_of, slices
 from eval.common.provenance import weights_digest
 from eval.generation.captions import captions_of, digest_of
 from goca_guidance import TINY_SD, GoCASCFGPipeline, GoCASCFGPipelineOutput, SCFGConfig
-from goca_guidance.families import denoiser_of
-from goca_guidance.loading import exact_arguments, guidance_arguments
+from goca_guidance.denoisers.adapters import denoiser_of
+from goca_guidance.stock import exact_arguments, guidance_arguments
 
 
 METHODS: dict[str, dict] = {  # arguments of the pipeline

@@ -10,7 +10,7 @@ from eval.datasets.folders import VOID
 from eval.segment import crf
 from eval.segment.matching import match
 from eval.segment.methods import Rule, Scores
-from goca_guidance.maps import min_max, resize
+from goca_guidance.method.maps import min_max, resize
 
 
 def decided(

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from eval.common.processes import slices
 from eval.prompts.sources import Entity, Prompt
+from eval.segment.baselines import FTTM, DiffSegmenter
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
-from goca_guidance.segmentor import GoCASegmentor
-from goca_guidance.word_baselines import FTTM, DiffSegmenter
+from goca_guidance.method.segmentor import GoCASegmentor
 
 
 KINDS = ("offset", "constant", "max", "square")

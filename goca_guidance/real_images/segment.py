@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from goca_guidance.config import Background, GoCAConfig
-from goca_guidance.forwards import Forwards, noised
-from goca_guidance.maps import resize
-from goca_guidance.observer import check_seen
-from goca_guidance.records import AttentionRecord
-from goca_guidance.segmentor import GoCASegmentor
-from goca_guidance.tokens import class_layout
+from goca_guidance.denoisers.layouts import class_layout
+from goca_guidance.hooks.observer import check_seen
+from goca_guidance.method.maps import resize
+from goca_guidance.method.records import AttentionRecord
+from goca_guidance.method.segmentor import GoCASegmentor
+from goca_guidance.real_images.forwards import Forwards, noised
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def segment(
         height, width: size that the image is resized to for the model, in pixels; None is the model's native size.
         goca: how attention becomes maps.
         segmentor: what makes the maps: a class with the face of `GoCASegmentor`, for example those of
-            `goca_guidance.word_baselines`.
+            `eval.segment.baselines`.
 
     Returns:
         [`Segmentation`].

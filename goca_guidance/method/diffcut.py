@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from goca_guidance.maps import resize
+from goca_guidance.method.maps import resize
 
 
 def cut(

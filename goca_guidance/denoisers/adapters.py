@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.family import DenoiserCall, Family, argument, own_layer
-from goca_guidance.records import AttentionView
+from goca_guidance.denoisers.base import DenoiserCall, Family, argument, own_layer
+from goca_guidance.method.records import AttentionView
 
 
 # ---- U-Nets ----------------------------------------------------------------------------------------------------------

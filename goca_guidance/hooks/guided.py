@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goca_guidance.baselines import SCFGSegmentor
 from goca_guidance.config import GoCAConfig, SCFGConfig
-from goca_guidance.families import family_of
-from goca_guidance.observer import check_seen
-from goca_guidance.records import Regions, TokenLayout, WordMaps
-from goca_guidance.scfg import rate_map
-from goca_guidance.segmentor import GoCASegmentor
-from goca_guidance.tokens import named_layout, prompt_layout, sentence, token_layout
-from goca_guidance.watch import Watch
+from goca_guidance.denoisers.adapters import family_of
+from goca_guidance.denoisers.layouts import named_layout, prompt_layout, token_layout
+from goca_guidance.denoisers.words import sentence
+from goca_guidance.hooks.observer import check_seen
+from goca_guidance.hooks.watch import Watch
+from goca_guidance.method.records import Regions, TokenLayout, WordMaps
+from goca_guidance.method.scfg import SCFGSegmentor, rate_map
+from goca_guidance.method.segmentor import GoCASegmentor
 
 
 class GuidedCall(Watch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 from diffusers import DiffusionPipeline
 
-from goca_guidance.family import Family
+from goca_guidance.denoisers.base import Family
 
 
 PREFIX = "GoCASCFG"

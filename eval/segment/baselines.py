@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.goca import affinity_product, refine, token_maps
-from goca_guidance.maps import as_maps, min_max, resize
-from goca_guidance.records import AttentionRecord, TokenLayout
+from goca_guidance.method.attention import affinity_product, token_maps
+from goca_guidance.method.goca import refine
+from goca_guidance.method.maps import as_maps, min_max, resize
+from goca_guidance.method.records import AttentionRecord, TokenLayout
 
 
 class DiffSegmenter:

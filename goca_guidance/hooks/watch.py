@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goca_guidance.family import DenoiserCall, Family, argument, check_whole
-from goca_guidance.observer import AttentionObserver
-from goca_guidance.records import AttentionRecord
-from goca_guidance.tokens import Encoded, encoder_ids
+from goca_guidance.denoisers.base import DenoiserCall, Family, argument, check_whole
+from goca_guidance.denoisers.words import Encoded, encoder_ids
+from goca_guidance.hooks.observer import AttentionObserver
+from goca_guidance.method.records import AttentionRecord
 
 
 class Watch:

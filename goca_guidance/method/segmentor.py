@@ -10,23 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.goca import (
+from goca_guidance.method.attention import affinity_product, joined, one_hot, pick, probabilities, token_maps
+from goca_guidance.method.goca import (
     STORED,
-    affinity_product,
     agreement,
     head_weights,
-    joined,
     layer_weights,
     normalise,
-    one_hot,
-    pick,
-    probabilities,
     pseudo_attention,
     refine,
     rescale,
-    token_maps,
 )
-from goca_guidance.maps import (
+from goca_guidance.method.maps import (
     as_maps,
     coarser,
     nearest,
@@ -37,7 +32,7 @@ from goca_guidance.maps import (
     row_mass,
     sample,
 )
-from goca_guidance.records import AttentionRecord, Regions, TokenLayout
+from goca_guidance.method.records import AttentionRecord, Regions, TokenLayout
 
 
 BATCH = {"cpu": 2**18}  # elements of queries that are worth a call of their own: fewer wait for others of their shape

@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from jaxtyping import Float
 from torch import Tensor
 
-from goca_guidance.records import AttentionRecord, AttentionView
+from goca_guidance.method.records import AttentionRecord, AttentionView
 
 
 BACKENDS = _AttentionBackendRegistry._backends  # kernels that may never reach torch's function: flash, sage, xformers

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.records import AttentionView
+from goca_guidance.method.records import AttentionView
 
 
 logger = logging.get_logger(__name__)

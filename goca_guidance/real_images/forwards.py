@@ -12,12 +12,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from goca_guidance.families import denoiser_of, family_of, readers_of
-from goca_guidance.family import Family
-from goca_guidance.images import load_image
-from goca_guidance.loading import exact_arguments
-from goca_guidance.noising import HandingScheduler, encode, noisy_latents
-from goca_guidance.watch import Watch
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.denoisers.base import Family
+from goca_guidance.hooks.watch import Watch
+from goca_guidance.real_images.load import load_image
+from goca_guidance.real_images.noising import HandingScheduler, encode, noisy_latents
+from goca_guidance.stock import exact_arguments
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def noised(
     height: int | None = None,
     width: int | None = None,
 ) -> Noised:
-    """Encode images and add noise; see [`goca_guidance.segment.segment`] for the arguments."""
+    """Encode images and add noise; see [`goca_guidance.real_images.segment.segment`] for the arguments."""
     if num_noises < 1:
         raise ValueError(f"Expected at least one noise, but got num_noises={num_noises}.")
     pictures = [load_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]

@@ -8,11 +8,11 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goca_guidance.diffcut import cut
-from goca_guidance.family import Family
-from goca_guidance.forwards import Forwards, noised
-from goca_guidance.maps import nearest_index
-from goca_guidance.records import AttentionRecord
+from goca_guidance.denoisers.base import Family
+from goca_guidance.method.diffcut import cut
+from goca_guidance.method.maps import nearest_index
+from goca_guidance.method.records import AttentionRecord
+from goca_guidance.real_images.forwards import Forwards, noised
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def discover(
     The features are what the last self-attention layer of the U-Net's encoder puts out, for an empty prompt.
 
     Args:
-        pipe, stock, images, generator, height, width: see [`goca_guidance.segment.segment`].
+        pipe, stock, images, generator, height, width: see [`goca_guidance.real_images.segment.segment`].
         threshold: a segment is cut in two while the normalised cut costs less (the paper's tau).
         alpha: exponent of the affinity.
         timestep: at which the image is noised, of the scheduler's training steps; None is the paper's, 50.
