@@ -118,9 +118,9 @@ def demo(args) -> None:
     pipe = _load(args)
     output = _generate(pipe, DEMO_PROMPT, args.seed)
     plain = _generate(pipe, DEMO_PROMPT, args.seed, use_scfg=False)
-    own = _generate(pipe, DEMO_PROMPT, args.seed, scfg=SCFGConfig(segmentor="s-cfg"))
+    theirs = _generate(pipe, DEMO_PROMPT, args.seed, scfg=SCFGConfig(segmentor="s-cfg"))
     _draw_generation(output, args.out)
-    images = [pictures.enlarged(o.images[0]) for o in (plain, own, output)]
+    images = [pictures.enlarged(o.images[0]) for o in (plain, theirs, output)]
     _save(pictures.comparison(images, ["CFG", "S-CFG", "GoCA + S-CFG"]), args.out / "comparison.png")
     with Image.open(SAMPLE) as sample:
         names, image = sample.info["names"].split(", "), sample.convert("RGB")

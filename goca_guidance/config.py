@@ -19,7 +19,6 @@ class GoCAConfig:
     Args:
         heads: "contribution" weights each head by its share of the layer's output; "uniform" is the plain mean. None takes
             the family's preset: "uniform" for Flux and HunyuanDiT, as released, else "contribution".
-        clamp_heads: clamp negative head shares at zero (neither the paper nor the released code does).
         layers: "agreement" weights each layer by its likeness to the pseudo self-attention; "uniform" is the plain mean;
             "manual" the mean of the middle half of the layers, which for Stable Diffusion 1.x are those picked by hand.
         row_normalise: let every resized self-attention row sum to one before the layers are compared. Off in the
@@ -37,7 +36,6 @@ class GoCAConfig:
     """
 
     heads: str | None = None
-    clamp_heads: bool = False
     layers: str = "agreement"
     row_normalise: bool | None = None
     reference_channels: int | None = None
@@ -151,17 +149,22 @@ class Background:
 class LayerPreset:
     """Which layers of a denoiser GoCA reads (method, presets), by full module name.
 
-    `cross`: layers with text keys, in network order. `own`: for each of them the layer with pixel keys beside it, which in
-    joint attention is the same one. `reference`: the layer of the dense features, which are its `features`: "query" (before
-    norm and rotary embeddings) or "output" (before the projection), heads side by side. `fine`: self-attention layers of
-    the finest grid, which refine `order` times. `timestep`: of 1000, for the segmentation of real images. `heads`,
-    `row_normalise`: see `GoCAConfig`.
+    Args:
+        text: layers with text keys, in network order.
+        self_attention: for each of them the layer with pixel keys beside it; in joint attention it is the same one.
+        reference: the layer of the dense features.
+        refine: self-attention layers of the finest grid, which refine the maps.
+        order: how often they do.
+        timestep: of 1000, for the segmentation of real images.
+        heads, row_normalise: see `GoCAConfig`.
+        features: what of the reference layer is dense features, heads side by side: "query" (before norm and rotary
+            embeddings) or "output" (before the projection).
     """
 
-    cross: tuple[str, ...]
-    own: tuple[str, ...]
+    text: tuple[str, ...]
+    self_attention: tuple[str, ...]
     reference: str
-    fine: tuple[str, ...]
+    refine: tuple[str, ...]
     order: int = 2
     timestep: int = 100
     heads: str = "contribution"
@@ -170,15 +173,15 @@ class LayerPreset:
 
     @property
     def middle(self) -> "LayerPreset":
-        """The middle half of the cross layers only: of the 16 of Stable Diffusion 1.x the 8 that are picked by hand."""
-        count = len(self.cross)
+        """The middle half of the text layers only: of the 16 of Stable Diffusion 1.x the 8 that are picked by hand."""
+        count = len(self.text)
         half = slice(count // 4, -(-3 * count // 4))
-        return replace(self, cross=self.cross[half], own=self.own[half])
+        return replace(self, text=self.text[half], self_attention=self.self_attention[half])
 
     @property
     def layers(self) -> frozenset[str]:
         """Every layer that may be read."""
-        return frozenset((*self.cross, *self.own, *self.fine, self.reference))
+        return frozenset((*self.text, *self.self_attention, *self.refine, self.reference))
 
 
 def _whole(name, value):

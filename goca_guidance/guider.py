@@ -9,7 +9,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, SCFGConfig
-from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
 from goca_guidance.hooks.guided import GuidedCall
 from goca_guidance.method.scfg import SpatialGuidanceScale
 
@@ -67,7 +67,7 @@ class GoCAGuidance(ClassifierFreeGuidance):
         denoiser = denoiser_of(pipe.components)
         call = GuidedCall(
             denoiser,
-            readers_of(pipe, family_of(denoiser)),
+            text_encoders_of(pipe, family_of(denoiser)),
             self.goca,
             self.scfg,
             separate=True,
@@ -76,13 +76,13 @@ class GoCAGuidance(ClassifierFreeGuidance):
             keep_regions=keep_regions,
             keep_negative=keep_negative,
         )
-        self._call, self._mixed = call, False
+        self._call, self._prepared_both = call, False
         try:
             with call.installed():
                 yield call
         finally:
             self._call = None
-        if self._mixed:
+        if self._prepared_both:
             call.check()
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
@@ -109,7 +109,7 @@ class GoCAGuidance(ClassifierFreeGuidance):
                     "Expected conditional and unconditional text embeddings to guide with, but got the conditional ones only: "
                     'pass `negative_prompt=""` (without it, this pipeline guides nothing and does not say so).'
                 )
-            self._mixed = True
+            self._prepared_both = True
         return super().prepare_inputs(data)
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None):

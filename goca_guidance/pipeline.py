@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, SCFGConfig
-from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
 from goca_guidance.denoisers.layouts import named_words
-from goca_guidance.denoisers.words import read
+from goca_guidance.denoisers.words import tokenise
 from goca_guidance.hooks.guided import GuidedCall, check_input, config_of
 from goca_guidance.method.records import Regions, WordMaps
 from goca_guidance.method.scfg import SpatialGuidanceScale
@@ -177,7 +177,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
         prompts = 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
         return GuidedCall(
             denoiser,
-            readers_of(self, family_of(denoiser)),
+            text_encoders_of(self, family_of(denoiser)),
             goca,
             scfg,
             images=prompts * (arguments.get("num_images_per_prompt") or 1),
@@ -229,10 +229,10 @@ class GoCASCFGPipeline(DiffusionPipeline):
     def words(self, prompt: str) -> dict[str, list[int]]:
         """The words of a prompt with their token positions, in the form that `region_tokens` takes."""
         family = family_of(denoiser_of(self.components))
-        tokenizers = [tokenizer for _, tokenizer in readers_of(self, family)]
+        tokenizers = [tokenizer for _, tokenizer in text_encoders_of(self, family)]
         limit = inspect.signature(stock_of(type(self)).__call__).parameters.get("max_sequence_length")
         longest = None if limit is None else limit.default
-        return named_words(read(prompt, tokenizers, self._as_read, longest), family.sink)
+        return named_words(tokenise(prompt, tokenizers, self._as_read, longest), family.sink)
 
     def _as_read(self, prompt: str, tokenizer) -> str:
         """The text that the stock pipeline gives to its tokenizer: cleaned (PixArt), textual inversions spelled out."""

@@ -23,7 +23,7 @@ PUBLISHED = {  # attention layers that the method reads, parameters of the denoi
 def test_sizes_are_the_published_ones(name):
     denoiser = denoiser_of(build(name, "meta").components)
     layers, parameters = PUBLISHED[name]
-    assert len(family_of(denoiser).preset.cross) == layers
+    assert len(family_of(denoiser).preset.text) == layers
     assert sum(p.numel() for p in denoiser.parameters()) == pytest.approx(parameters, rel=0.02)
 
 

@@ -20,7 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 
-from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
 from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
 from goca_guidance.stock import named_pipeline
 from tests import families
@@ -135,7 +135,7 @@ def test_preset_of_a_full_size_denoiser(full_size):
     name, family = full_size
     preset, expected = family.preset, DEFAULTS | EXPECTED[name]
     found = {key: getattr(preset, key) for key in expected}
-    assert found | {"cross": len(preset.cross)} == expected
+    assert found | {"cross": len(preset.text)} == expected
     assert not preset.row_normalise
 
 
@@ -143,22 +143,22 @@ def test_every_layer_of_a_preset_exists_in_network_order(full_size):
     """Text keys are as wide as the text, and pixel keys as the pixels, where one layer has only one of them."""
     _, family = full_size
     preset, names = family.preset, list(family.attention_modules)
-    for layers in (preset.cross, preset.own, preset.fine):
+    for layers in (preset.text, preset.self_attention, preset.refine):
         places = [names.index(layer) for layer in layers]
         assert places == sorted(set(places))
-    assert preset.reference in preset.cross
+    assert preset.reference in preset.text
     if type(family).__name__ in JOINT:
-        assert preset.own == preset.cross
+        assert preset.self_attention == preset.text
         return
-    assert preset.own == tuple(layer.replace("attn2", "attn1") for layer in preset.cross)
-    assert set(preset.fine) <= set(preset.own)
-    assert all(family.attention_modules[layer].is_cross_attention for layer in preset.cross)
-    assert not any(family.attention_modules[layer].is_cross_attention for layer in preset.own)
+    assert preset.self_attention == tuple(layer.replace("attn2", "attn1") for layer in preset.text)
+    assert set(preset.refine) <= set(preset.self_attention)
+    assert all(family.attention_modules[layer].is_cross_attention for layer in preset.text)
+    assert not any(family.attention_modules[layer].is_cross_attention for layer in preset.self_attention)
 
 
 def test_flux_runs_double_blocks_first():
     with torch.device("meta"):
-        cross = family_of(FULL_SIZE["flux"]()).preset.cross
+        cross = family_of(FULL_SIZE["flux"]()).preset.text
     assert cross[:19] == tuple(f"transformer_blocks.{i}.attn" for i in range(19))
     assert cross[19:] == tuple(f"single_transformer_blocks.{i}.attn" for i in range(38))
 
@@ -213,17 +213,17 @@ def test_the_encoders_whose_tokens_are_seen(pipe, name):
         "hunyuan": [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")],
     }.get(name, [("text_encoder", "tokenizer")])
     expected = [tuple(getattr(pipe, part) for part in encoder) for encoder in encoders]
-    assert readers_of(pipe, family_in(pipe)) == expected
+    assert text_encoders_of(pipe, family_in(pipe)) == expected
 
 
 def test_an_encoder_that_is_not_loaded():
     """Refiners of SDXL have the second one only; SD3 runs without T5, with its tokenizer or without."""
     refiner = stock_pipeline("sdxl", text_encoder=None, tokenizer=None)
-    assert readers_of(refiner, family_in(refiner)) == [(refiner.text_encoder_2, refiner.tokenizer_2)]
+    assert text_encoders_of(refiner, family_in(refiner)) == [(refiner.text_encoder_2, refiner.tokenizer_2)]
     embedded = stock_pipeline("sd3", text_encoder_3=None)
-    assert readers_of(embedded, family_in(embedded))[1] == (None, embedded.tokenizer_3)
+    assert text_encoders_of(embedded, family_in(embedded))[1] == (None, embedded.tokenizer_3)
     small = stock_pipeline("sd3", text_encoder_3=None, tokenizer_3=None)
-    assert readers_of(small, family_in(small)) == [(small.text_encoder, small.tokenizer)]
+    assert text_encoders_of(small, family_in(small)) == [(small.text_encoder, small.tokenizer)]
 
 
 def test_sizes_of_a_call(pipe, name):
@@ -247,7 +247,7 @@ def test_packing_is_the_stock_pipelines(pipe, name):
 def test_generic_preset_reads_the_finest_grid():
     preset = family_of(tiny_components()["unet"]).preset
     assert preset.reference.startswith("up_blocks.1.")
-    assert {name.split(".attentions")[0] for name in preset.fine} <= {"down_blocks.0", "up_blocks.1"}
+    assert {name.split(".attentions")[0] for name in preset.refine} <= {"down_blocks.0", "up_blocks.1"}
     assert (preset.order, preset.timestep, preset.row_normalise) == (1, 50, True)
 
 
@@ -289,10 +289,10 @@ def test_an_unknown_transformer_gets_a_generic_preset_and_a_warning(layers, fine
     family = family_of(Unheard(layers))
     preset = family.preset
     assert type(family) is Family
-    assert preset.cross == tuple(f"transformer_blocks.{i}.attn2" for i in range(layers))
-    assert preset.own == tuple(f"transformer_blocks.{i}.attn1" for i in range(layers))
+    assert preset.text == tuple(f"transformer_blocks.{i}.attn2" for i in range(layers))
+    assert preset.self_attention == tuple(f"transformer_blocks.{i}.attn1" for i in range(layers))
     assert preset.reference == f"transformer_blocks.{layers // 2}.attn2"
-    assert preset.fine == tuple(f"transformer_blocks.{i}.attn1" for i in fine)
+    assert preset.refine == tuple(f"transformer_blocks.{i}.attn1" for i in fine)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "No preset is known for Unheard" in record.getMessage()

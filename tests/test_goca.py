@@ -78,11 +78,10 @@ def test_head_weights_by_hand():
     assert torch.allclose(weights, torch.tensor([[[0.6], [0.4]]]))
 
 
-def test_head_weights_clamp_and_silence():
-    """A head that writes against the rest is negative, or zero when clamped; silent layers are uniform."""
+def test_head_weights_of_opposition_and_silence():
+    """A head that writes against the rest is negative; silent layers are uniform."""
     z = torch.tensor([[[[3.0, 0.0]], [[-1.0, 0.0]]]])
     assert torch.allclose(goca.head_weights(z, [TWICE]), torch.tensor([[[1.5], [-0.5]]]))
-    assert torch.allclose(goca.head_weights(z, [TWICE], clamp=True), torch.tensor([[[1.0], [0.0]]]))
     assert torch.allclose(goca.head_weights(z * 0, [TWICE]), torch.tensor([[[0.5], [0.5]]]))
 
 
@@ -283,7 +282,6 @@ def test_regions_are_a_partition_and_use_both_halves():
         GoCAConfig.released(),
         GoCAConfig(row_normalise=True),
         GoCAConfig(refine_order=0),
-        GoCAConfig(clamp_heads=True),
     ],
 )
 def test_every_configuration_gives_scores_in_the_unit_interval(config):
@@ -352,7 +350,7 @@ def test_scfg_segmentor_equals_the_naive_form(columns, unconditional):
     layout = TokenLayout(
         (tuple("abcdef"[:m]),), torch.tensor([columns]), torch.eye(m)[None], torch.ones(1, m, dtype=torch.bool), SINK
     )
-    segmentor = SCFGSegmentor(PRESET, layout, unconditional_sink=unconditional)
+    segmentor = SCFGSegmentor(GoCAConfig(), PRESET, layout, unconditional_sink=unconditional)
     for r in records:
         segmentor.keep(r, (0, 1))
 

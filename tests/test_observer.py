@@ -202,7 +202,7 @@ def test_recorded_attention_is_the_layers_output(unet, size):
 
 def test_only_what_is_asked_for_is_projected(unet):
     family = family_of(unet)
-    wanted = frozenset(family.preset.cross[:1])
+    wanted = frozenset(family.preset.text[:1])
     with observed(unet) as (observer, records):
         observer.projected = wanted
         run(unet)

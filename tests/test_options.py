@@ -53,13 +53,13 @@ def same(ours, theirs) -> bool:
 @pytest.fixture
 def observed(monkeypatch) -> list[tuple[int, tuple[int, ...]]]:
     """Step and predictions of every record that a guided call was handed."""
-    seen, keep = [], GuidedCall.keep
+    seen, on_attention = [], GuidedCall.on_attention
 
     def counted(call, record):
-        seen.append((call.step - 1, call._branches))
-        keep(call, record)
+        seen.append((call.step - 1, call.branches))
+        on_attention(call, record)
 
-    monkeypatch.setattr(GuidedCall, "keep", counted)
+    monkeypatch.setattr(GuidedCall, "on_attention", counted)
     return seen
 
 
@@ -239,7 +239,7 @@ class Explicit:
         halves = [[r.branch(b) for r in calls[0]] for b in (1, 0)] if len(calls) == 1 else calls
         self.records = [{r.name: r for r in half} for half in halves]  # conditional, unconditional
         self.grids = {r.name: self.working.get(r.grid, r.grid) for r in halves[0]}
-        finest = max((self.records[0][name].grid for name in preset.cross), key=math.prod)
+        finest = max((self.records[0][name].grid for name in preset.text), key=math.prod)
         self.size = self.working.get(finest, finest)
         self.order = preset.order if self.config.refine_order is None else self.config.refine_order
         normal = self.config.row_normalise
@@ -262,7 +262,7 @@ class Explicit:
         grid = self.grids[preset.reference]
         features = features[:, rows(record.grid, grid)]
         pseudo = (features @ features.mT / features.shape[-1] ** 0.5).softmax(-1)
-        for name in preset.own:
+        for name in preset.self_attention:
             resized = self.affinity(name) @ bilinear(self.records[0][name].grid, grid).mT
             resized = resized[:, rows(self.grids[name], grid)]
             if self.row_normalise:
@@ -274,11 +274,11 @@ class Explicit:
         """b m H W at the working size: averaged, or, in joint attention, read there."""
         total, records = 0, self.records[half]
         grids = {name: self.grids[name] if r.view.joint else r.grid for name, r in records.items()}
-        size = max((grids[name] for name in self.step.preset.cross), key=math.prod)
-        for layer, name in enumerate(self.step.preset.cross):
+        size = max((grids[name] for name in self.step.preset.text), key=math.prod)
+        for layer, name in enumerate(self.step.preset.text):
             record, share = records[name], 1 / records[name].query.shape[1]
             if (self.config.heads or self.step.preset.heads) == "contribution":
-                share = head_shares(record.output, self.step.projections[name], clamp=False)
+                share = head_shares(record.output, self.step.projections[name])
             text = (probabilities(record, torch.float32)[..., record.view.text] * share).sum(1)
             text = text[:, rows(record.grid, grids[name])]
             total = total + weights[:, layer, None, None, None] * resize(as_maps(text, grids[name]), size)
@@ -292,7 +292,7 @@ class Explicit:
 
     def scores(self) -> Tensor:
         layout, weights = self.step.layout, self.weights()
-        tokens, fine = self.words(0, weights, layout.columns), self.step.preset.fine
+        tokens, fine = self.words(0, weights, layout.columns), self.step.preset.refine
         maps, total = torch.einsum("bmhw,bmk->bkhw", tokens, layout.groups), tokens * layout.content[..., None, None]
         rivals = ((layout.groups > 0) & layout.content[..., None]).any(1).sum(-1)
         divided = maps / total.sum(1, keepdim=True)

@@ -155,7 +155,7 @@ def test_a_segmentor_of_ones_own(pipe, image):
 
         def __init__(self, config, preset, layout):
             made.append(config)
-            self.layers, self.layout, self.names = frozenset(preset.cross), layout, []
+            self.layers, self.layout, self.names = frozenset(preset.text), layout, []
 
         def keep(self, record):
             self.names.append(record.name)
@@ -175,14 +175,14 @@ def test_layers_picked_by_hand(pipe, image):
 
     class Middle(GoCASegmentor):
         def __init__(self, config, preset, layout):
-            count = len(preset.cross)
+            count = len(preset.text)
             half = slice(count // 4, -(-3 * count // 4))
-            picked = dataclasses.replace(preset, cross=preset.cross[half], own=preset.own[half])
+            picked = dataclasses.replace(preset, text=preset.text[half], self_attention=preset.self_attention[half])
             super().__init__(GoCAConfig.vanilla(), picked, layout)
 
     manual = pipe.segment(image, CLASSES, goca=GoCAConfig.vanilla(layers="manual")).scores
     assert torch.equal(manual, pipe.segment(image, CLASSES, segmentor=Middle).scores)
-    assert 0 < len(preset.middle.cross) < len(preset.cross)
+    assert 0 < len(preset.middle.cross) < len(preset.text)
     assert manual.shape == (1, 3, 16, 16)
 
 

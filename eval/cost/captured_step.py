@@ -12,7 +12,7 @@ from torch import Tensor
 from eval.cost.full_size import arguments, build, guided_arguments
 from eval.cost.naive import NaiveSegmentor
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
 from goca_guidance.denoisers.layouts import named_layout, prompt_layout
 from goca_guidance.hooks.observer import output_projection
 from goca_guidance.hooks.watch import Watch
@@ -61,18 +61,18 @@ class _Captured(Exception):  # noqa: N818
 class _Capture(Watch):
     """Copies what a segmentor may read of two predictions of so many images."""
 
-    def __init__(self, family, readers, images: int):
-        super().__init__(family, readers)
+    def __init__(self, family, text_encoders, images: int):
+        super().__init__(family, text_encoders)
         self.awaited, self.calls = 2 * images, []
 
-    def open(self, call, device) -> None:
+    def on_forward(self, call, device) -> None:
         if not self.awaited:
             raise _Captured
-        self.observer.projected = frozenset(self.family.preset.cross)
+        self.observer.projected = frozenset(self.family.preset.text)
         self.awaited -= call.batch
         self.calls.append([])
 
-    def keep(self, record) -> None:
+    def on_attention(self, record) -> None:
         tensors = {name: getattr(record, name) for name in ("query", "key", "output", "features")}
         copies = {name: None if x is None else x.clone() for name, x in tensors.items()}
         self.calls[-1].append(replace(record, value=None, **copies))
@@ -85,7 +85,7 @@ def capture(pipe: DiffusionPipeline, images: int, words: Mapping[str, Sequence[i
     `words`: positions of the regions' words, or none where the pipeline reads them in a prompt.
     """
     family = family_of(denoiser_of(pipe.components))
-    watch = _Capture(family, readers_of(pipe, family), images)
+    watch = _Capture(family, text_encoders_of(pipe, family), images)
     with watch.installed(), suppress(_Captured):
         pipe(**call)
     if words is None:
@@ -93,7 +93,7 @@ def capture(pipe: DiffusionPipeline, images: int, words: Mapping[str, Sequence[i
     else:
         layout = named_layout(words, images, watch.call.text, family.sink, watch.encoded(0))
     layout, records = layout.to(watch.calls[0][0].query.device), {record.name: record for record in watch.calls[0]}
-    projections = {name: output_projection(family.project(name), records[name].query) for name in family.preset.cross}
+    projections = {name: output_projection(family.project(name), records[name].query) for name in family.preset.text}
     return Step(watch.call.latent, family.preset, layout, family.unconditional_sink, projections, watch.calls)
 
 

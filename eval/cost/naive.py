@@ -43,19 +43,19 @@ class NaiveSegmentor:
     @property
     def layers(self) -> frozenset[str]:
         """Names of the layers that must be observed."""
-        own = (*self.preset.own, self.preset.reference) if self.config.layers == "agreement" else ()
-        return frozenset((*self.preset.cross, *own, *(self.preset.fine if self.order else ())))
+        own = (*self.preset.self_attention, self.preset.reference) if self.config.layers == "agreement" else ()
+        return frozenset((*self.preset.text, *own, *(self.preset.refine if self.order else ())))
 
     @property
     def projected(self) -> frozenset[str]:
         """Names of the layers whose output projection is needed."""
-        return frozenset(self.preset.cross if (self.config.heads or self.preset.heads) == "contribution" else ())
+        return frozenset(self.preset.text if (self.config.heads or self.preset.heads) == "contribution" else ())
 
     def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
         """Take a record of the conditional prediction (1), of the unconditional one (0), or of both, the latter first."""
         for branch in branches:
             part = record.branch(branch) if len(branches) == 2 else record
-            wanted = self.layers if branch == 1 else self.preset.cross if self.unconditional_sink else ()
+            wanted = self.layers if branch == 1 else self.preset.text if self.unconditional_sink else ()
             if part.name in wanted:
                 self._store(part, branch)
 
@@ -68,16 +68,16 @@ class NaiveSegmentor:
         self._shares[branch, record.name] = 1 / record.query.shape[1]
         if record.name in self.projected:
             tensors = (x.to(self.dtype) for x in (record.output, self.projections[record.name]))
-            self._shares[branch, record.name] = head_shares(*tensors, self.config.clamp_heads)
+            self._shares[branch, record.name] = head_shares(*tensors)
 
     def weights(self) -> Float[Tensor, "b l"]:
         """Weight of each text layer, in the preset's order: <A_p, resize(mean_h A_self)>, clamped, over the sum."""
         if self.config.layers == "uniform":
-            uniform = self.layout.groups.new_ones(len(self.layout.labels), len(self.preset.cross))
-            return uniform / len(self.preset.cross)
+            uniform = self.layout.groups.new_ones(len(self.layout.labels), len(self.preset.text))
+            return uniform / len(self.preset.text)
         reference = (self._features @ self._features.mT / self._features.shape[-1] ** 0.5).softmax(-1)
         grid, found = self._views[self.preset.reference].grid, []
-        for name in self.preset.own:
+        for name in self.preset.self_attention:
             resized = resize_affinity(self._affinity(name), self._views[name].grid, grid)
             resized = resized / resized.sum(-1, keepdim=True) if self.row_normalise else resized
             found.append((reference * resized).sum((1, 2)).clamp(min=0))
@@ -100,8 +100,8 @@ class NaiveSegmentor:
 
     def _tokens(self, branch, weights, columns):
         """b m H W: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, for all of the text; then its `columns`."""
-        size, total = max((self._views[name].grid for name in self.preset.cross), key=math.prod), 0
-        for layer, name in enumerate(self.preset.cross):
+        size, total = max((self._views[name].grid for name in self.preset.text), key=math.prod), 0
+        for layer, name in enumerate(self.preset.text):
             text = (self._maps[branch, name][..., self._views[name].text] * self._shares[branch, name]).sum(1)
             total = total + weights[:, layer, None, None, None] * resize(as_maps(text, self._views[name].grid), size)
         return torch.stack([maps[at] for maps, at in zip(total.clamp(min=0), columns, strict=True)])
@@ -118,7 +118,7 @@ class NaiveSegmentor:
     def _refined(self, maps):
         if not self.order:
             return maps
-        affinity, refined = sum(map(self._affinity, self.preset.fine)) / len(self.preset.fine), maps.flatten(2).mT
+        affinity, refined = sum(map(self._affinity, self.preset.refine)) / len(self.preset.refine), maps.flatten(2).mT
         for _ in range(self.order):
             refined = affinity @ refined
         return min_max(as_maps(refined, maps.shape[-2:]))
@@ -136,10 +136,10 @@ def probabilities(record: AttentionRecord, dtype: torch.dtype) -> Float[Tensor, 
     return (logits if record.mask is None else logits + record.mask.to(dtype)).softmax(-1)
 
 
-def head_shares(output: Tensor, projection: Float[Tensor, "hd c"], clamp: bool) -> Float[Tensor, "b h p 1"]:
+def head_shares(output: Tensor, projection: Float[Tensor, "hd c"]) -> Float[Tensor, "b h p 1"]:
     """<o_h, o> / <o, o> with every per-head output o_h = z_h W_h built (GoCA, heads)."""
     outputs = output @ projection.unflatten(0, (output.shape[1], -1))  # b h p c
-    share = (outputs * outputs.sum(1, keepdim=True)).sum(-1, keepdim=True).clamp(min=0 if clamp else -torch.inf)
+    share = (outputs * outputs.sum(1, keepdim=True)).sum(-1, keepdim=True)
     total = share.sum(1, keepdim=True)
     return torch.where(total > 0, share / total, 1 / share.shape[1])
 

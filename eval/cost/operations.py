@@ -109,11 +109,13 @@ def rows_read(layer: Layer, grid: tuple[int, int]) -> int:
 def added(step: "StockStep") -> dict[str, Cost]:
     """What GoCA-S-CFG adds, by part, and the cost of the recomputed refinement."""
     layers, preset = step.layers, step.family.preset
-    cross, own, fine = ([layers[name] for name in names] for names in (preset.cross, preset.own, preset.fine))
-    known = {name: rows_read(layers[name], layers[preset.reference].grid) for name in preset.own}
+    cross, own, fine = (
+        [layers[name] for name in names] for names in (preset.text, preset.self_attention, preset.refine)
+    )
+    known = {name: rows_read(layers[name], layers[preset.reference].grid) for name in preset.self_attention}
     covered = {name for name, rows in known.items() if layers[name].joint and rows == layers[name].pixels}
-    unknown = [(layers[name], layers[name].pixels - known.get(name, 0), name not in known) for name in preset.fine]
-    alone = [layers[name] for name in preset.cross if name not in covered]
+    unknown = [(layers[name], layers[name].pixels - known.get(name, 0), name not in known) for name in preset.refine]
+    alone = [layers[name] for name in preset.text if name not in covered]
     text_maps = alone + cross * step.family.unconditional_sink  # of the conditional and the unconditional prediction
     weighted = cross * (1 + step.family.unconditional_sink) * (preset.heads == "contribution")
     return {

@@ -1,6 +1,7 @@
-"""Segmentors of other papers by the words' attention, with the face of `GoCASegmentor`: `keep` each record, ask for `scores`.
+"""Rivals that read the words' attention too: a `ScoringSegmentor` (`goca_guidance.method.segmentor`) for each paper.
 
 Which prompt is read, how often the network runs, and what happens to the scores afterwards, is the caller's business.
+Neither reads `config` or the unconditional prediction: the methods leave no such choice open.
 """
 
 import math
@@ -27,29 +28,29 @@ class DiffSegmenter:
     the same order, from the coarsest; grids beyond the fourth weigh as it does; and the weights are divided by their sum.
     Families with one grid have one weight, 1.
 
-    The paper runs the network once for each class, with a prompt of its own for it. `config` is not read: it has no choice
-    that this method leaves open.
+    The paper runs the network once for each class, with a prompt of its own for it.
     """
 
     grid_weights = (0.3, 0.5, 0.1, 0.1)  # from the coarsest grid to the finest
-    projected: frozenset[str] = frozenset()
+    projected: frozenset[str] = frozenset()  # heads are not weighted
 
-    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout):
+    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
         self.preset, self.layout = preset, layout
-        self.layers = frozenset((*preset.cross, *preset.own))  # names of the layers that must be observed
-        self._maps: dict[tuple[int, int], list[Tensor]] = {}  # of the cross layers, by grid
-        self._own: list[AttentionRecord] = []  # self layers of the finest grid so far
+        self.layers = frozenset((*preset.text, *preset.self_attention))
+        self._maps: dict[tuple[int, int], list[Tensor]] = {}  # of the text layers, by grid
+        self._finest: list[AttentionRecord] = []  # self-attention layers of the finest grid so far
 
     def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
-        """Take a record (see `GoCASegmentor.keep`); of the unconditional prediction nothing is read."""
+        """Take a record (see `Segmentor.keep`)."""
         if 1 not in branches or record.name not in self.layers:
             return
         record = record.branch(1, branches)
-        if record.name in self.preset.cross:
+        if record.name in self.preset.text:
             self._maps.setdefault(record.grid, []).append(word_maps(record, self.layout))
-        if record.name in self.preset.own:
-            finest = max(math.prod(other.grid) for other in (*self._own, record))
-            self._own = [other for other in (*self._own, record.only().alone()) if math.prod(other.grid) == finest]
+        if record.name in self.preset.self_attention:
+            layers = [*self._finest, record.only().alone()]
+            finest = max(math.prod(layer.grid) for layer in layers)
+            self._finest = [layer for layer in layers if math.prod(layer.grid) == finest]
 
     def scores(self) -> Float[Tensor, "b k H W"]:
         """One map in [0, 1] for each region of the layout, at the finest grid; a constant map is zero."""
@@ -57,10 +58,10 @@ class DiffSegmenter:
         maps = [min_max(resize(torch.stack(self._maps[grid]).mean(0), grids[-1])) for grid in grids]
         weights = [self.grid_weights[min(rank, len(self.grid_weights) - 1)] for rank in range(len(grids))]
         merged = torch.stack([weight * m for weight, m in zip(weights, maps, strict=True)]).sum(0) / sum(weights)
-        return refine(merged, self._attend, 1, self._own[0].view.joint)
+        return refine(merged, self._attend, 1, self._finest[0].view.joint)
 
     def _attend(self, x: Float[Tensor, "b p k"], grid: tuple[int, int]) -> Float[Tensor, "b p k"]:
-        return torch.stack([affinity_product(record, x) for record in self._own]).mean(0)
+        return torch.stack([affinity_product(record, x) for record in self._finest]).mean(0)
 
 
 class FTTM:
@@ -73,40 +74,40 @@ class FTTM:
 
     Of the 16 layers of Stable Diffusion the paper reads the cross layers 4 to 8 and the self layer 11, counted from 0. For
     another number of layers (ours) these are the layers in the same fractions of the preset's: 4/16 to 9/16, and at 11/16.
-
-    `config` is not read: it has no choice that this method leaves open.
     """
 
-    cross_layers = (4, 9)  # first one, and the one after the last, of 16
-    own_layer = 11  # of 16
+    text_layers = (4, 9)  # first one, and the one after the last, of 16
+    self_attention_layer = 11  # of 16
     box_threshold = 0.2  # of the map's maximum; the paper has 0.5 for COCO
     power = 2
-    projected: frozenset[str] = frozenset()
+    projected: frozenset[str] = frozenset()  # heads are not weighted
 
-    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout):
-        first, last, own = (index * len(preset.cross) // 16 for index in (*self.cross_layers, self.own_layer))
+    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
+        picked = (*self.text_layers, self.self_attention_layer)
+        first, last, refining = (index * len(preset.text) // 16 for index in picked)
         self.layout = layout
-        self.cross, self.own = frozenset(preset.cross[first : max(last, first + 1)]), preset.own[own]
-        self.layers = self.cross | {self.own}  # names of the layers that must be observed
+        self.text = frozenset(preset.text[first : max(last, first + 1)])
+        self.self_attention = preset.self_attention[refining]
+        self.layers = self.text | {self.self_attention}
         self._maps: list[Tensor] = []
-        self._own: AttentionRecord  # once it was seen
+        self._refining: AttentionRecord  # of the self-attention layer, once it was seen
 
     def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
-        """Take a record (see `GoCASegmentor.keep`); of the unconditional prediction nothing is read."""
+        """Take a record (see `Segmentor.keep`)."""
         if 1 not in branches or record.name not in self.layers:
             return
         record = record.branch(1, branches)
-        if record.name in self.cross:
+        if record.name in self.text:
             self._maps.append(word_maps(record, self.layout))
-        if record.name == self.own:
-            self._own = record.only().alone()
+        if record.name == self.self_attention:
+            self._refining = record.only().alone()
 
     def scores(self) -> Float[Tensor, "b k H W"]:
         """One map in [0, 1] for each region of the layout, at the self-attention layer's grid; a constant map is zero."""
-        own, grid = self._own, self._own.grid
+        refining, grid = self._refining, self._refining.grid
         maps = min_max(torch.stack([resize(maps, grid) for maps in self._maps]).mean(0))
         inside = maps * boxes(maps, self.box_threshold)
-        return refine(inside, lambda x, _: affinity_product(own, x), self.power, own.view.joint)
+        return refine(inside, lambda x, _: affinity_product(refining, x), self.power, refining.view.joint)
 
 
 def boxes(maps: Float[Tensor, "b k H W"], threshold: float) -> Bool[Tensor, "b k H W"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.denoisers.base import DenoiserCall, Family, argument, own_layer
+from goca_guidance.denoisers.base import DenoiserCall, Family, argument, self_attention_beside
 from goca_guidance.method.records import AttentionView
 
 
@@ -47,14 +47,14 @@ class UNetFamily(Family):
     @cached_property
     def preset(self) -> LayerPreset:
         """Stable Diffusion's by its layout, else a preset that is fitted to the U-Net's grids."""
-        if self._cross() != tuple(f"{block}.transformer_blocks.0.attn2" for block in _SD_BLOCKS):
+        if self._text_layers() != tuple(f"{block}.transformer_blocks.0.attn2" for block in _SD_BLOCKS):
             return self._generic_preset()
         return self._named_preset("up_blocks.2.attentions.1.0", _SD_FINE)
 
-    def _named_preset(self, reference, fine):
-        cross = self._cross()
-        reference, *fine = (_unet_layer(block) for block in (reference, *fine))
-        return LayerPreset(cross, tuple(map(own_layer, cross)), reference, tuple(map(own_layer, fine)))
+    def _named_preset(self, reference, refine):
+        text = self._text_layers()
+        reference, *refine = (_unet_layer(block) for block in (reference, *refine))
+        return LayerPreset(text, self_attention_beside(text), reference, self_attention_beside(refine))
 
     def _generic_preset(self) -> LayerPreset:
         """Ours: the finest grid refines, and its middle layer is the reference.
@@ -62,12 +62,12 @@ class UNetFamily(Family):
         Grids may lie further apart than Stable Diffusion's, so rows are normalised: else the coarsest layers win. Order and
         timestep are those that served the embedded model best on validation scenes.
         """
-        cross = self._cross()
-        finest = min(map(self._level, cross))
-        names = [name for name in cross if self._level(name) == finest]
-        fine = tuple(map(own_layer, names[: max(1, len(cross) // 3)]))
-        own, reference = tuple(map(own_layer, cross)), names[len(names) // 2]
-        return LayerPreset(cross, own, reference, fine, order=1, timestep=50, row_normalise=True)
+        text = self._text_layers()
+        finest = min(map(self._level, text))
+        names = [name for name in text if self._level(name) == finest]
+        refine, reference = self_attention_beside(names[: max(1, len(text) // 3)]), names[len(names) // 2]
+        beside = self_attention_beside(text)
+        return LayerPreset(text, beside, reference, refine, order=1, timestep=50, row_normalise=True)
 
     def _level(self, name: str) -> int:
         """How often the grid is halved between the latent and a layer."""
@@ -99,7 +99,7 @@ class XLFamily(UNetFamily):
     def preset(self) -> LayerPreset:
         """Stable Diffusion XL's by its layout, else a preset that is fitted to the U-Net's grids."""
         layout = tuple(_unet_layer(f"{block}.{i}") for block, depth in _SDXL_DEPTHS.items() for i in range(depth))
-        if self._cross() != layout:
+        if self._text_layers() != layout:
             return self._generic_preset()
         return self._named_preset("up_blocks.1.attentions.0.0", _SDXL_FINE)
 
@@ -115,11 +115,11 @@ class PixArtFamily(Family):
     @cached_property
     def preset(self) -> LayerPreset:
         """The papers' for 28 layers, else the generic one."""
-        cross = self._cross()
-        if len(cross) != 28:
+        text = self._text_layers()
+        if len(text) != 28:
             return self._generic_preset()
-        own = tuple(map(own_layer, cross))
-        return LayerPreset(cross, own, cross[13], own[10:18], order=5)
+        beside = self_attention_beside(text)
+        return LayerPreset(text, beside, text[13], beside[10:18], order=5)
 
 
 class HunyuanFamily(Family):
@@ -131,11 +131,11 @@ class HunyuanFamily(Family):
     @cached_property
     def preset(self) -> LayerPreset:
         """The released configuration for 40 layers, else the generic one."""
-        cross = self._cross()
-        if len(cross) != 40:
+        text = self._text_layers()
+        if len(text) != 40:
             return self._generic_preset()
-        own = tuple(map(own_layer, cross[20:30]))
-        return LayerPreset(cross[20:30], own, cross[25], own, order=4, heads="uniform")
+        beside = self_attention_beside(text[20:30])
+        return LayerPreset(text[20:30], beside, text[25], beside, order=4, heads="uniform")
 
     def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
         call = super().call(args, kwargs)
@@ -158,12 +158,12 @@ class FluxFamily(Family):
         """The released configuration for Flux.1's 19 + 38 blocks, else a generic one."""
         names = tuple(self.attention_modules)
         double = sum(name.startswith("transformer_blocks") for name in names)
-        fine: tuple[str, ...]
+        refine: tuple[str, ...]
         if (double, len(names)) == (19, 57):
-            reference, fine = names[19 + 8], (names[12], names[18])
+            reference, refine = names[19 + 8], (names[12], names[18])
         else:
-            reference, fine = names[len(names) // 2], names[len(names) // 3 : 2 * len(names) // 3]
-        return LayerPreset(names, names, reference, fine, timestep=150, heads="uniform", features="output")
+            reference, refine = names[len(names) // 2], names[len(names) // 3 : 2 * len(names) // 3]
+        return LayerPreset(names, names, reference, refine, timestep=150, heads="uniform", features="output")
 
     def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
         """The latent's size is read off the image tokens' positions."""
@@ -214,8 +214,8 @@ class SD3Family(Family):
     def _generic_preset(self) -> LayerPreset:
         names = tuple(name for name in self.attention_modules if name.endswith(".attn"))
         third = len(names) // 3
-        fine = names[third : max(third + 1, 2 * third)]
-        return LayerPreset(names, names, names[len(names) // 2], fine, heads="uniform")
+        refine = names[third : max(third + 1, 2 * third)]
+        return LayerPreset(names, names, names[len(names) // 2], refine, heads="uniform")
 
     def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView:
         pixels = keys - call.text
@@ -255,7 +255,7 @@ def denoiser_of(components: Mapping) -> torch.nn.Module:
     )
 
 
-def readers_of(pipe, family: Family) -> list[tuple[Any, Any]]:
+def text_encoders_of(pipe, family: Family) -> list[tuple[Any, Any]]:
     """The text encoders whose tokens the denoiser sees, with their tokenizers; None for an encoder that is not loaded."""
     found = [(getattr(pipe, model, None), getattr(pipe, tokenizer, None)) for model, tokenizer in family.encoders]
     found = [(model, tokenizer) for model, tokenizer in found if tokenizer is not None]

@@ -1,6 +1,6 @@
 """What an adapter of a denoiser answers, with the answers for a transformer that no adapter names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -64,22 +64,24 @@ class Family:
         )
         return preset
 
-    def _cross(self) -> tuple[str, ...]:
+    def _text_layers(self) -> tuple[str, ...]:
         names = self.attention_modules
-        cross = tuple(name for name in names if name.endswith(".attn2") and own_layer(name) in names)
-        if not cross:
+        text = tuple(
+            name for name in names if name.endswith(".attn2") and {*self_attention_beside([name])} <= {*names}
+        )
+        if not text:
             raise ValueError(
                 "Expected text cross-attention layers (`attn2` beside `attn1`) in the denoiser's blocks, but "
                 f"{type(self.denoiser).__name__} has none. Joint attention is read for Flux.1 and Stable Diffusion 3 only: "
                 "pass use_scfg=False, or use one of the supported families."
             )
-        return cross
+        return text
 
     def _generic_preset(self) -> LayerPreset:
         """Ours, for one grid: all layers; the middle one is the reference, and the middle third refines."""
-        cross = self._cross()
-        own, count = tuple(map(own_layer, cross)), len(cross)
-        return LayerPreset(cross, own, cross[count // 2], own[count // 3 : max(count // 3 + 1, 2 * count // 3)])
+        text = self._text_layers()
+        beside, count = self_attention_beside(text), len(text)
+        return LayerPreset(text, beside, text[count // 2], beside[count // 3 : max(count // 3 + 1, 2 * count // 3)])
 
     # ---- calls -------------------------------------------------------------------------------------------------------
     def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
@@ -145,6 +147,6 @@ def argument(args: tuple, kwargs: Mapping, position: int, *names: str):
     return next((kwargs[name] for name in names if name in kwargs), args[position] if len(args) > position else None)
 
 
-def own_layer(cross: str) -> str:
-    """The self-attention layer beside a cross-attention layer: `...attn2` to `...attn1`."""
-    return cross.removesuffix("attn2") + "attn1"
+def self_attention_beside(layers: Iterable[str]) -> tuple[str, ...]:
+    """The self-attention layers beside cross-attention layers: `...attn2` to `...attn1`."""
+    return tuple(name.removesuffix("attn2") + "attn1" for name in layers)

@@ -43,8 +43,11 @@ def prompt_layout(encoded: Sequence[Encoded], sink: str | None, drop_stop_words:
     return layout(entities, () if sink is None else _sinks(encoded, sink), sink == "start")
 
 
-def token_layout(encoded: Sequence[Encoded], sink: str) -> TokenLayout:
-    """One region for every single token, special and padding ones included (the rule of S-CFG's own segmentor)."""
+def token_layout(encoded: Sequence[Encoded], sink: str, drop_stop_words: bool = False) -> TokenLayout:
+    """One region for every single token, special and padding ones included (the rule of S-CFG's own segmentor).
+
+    It drops nothing, whatever is asked.
+    """
     entities = [
         [
             (token, [part.start + position])
@@ -113,22 +116,24 @@ def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]]) -> 
 
     A name can hold several phrases, separated by commas: its region averages the tokens of all of them.
     """
-    found: list[dict[str, list[int]]] = [{phrase: [] for name in own for phrase in _phrases(name)} for own in names]
+    found: list[dict[str, list[int]]] = [{phrase: [] for name in each for phrase in _phrases(name)} for each in names]
     for part in encoded:
-        phrases = dict.fromkeys(phrase for own in found for phrase in own)
+        phrases = dict.fromkeys(phrase for of_image in found for phrase in of_image)
         spelled = {phrase: _spelled(words(part.tokenizer, part.tokenizer(phrase).input_ids)) for phrase in phrases}
-        for row, own in zip(part.ids.tolist(), found, strict=True):
-            prompt, spellings = words(part.tokenizer, row), {phrase: spelled[phrase] for phrase in own}
-            for phrase, positions in own.items():
+        for row, of_image in zip(part.ids.tolist(), found, strict=True):
+            prompt, spellings = words(part.tokenizer, row), {phrase: spelled[phrase] for phrase in of_image}
+            for phrase, positions in of_image.items():
                 positions.extend(part.start + p for p in _find(prompt, phrase, spellings))
-    for image, own in enumerate(found):
-        if missing := next((phrase for phrase, positions in own.items() if not positions), None):
+    for image, of_image in enumerate(found):
+        if missing := next((phrase for phrase, positions in of_image.items() if not positions), None):
             raise ValueError(
                 f"Expected the class {missing!r} among the words that the text encoder reads, but it reads "
                 f"{' '.join(word for word, _ in sentence(encoded, image))!r}. Name it in the prompt, or shorten the prompt: "
                 f"the encoder keeps {encoded[-1].ids.shape[1]} tokens."
             )
-    return layout([[(name, _tokens(name, own)) for name in of] for of, own in zip(names, found, strict=True)])
+    return layout(
+        [[(name, _tokens(name, of_image)) for name in each] for each, of_image in zip(names, found, strict=True)]
+    )
 
 
 def _phrases(name: str) -> list[str]:

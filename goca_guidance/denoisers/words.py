@@ -64,6 +64,7 @@ def _pieces(tokenizer, tokens) -> Iterator[tuple[str, bool, int]]:
 
 
 def _added_pieces(tokenizer, tokens):
+    """Each is a word, but the further vectors of a textual inversion (`<cat>`, `<cat>_1`, `<cat>_2`) belong to the first."""
     base = None
     for position, token in enumerate(tokens):
         further = base is not None and re.fullmatch(rf"{re.escape(base)}_\d+", token) is not None
@@ -91,6 +92,10 @@ def _clip_pieces(tokenizer, tokens):
 
 
 def _t5_pieces(tokenizer, tokens):
+    """A word opens with the mark `▁`, which may stand alone before it, and behind a sign; a sign is a word of its own.
+
+    An apostrophe within a word ("it's") is a sign that the word goes on behind; at its beginning it is a quotation mark.
+    """
     opens, previous = True, ""
     for position, token in enumerate(tokens):
         text = token.removeprefix("▁")
@@ -125,7 +130,7 @@ def sentence(encoded: Sequence[Encoded], image: int) -> Words:
     return list(found.values())
 
 
-def read(
+def tokenise(
     prompt: str, tokenizers: Sequence, convert: Callable[[str, object], str], longest: int | None = None
 ) -> list[Encoded]:
     """What text encoders would read of a prompt one after another; all but the last are padded to their full length.

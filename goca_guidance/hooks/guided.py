@@ -9,22 +9,45 @@ from torch import Tensor
 from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.adapters import family_of
 from goca_guidance.denoisers.layouts import named_layout, prompt_layout, token_layout
-from goca_guidance.denoisers.words import sentence
+from goca_guidance.denoisers.words import Encoded, sentence
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.hooks.watch import Watch
 from goca_guidance.method.records import Regions, TokenLayout, WordMaps
 from goca_guidance.method.scfg import SCFGSegmentor, rate_map
-from goca_guidance.method.segmentor import GoCASegmentor
+from goca_guidance.method.segmentor import GoCASegmentor, GuidingSegmentor
+
+
+LayoutRule = Callable[[Sequence[Encoded], str, bool], TokenLayout]  # encoded text, sink, drop_stop_words
+SEGMENTORS: dict[str, tuple[type[GuidingSegmentor], LayoutRule]] = {  # by `SCFGConfig.segmentor`
+    "goca": (GoCASegmentor, prompt_layout),
+    "s-cfg": (SCFGSegmentor, token_layout),
+}
+Rule = Callable[
+    [Tensor, Regions, float, SCFGConfig], Tensor
+]  # delta b c H W, regions, scale, config to the rate b 1 H W
 
 
 class GuidedCall(Watch):
-    """Sees what a pipeline's loop does, and answers its question for the rate. Works inside `with call.installed():`.
+    """One guided generation: regions at every step, and the answer to the loop's question for the rate.
+
+    A step, as `Watch` brings it, and what is held between:
+
+    1. `on_forward`, conditional prediction begun: it is decided whether the step is guided (`_guided`), and unless the last
+       regions still serve, a segmentor is made. The product of scale and difference is now awaited (`_awaited`).
+    2. `on_attention`, until the prediction ends: the segmentor reads each record, and `negative` those of the negative prompt.
+    3. Where predictions are `separate`, 1 and 2 again for the unconditional one, known by `_awaited`.
+    4. `rate`: the loop multiplies scale and difference. The segmentor answers with regions and is let go; `rule` gives the
+       rate; nothing is awaited. A step that is not guided, or a product that is not the loop's, is answered by None.
+
+    `_regions_found` and `_words_found` stay until the next ones are found, for `_steps_served` steps (`SCFGConfig.every`).
+    After the loop `check` says whether a product was seen at all, and whether all were finite.
 
     Args:
         denoiser: predicts twice a step: unconditional and conditional halves of one batch, or, if `separate`, the
             conditional prediction and then the unconditional one.
-        readers: text encoders with their tokenizers, in the order of the denoiser's text sequence.
+        text_encoders: with their tokenizers, in the order of the denoiser's text sequence.
         goca, scfg: the choices.
+        rule: the guidance rule.
         images, prompts: how many; None, where predictions are `separate`, takes what denoiser and text encoder get.
         prompt_read: whether an encoder reads the prompt; with prompt embeddings it reads the negative prompt at most.
         separate: see `denoiser`.
@@ -36,10 +59,11 @@ class GuidedCall(Watch):
     def __init__(
         self,
         denoiser: torch.nn.Module,
-        readers: Sequence[tuple[Any, Any]],
+        text_encoders: Sequence[tuple[Any, Any]],
         goca: GoCAConfig,
         scfg: SCFGConfig,
         *,
+        rule: Rule = rate_map,
         images: int | None = None,
         prompts: int | None = None,
         prompt_read: bool = True,
@@ -49,24 +73,27 @@ class GuidedCall(Watch):
         keep_regions: bool = False,
         keep_negative: bool = False,
     ):
-        super().__init__(family_of(denoiser), readers)
-        self.goca, self.scfg, self.images, self.prompts = goca, scfg, images, prompts
+        super().__init__(family_of(denoiser), text_encoders)
+        self.goca, self.scfg, self.rule, self.images, self.prompts = goca, scfg, rule, images, prompts
         self.separate, self.prompt_read, self.is_guided = separate, prompt_read, is_guided
         self.region_tokens, self.keep_regions, self.keep_negative = region_tokens, keep_regions, keep_negative
-        if region_tokens is None and not (prompt_read and self.readers):
+        if region_tokens is None and not (prompt_read and self.text_encoders):
             raise ValueError(
                 "Expected `region_tokens` beside `prompt_embeds`, because no tokens are seen: pass, for example, "
                 '`region_tokens={"cat": [2], "grass": [5]}` (positions in the text sequence; `pipe.words(prompt)` finds '
                 "them), or `use_scfg=False`."
             )
         self.step = 0  # conditional predictions begun
-        self._pending = False  # one of them waits for its product with the guidance scale
-        self._mixed = False  # a product was seen at all
+        self.branches: tuple[
+            int, ...
+        ] = ()  # predictions of the denoiser's call in progress: 0 unconditional, 1 conditional
+        self.negative: GoCASegmentor | None = None  # reads the negative prompt's words in the unconditional prediction
         self._guided = False  # the step in progress is guided, by its own regions or the last ones
-        self._found: Any = None  # the last regions
-        self._words: WordMaps | None = None  # the last word maps of the negative prompt
-        self._age = 0  # for how many steps they served
-        self.negative: GoCASegmentor | None = None
+        self._awaited = False  # the step's product of scale and difference is still to come
+        self._product_seen = False  # in any step
+        self._regions_found: Any = None  # the last ones
+        self._words_found: WordMaps | None = None  # of the negative prompt, the last ones
+        self._steps_served = 0  # by them
         self._layouts: list[TokenLayout] = []  # the prompt's, then the negative prompt's
         self._regions: list[Regions] = []
         self._maps: list[Tensor] = []
@@ -76,7 +103,7 @@ class GuidedCall(Watch):
     # ---- life of the call --------------------------------------------------------------------------------------------
     def check(self) -> None:
         """After the loop: guidance was really applied, and stayed finite."""
-        if self.step and not self._mixed:
+        if self.step and not self._product_seen:
             raise RuntimeError(
                 "Expected a product of guidance scale and guidance difference in the loop, but saw none."
             )
@@ -94,22 +121,22 @@ class GuidedCall(Watch):
         return [regions.to("cpu") for regions in self._regions], maps, words
 
     # ---- what the hooks bring ----------------------------------------------------------------------------------------
-    def open(self, call, device) -> None:
-        self._branches = self._predicted()
-        if 1 in self._branches:
+    def on_forward(self, call, device) -> None:
+        self.branches = self._predicted()
+        if 1 in self.branches:
             self.observer.seen.clear()
             self.segmentor = self.negative = None
             self._guided = self.is_guided(self.step)
-            if self._guided and (self._found is None or self._age >= self.scfg.every):
-                self._open_step(device)
-            self.step, self._pending = self.step + 1, True
-        unread = self._branches == (0,) and not (self.negative or self.family.unconditional_sink)
-        self.observer.paused = self.segmentor is None or not self._branches or unread
+            if self._guided and (self._regions_found is None or self._steps_served >= self.scfg.every):
+                self._make_segmentors(device)
+            self.step, self._awaited = self.step + 1, True
+        unread = self.branches == (0,) and not (self.negative or self.family.unconditional_sink)
+        self.observer.paused = self.segmentor is None or not self.branches or unread
 
-    def keep(self, record) -> None:
-        self.segmentor.keep(record, self._branches)
-        if self.negative is not None and 0 in self._branches:
-            self.negative.keep(record.branch(0, self._branches))
+    def on_attention(self, record) -> None:
+        self.segmentor.keep(record, self.branches)
+        if self.negative is not None and 0 in self.branches:
+            self.negative.keep(record.branch(0, self.branches))
 
     def forget(self) -> None:
         super().forget()
@@ -117,13 +144,13 @@ class GuidedCall(Watch):
 
     def begin_step(self) -> None:
         """The next call of the denoiser is the first one of a step (where a loop tells; `rate` says so too)."""
-        self.segmentor, self._guided, self._pending = None, False, False
+        self.segmentor, self._guided, self._awaited = None, False, False
 
     def _predicted(self) -> tuple[int, ...]:
         """Which predictions this call of the denoiser makes: 0 unconditional, 1 conditional; none where nothing is mixed."""
         batch, images = self.call.batch, self.images or self.call.batch
         if self.separate and batch == images:
-            return (0,) if self._pending else (1,)
+            return (0,) if self._awaited else (1,)
         if not self.separate and batch in (images, 2 * images):
             if batch == images and self.step == 0:
                 raise ValueError(
@@ -136,18 +163,15 @@ class GuidedCall(Watch):
             "Pipelines that mix three predictions (PAG, InstructPix2Pix) are not supported: pass use_scfg=False."
         )
 
-    def _open_step(self, device):
+    def _make_segmentors(self, device):
         if not self._layouts:
-            images, layouts = self.call.batch // len(self._branches), self._new_layouts()
+            images, layouts = self.call.batch // len(self.branches), self._new_layouts()
             self._layouts = [layout.repeat(images // len(layout.labels)).to(device) for layout in layouts]
-        preset, unconditional_sink = self.family.preset, self.family.unconditional_sink
-        if self.scfg.segmentor == "s-cfg":
-            self.segmentor = SCFGSegmentor(preset, self._layouts[0], unconditional_sink)
-        else:
-            self.segmentor = GoCASegmentor(self.goca, preset, self._layouts[0], unconditional_sink)
+        make, _ = SEGMENTORS[self.scfg.segmentor]
+        self.segmentor = make(self.goca, self.family.preset, self._layouts[0], self.family.unconditional_sink)
         self.observer.projected = self.segmentor.projected
         if self.keep_negative:
-            self.negative = GoCASegmentor(self.goca, preset, self._layouts[1])
+            self.negative = GoCASegmentor(self.goca, self.family.preset, self._layouts[1])
             self.observer.projected = self.segmentor.projected | self.negative.projected
 
     def _new_layouts(self):
@@ -156,10 +180,9 @@ class GuidedCall(Watch):
         if self.region_tokens is not None:
             prompts = self.prompts or (len(encoded[0].ids) if encoded else 1)
             yield named_layout(self.region_tokens, prompts, self.call.text, sink, encoded)
-        elif self.scfg.segmentor == "s-cfg":
-            yield token_layout(encoded, sink)
         else:
-            yield prompt_layout(encoded, sink, drop)
+            _, layout_rule = SEGMENTORS[self.scfg.segmentor]
+            yield layout_rule(encoded, sink, drop)
         if self.keep_negative:
             negative = self._prompt(1)
             if not negative or not all(sentence(negative, image) for image in range(len(negative[0].ids))):
@@ -176,16 +199,16 @@ class GuidedCall(Watch):
     # ---- what the loop asks ------------------------------------------------------------------------------------------
     def rate(self, delta: Tensor, scale: float) -> Tensor | None:
         """Factor of this step's guidance difference, or None where guidance is plain."""
-        guided, pending = self._guided, self._pending
-        self._guided, self._pending, self._mixed = False, False, True
-        if not guided or not pending:  # or not the loop's own product
+        guided, awaited = self._guided, self._awaited
+        self._guided, self._awaited, self._product_seen = False, False, True
+        if not guided or not awaited:  # or not the loop's own product
             self.segmentor = None
             return None
         with torch.autocast(delta.device.type, enabled=False):
             regions = self._find_regions()
             maps = self.family.unpack(delta, self.call)
             predicted = maps if self.scfg.variance_channels else maps[:, : self.family.denoiser.config.in_channels]
-            rate = rate_map(predicted, regions, scale, self.scfg)
+            rate = self.rule(predicted, regions, scale, self.scfg)
         self._finite.append(torch.isfinite(delta).all())
         if self.keep_regions:
             self._regions.append(regions)
@@ -196,14 +219,14 @@ class GuidedCall(Watch):
         """Those of this step's attention, or, between recomputations, the last ones; word maps alike."""
         if self.segmentor is not None:
             check_seen(self.segmentor.layers, self.observer.seen)
-            self._found, self._age = self.segmentor.regions(self.call.latent), 0
+            self._regions_found, self._steps_served = self.segmentor.regions(self.call.latent), 0
             if self.negative is not None:
-                self._words = WordMaps(self.negative.scores(), self.negative.layout.labels)
-        if self._words is not None:
-            self._negative_maps.append(self._words)
+                self._words_found = WordMaps(self.negative.scores(), self.negative.layout.labels)
+        if self._words_found is not None:
+            self._negative_maps.append(self._words_found)
         self.segmentor = self.negative = None
-        self._age += 1
-        return self._found
+        self._steps_served += 1
+        return self._regions_found
 
 
 def check_input(arguments: Mapping) -> None:

@@ -26,11 +26,11 @@ _LOCK = threading.Lock()
 
 
 class AttentionObserver:
-    """Hands an `AttentionRecord` of each attention module's text or self-attention call to `sink` while the block runs.
+    """Hands an `AttentionRecord` of each attention module's text or self-attention call to `receive` while the block runs.
 
     Args:
         modules: the attention modules to observe, by name.
-        sink: receives each record as the network runs; it must not keep more than it needs.
+        receive: called with each record as the network runs; it must not keep more than it needs.
         view: name, number of query tokens and number of key tokens to what they are.
         project: name to the layer's output projection, a function of b n h*d; asked only for `projected` layers.
         raw: names of the layers whose records carry the query before norm and rotary embeddings.
@@ -43,12 +43,12 @@ class AttentionObserver:
     def __init__(
         self,
         modules: Mapping[str, Any],
-        sink: Callable[[AttentionRecord], None],
+        receive: Callable[[AttentionRecord], None],
         view: Callable[[str, int, int], AttentionView],
         project: Callable[[str], Callable[[Tensor], Tensor]],
         raw: frozenset[str] = frozenset(),
     ):
-        self.modules, self.sink, self.view, self.project, self.raw = modules, sink, view, project, raw
+        self.modules, self.receive, self.view, self.project, self.raw = modules, receive, view, project, raw
         self.projected: frozenset[str] = frozenset()
         self.paused = False
         self.seen: set[str] = set()
@@ -92,7 +92,7 @@ class AttentionObserver:
                 self.seen.add(name)
                 record = self._record(name, call)
                 with torch.autocast(record.query.device.type, enabled=False):
-                    self.sink(record)
+                    self.receive(record)
 
         return leave
 
@@ -187,7 +187,11 @@ def _watch(table: dict, names: list[str], observer: AttentionObserver) -> list[W
 
 
 def _release(table: dict, kernels: list[WatchedKernel]) -> None:
-    """Let the observer go, and take its wrappers off, also from below others': calls in other threads end in any order."""
+    """Let the observer go, and take its wrappers off, also from below others': calls in other threads end in any order.
+
+    table["kernel"] -> theirs -> ours -> torch's own: ours comes out by letting theirs call torch's. Where somebody else put a
+    function of another kind on top, ours stays below it as a plain call.
+    """
     with _LOCK:
         for mine in kernels:
             mine.observer = None

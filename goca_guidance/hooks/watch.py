@@ -14,25 +14,39 @@ from goca_guidance.method.records import AttentionRecord
 
 
 class Watch:
-    """What one pipeline call shows while `installed`; a subclass says what a forward and a record mean.
+    """Hooks on a denoiser and its text encoders for the time of one pipeline call; a subclass says what to do with them.
 
-    `readers`: the text encoders, each with its tokenizer, in the order of the denoiser's text sequence; None for an encoder
-    that is not loaded.
+    While `installed`, in this order, as the stock pipeline runs:
+
+    1. each text encoder is called, once for the prompt and once more for a negative prompt: its ids are noted (`encoded`);
+    2. the denoiser is called: the call's sizes are noted in `call`, and `on_forward` may set `observer.projected`,
+       `observer.paused`, clear `observer.seen`, and make a `segmentor`;
+    3. each of its attention calls, in network order: `on_attention`, unless paused;
+    4. 2 and 3 again, for the other prediction or the next step.
+
+    At the end, also after an error, hooks and observer are gone, and `forget` lets the records go.
+
+    Args:
+        family: the denoiser's adapter.
+        text_encoders: each with its tokenizer, in the order of the denoiser's text sequence; None for an encoder that is not
+            loaded.
     """
 
-    def __init__(self, family: Family, readers: Sequence[tuple[Any, Any]]):
+    def __init__(self, family: Family, text_encoders: Sequence[tuple[Any, Any]]):
         check_whole(family)
         self.family = family
-        self.readers = [(module, tokenizer) for module, tokenizer in readers if module is not None]
-        self._ids: list[list[Tensor]] = [[] for _ in self.readers]
-        self._calls: dict[torch.Size, DenoiserCall] = {}
+        self.text_encoders = [(module, tokenizer) for module, tokenizer in text_encoders if module is not None]
+        self._ids: list[list[Tensor]] = [[] for _ in self.text_encoders]  # by encoder, of each time it was called
+        self._calls: dict[
+            torch.Size, DenoiserCall
+        ] = {}  # by the sample's shape: reading it off may wait for the device
         self.segmentor: Any = None  # of the forward in progress, where one is
 
-    def open(self, call: DenoiserCall, device: torch.device) -> None:
-        """A forward of the denoiser begins."""
+    def on_forward(self, call: DenoiserCall, device: torch.device) -> None:
+        """The denoiser is called."""
         raise NotImplementedError
 
-    def keep(self, record: AttentionRecord) -> None:
+    def on_attention(self, record: AttentionRecord) -> None:
         """An attention call of it was seen."""
         raise NotImplementedError
 
@@ -47,11 +61,13 @@ class Watch:
         preset = self.family.preset
         modules = {name: m for name, m in self.family.attention_modules.items() if name in preset.layers}
         raw = frozenset({preset.reference}) if preset.features == "query" else frozenset()
-        self.observer = AttentionObserver(modules, self.keep, self._view, self.family.project, raw)
+        self.observer = AttentionObserver(modules, self.on_attention, self._view, self.family.project, raw)
         hooked = [(self.family.denoiser, self._before_denoiser)]
-        hooked += [(module, self._before_reading(i)) for i, (module, _) in enumerate(self.readers)]
+        hooked += [(module, self._before_text_encoder(i)) for i, (module, _) in enumerate(self.text_encoders)]
         with ExitStack() as stack:
-            if self.family.compiled or any(map(_has_compiled, [self.family.denoiser, *(m for m, _ in self.readers)])):
+            if self.family.compiled or any(
+                map(_has_compiled, [self.family.denoiser, *(m for m, _ in self.text_encoders)])
+            ):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for module, hook in hooked:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -62,24 +78,24 @@ class Watch:
     def encoded(self, turn: int) -> list[Encoded]:
         """What each encoder read the first time (0) or the second time (1); nothing where it did not."""
         found, start = [], 0
-        for (_, tokenizer), ids in zip(self.readers, self._ids, strict=True):
+        for (_, tokenizer), ids in zip(self.text_encoders, self._ids, strict=True):
             if 0 <= turn < len(ids):
                 found.append(Encoded(tokenizer, ids[turn], start))
                 start += ids[turn].shape[1]
         return found
 
-    def _before_reading(self, index):
-        def before_text_encoder(module, args, kwargs):
+    def _before_text_encoder(self, index):
+        def note_ids(module, args, kwargs):
             self._ids[index].append(encoder_ids(args, kwargs))
 
-        return before_text_encoder
+        return note_ids
 
     def _before_denoiser(self, module, args, kwargs):
         sample = argument(args, kwargs, 0, "sample", "hidden_states")
         if sample.shape not in self._calls:
             self._calls[sample.shape] = self.family.call(args, kwargs)
         self.call = self._calls[sample.shape]
-        self.open(self.call, sample.device)
+        self.on_forward(self.call, sample.device)
 
     def _view(self, name, queries, keys):
         return self.family.view(self.call, name, queries, keys)

@@ -2,7 +2,7 @@
 
 Attention is recomputed in float32 whatever the model's dtype. No layer's p x p map is ever stored: every use of one is a sum
 that is taken in blocks of query rows. Two p x p tensors are held an image: the pseudo self-attention of the reference layer,
-with what of it a layer of another grid is compared with, and, up to `STORED` pixels, the sum that refines.
+with what of it a layer of another grid is compared with, and, unless pixels are too many, the sum that refines.
 """
 
 import math
@@ -17,17 +17,12 @@ from goca_guidance.method.attention import joined
 from goca_guidance.method.maps import as_maps, blur, min_max
 
 
-STORED = 10_000  # pixels up to which the fine layers' sum is stored for refinement (400 MB an image)
-
-
 # ---- heads (paper: auto aggregation, heads) --------------------------------------------------------------------------
-def head_weights(
-    output: Float[Tensor, "b h p d"], grams: Sequence[Float[Tensor, "hd hd"]], clamp: bool = False
-) -> Float[Tensor, "b h p"]:
+def head_weights(output: Float[Tensor, "b h p d"], grams: Sequence[Float[Tensor, "hd hd"]]) -> Float[Tensor, "b h p"]:
     """Share of each head in what the layer writes at each pixel: <o_h, o> / <o, o> with o = sum_h o_h (GoCA, heads).
 
     `grams` holds W W^T of the layer's output projection W, or of several layers whose images follow one another in the
-    batch; any factor cancels. The shares sum to one over heads; one may be negative or above one, unless `clamp`. Uniform
+    batch; any factor cancels. The shares sum to one over heads; one may be negative or above one. Uniform
     where the layer writes nothing. No per-head output is built: <o_h, o> = sum over the channels of head h of z * (z W W^T),
     of which z W W^T has the output's dtype and the sum is float32.
     """
@@ -35,7 +30,7 @@ def head_weights(
     z = output.transpose(1, 2).flatten(2)
     zww = joined([layer @ gram.to(z.dtype) for layer, gram in zip(z.chunk(len(grams)), grams, strict=True)], 0)
     share = (z.float() * zww.float()).unflatten(-1, (heads, -1)).sum(-1).mT
-    return shares(share.clamp(min=0) if clamp else share, dim=1)
+    return shares(share, dim=1)
 
 
 def shares(values: Tensor, dim: int) -> Tensor:

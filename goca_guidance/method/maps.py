@@ -93,13 +93,15 @@ def pull_affinity(
     """Adjoint of GoCA's affinity resize (keys bilinear, queries nearest) from a layer's grids to the `reference` grid.
 
     Returns the query rows that the resize reads at all, and the pulled affinity in those rows, so that
-    <affinity, resize(a)> = <pulled, a[rows]> for any affinity `a` of the layer. A fine layer needs few of its rows.
+    <affinity, resize(a)> = <pulled, a[rows]> for any affinity `a` of the layer. A fine layer needs few of its rows: of 4 x 4
+    queries and a reference of 2 x 2, nearest resizing reads rows and columns 0 and 2, so the query rows 0, 2, 8 and 10. Of
+    1 x 1 queries it reads one row four times, which is then one row of the sum of four.
     """
-    (y, y_read), (x, x_read) = (_read(a, b, affinity.device) for a, b in zip(queries, reference, strict=True))
+    (y, y_targets), (x, x_targets) = (_read(a, b, affinity.device) for a, b in zip(queries, reference, strict=True))
     pulled = resize_adjoint(affinity.unflatten(-1, reference), keys).flatten(-2)
     if len(y) * len(x) < pulled.shape[1]:  # some rows are read more than once
-        readers = y_read.to(pulled.dtype), x_read.to(pulled.dtype)
-        pulled = torch.einsum("yh,xw,bhwq->byxq", *readers, pulled.unflatten(1, reference)).flatten(1, 2)
+        targets = y_targets.to(pulled.dtype), x_targets.to(pulled.dtype)
+        pulled = torch.einsum("yh,xw,bhwq->byxq", *targets, pulled.unflatten(1, reference)).flatten(1, 2)
     return (y[:, None] * queries[1] + x).flatten(), pulled
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from goca_guidance.config import LayerPreset, SCFGConfig
+from goca_guidance.config import GoCAConfig, LayerPreset, SCFGConfig
 from goca_guidance.method.attention import affinity_product, one_hot, token_maps
 from goca_guidance.method.maps import as_maps, blur, nearest, resize
 from goca_guidance.method.records import AttentionRecord, Regions, TokenLayout
@@ -19,15 +19,15 @@ class SCFGSegmentor:
     refined by (S + 3 S^2) / 4 of the sibling self-attention S, smoothed, divided by their spatial mean, averaged over
     layers. The argmax runs over the layout's regions: all single tokens, unless the caller named some. The foreground is
     where, in the prediction that the sink token belongs to (see `GoCASegmentor`), it is not the larger of itself and the
-    sum of all other tokens.
+    sum of all other tokens. `config` is not read: it has no choice that this method leaves open.
     """
 
     layers_read = 2  # coarsest grids
-    projected: frozenset[str] = frozenset()
+    projected: frozenset[str] = frozenset()  # heads are not weighted
 
-    def __init__(self, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
+    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
         self.preset, self.layout, self.unconditional_sink = preset, layout, unconditional_sink
-        self.layers = frozenset((*preset.cross, *preset.own))  # names of the layers that must be observed
+        self.layers = frozenset((*preset.text, *preset.self_attention))
         self._conditional: dict[str, AttentionRecord] = {}
         self._unconditional: dict[str, AttentionRecord] = {}
 
@@ -44,23 +44,23 @@ class SCFGSegmentor:
         masks = one_hot(
             torch.einsum("bmhw,bmk->bkhw", _mean_of_relative(tokens), self.layout.groups), self.layout.present
         )
-        text = self._conditional[self.preset.cross[0]].view.text
+        text = self._conditional[self.preset.text[0]].view.text
         every = torch.arange(text.stop - text.start, device=self.layout.sink.device).expand(len(self.layout.sink), -1)
         if self.unconditional_sink or any(len(names) < every.shape[1] for names in self.layout.labels):
             tokens = self._maps(self._unconditional if self.unconditional_sink else self._conditional, every)
-        start = [maps.take_along_dim(self.layout.sink[..., None, None], 1) for maps in tokens]
-        others = [maps.sum(1, keepdim=True) - own for maps, own in zip(tokens, start, strict=True)]
-        foreground = _mean_of_relative(start) <= _mean_of_relative(others)
+        sinks = [maps.take_along_dim(self.layout.sink[..., None, None], 1) for maps in tokens]
+        others = [maps.sum(1, keepdim=True) - sink for maps, sink in zip(tokens, sinks, strict=True)]
+        foreground = _mean_of_relative(sinks) <= _mean_of_relative(others)
         return Regions(nearest(masks, size), nearest(foreground, size), self.layout.labels)
 
     def _maps(self, records, columns) -> list[Float[Tensor, "b m H W"]]:
         """Refined, resized and smoothed maps of each layer read."""
-        grids = sorted({records[name].grid for name in self.preset.cross})[: self.layers_read]
+        grids = sorted({records[name].grid for name in self.preset.text})[: self.layers_read]
         maps = []
-        for cross, own in zip(self.preset.cross, self.preset.own, strict=True):
-            if (record := records[cross]).grid in grids:
-                once = affinity_product(records[own], token_maps(record, columns, None))
-                refined = (once + 3 * affinity_product(records[own], once)) / 4
+        for name, beside in zip(self.preset.text, self.preset.self_attention, strict=True):
+            if (record := records[name]).grid in grids:
+                once = affinity_product(records[beside], token_maps(record, columns, None))
+                refined = (once + 3 * affinity_product(records[beside], once)) / 4
                 maps.append(blur(resize(as_maps(refined, record.grid), grids[-1]), 3, 0.5**0.5))
         return maps
 
@@ -125,7 +125,7 @@ class SpatialGuidanceScale(float):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """`delta * scale`, where torch sees the tensor first."""
         if func in (torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.mul):
-            scale, tensor = sorted(args[:2], key=lambda argument: isinstance(argument, torch.Tensor))
+            scale, tensor = args[:2] if isinstance(args[1], torch.Tensor) else args[1::-1]
             return scale * tensor
         plain = [float(a) if isinstance(a, cls) else a for a in args]
         return func(*plain, **{k: float(v) if isinstance(v, cls) else v for k, v in (kwargs or {}).items()})

@@ -43,13 +43,14 @@ def discover(
     Returns:
         One H W int64 map for each image, at its own size: numbers of segments, which mean nothing beyond the image.
     """
-    read = noised(pipe, images, 50 if timestep is None else timestep, 1, generator, height, width)
-    forwards = EncoderFeatures(pipe, read.family)
-    features = forwards.run(stock, [""] * len(read.pictures), read.samples)
+    noisy = noised(pipe, images, 50 if timestep is None else timestep, 1, generator, height, width)
+    forwards = EncoderFeatures(pipe, noisy.family)
+    features = forwards.run(stock, [""] * len(noisy.pictures), noisy.samples)
     labels = cut(features, (size, size), threshold, alpha).cpu()
-    sizes = [picture.size[::-1] for picture in read.pictures]
+    sizes = [picture.size[::-1] for picture in noisy.pictures]
     return [
-        own.flatten()[nearest_index((size, size), to)].unflatten(0, to) for own, to in zip(labels, sizes, strict=True)
+        label_map.flatten()[nearest_index((size, size), to)].unflatten(0, to)
+        for label_map, to in zip(labels, sizes, strict=True)
     ]
 
 
@@ -58,7 +59,7 @@ class EncoderFeatures(Forwards):
 
     def __init__(self, pipe: DiffusionPipeline, family: Family):
         super().__init__(pipe, family)
-        names = [name for name in family.preset.own if name.startswith("down_blocks.")]
+        names = [name for name in family.preset.self_attention if name.startswith("down_blocks.")]
         if not names:
             raise ValueError(
                 "Expected a U-Net, whose encoder has attention layers, but got "
@@ -74,7 +75,7 @@ class EncoderFeatures(Forwards):
         finally:
             handle.remove()
 
-    def keep(self, record: AttentionRecord) -> None:
+    def on_attention(self, record: AttentionRecord) -> None:
         """The layer's output is what is wanted, not its attention."""
 
     def result(self) -> Float[Tensor, "b c H W"]:

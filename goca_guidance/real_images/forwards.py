@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from goca_guidance.denoisers.adapters import denoiser_of, family_of, readers_of
+from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
 from goca_guidance.denoisers.base import Family
 from goca_guidance.hooks.watch import Watch
 from goca_guidance.real_images.load import load_image
@@ -73,7 +73,7 @@ def _check_checkpoint(pipe, family):
         and config.get("encoder_hid_dim_type") != "text_proj"
     ):
         raise ValueError("Expected no IP-Adapter for segmentation: call `pipe.unload_ip_adapter()` first.")
-    if not any(module is not None for module, _ in readers_of(pipe, family)):
+    if not any(module is not None for module, _ in text_encoders_of(pipe, family)):
         raise ValueError("Expected a text encoder for segmentation, but the pipeline has none loaded.")
     channels = family.patch**2 if family.packed else 1
     if config.in_channels != channels * pipe.vae.config.latent_channels or pipe.config.get(
@@ -89,7 +89,7 @@ def _size(pipe, family, height, width):
     config = family.denoiser.config
     native = getattr(pipe, "default_sample_size", None) or config.sample_size
     native = (native, native) if isinstance(native, int) else tuple(native)
-    size = tuple(own or side * pipe.vae_scale_factor for own, side in zip((height, width), native, strict=True))
+    size = tuple(given or side * pipe.vae_scale_factor for given, side in zip((height, width), native, strict=True))
     step = pipe.vae_scale_factor * family.patch
     if any(side % step for side in size):  # before any work is done
         raise ValueError(f"Expected height and width divisible by {step}, but got {size[0]} x {size[1]}.")
@@ -104,7 +104,7 @@ class Forwards(Watch):
     """
 
     def __init__(self, pipe: DiffusionPipeline, family: Family):
-        super().__init__(family, readers_of(pipe, family))
+        super().__init__(family, text_encoders_of(pipe, family))
         self.pipe = pipe
         self._results: list[Tensor] = []
         self._begun = False
@@ -140,7 +140,7 @@ class Forwards(Watch):
         self.pipe.maybe_free_model_hooks()
         return torch.stack(self._results).mean(0)
 
-    def open(self, call: Any, device: torch.device) -> None:
+    def on_forward(self, call: Any, device: torch.device) -> None:
         self._end()
         self.begin(device)
         self._begun = True

@@ -19,17 +19,17 @@ def encode(
     """Scaled latents, the mean of the posterior; every picture is squeezed to the same height and width."""
     pixels = pipe.image_processor.preprocess(list(pictures), height=height, width=width)
     vae, config, device = pipe.vae, pipe.vae.config, pipe._execution_device
-    own = vae.dtype
-    if upcast := own == torch.float16 and config.get("force_upcast", False):
+    loaded = vae.dtype
+    if upcast := loaded == torch.float16 and config.get("force_upcast", False):
         vae.to(torch.float32)
     try:
         latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
     finally:
         if upcast:
-            vae.to(own)
+            vae.to(loaded)
     if not torch.isfinite(latents).all():
         raise ValueError(
-            f"Expected finite latents, but the autoencoder gave NaN or infinity in {own}: use it in float32."
+            f"Expected finite latents, but the autoencoder gave NaN or infinity in {loaded}: use it in float32."
         )
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, deviation = (

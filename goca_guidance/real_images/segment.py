@@ -1,6 +1,6 @@
 """Segmentation of real images: conditional forwards of the stock pipeline on a noised image (GoCA, section on setup)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from goca_guidance.denoisers.layouts import class_layout
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.method.maps import resize
 from goca_guidance.method.records import AttentionRecord
-from goca_guidance.method.segmentor import GoCASegmentor
+from goca_guidance.method.segmentor import GoCASegmentor, ScoringSegmentor
 from goca_guidance.real_images.forwards import Forwards, noised
 
 
@@ -45,7 +45,7 @@ class Segmentation:
         pairs = zip(self.scores.split(1), self.entities.split(1), strict=True)
         shared = not isinstance(self.classes[0], tuple)
         names = [self.classes] * len(self.sizes) if shared else self.classes
-        counts = [len(own) - (self.background is not None) for own in names]
+        counts = [len(of_image) - (self.background is not None) for of_image in names]
         return [
             _labels(scores[:, :count], entities, self.background, size)
             for (scores, entities), count, size in zip(pairs, counts, self.sizes, strict=True)
@@ -67,7 +67,7 @@ def segment(
     height: int | None = None,
     width: int | None = None,
     goca: GoCAConfig | None = None,
-    segmentor: Callable[..., Any] = GoCASegmentor,
+    segmentor: type[ScoringSegmentor] = GoCASegmentor,
 ) -> Segmentation:
     """Segment real images by class names (GoCA, arXiv 2603.06178): noise at `timestep`, one forward, regions, argmax.
 
@@ -88,8 +88,7 @@ def segment(
             [`Background`].
         height, width: size that the image is resized to for the model, in pixels; None is the model's native size.
         goca: how attention becomes maps.
-        segmentor: what makes the maps: a class with the face of `GoCASegmentor`, for example those of
-            `eval.segment.baselines`.
+        segmentor: the class of [`~goca_guidance.method.segmentor.ScoringSegmentor`] that makes the maps.
 
     Returns:
         [`Segmentation`].
@@ -97,25 +96,21 @@ def segment(
     rule = None if background is None else Background.of(background)
     entities = rule.entities if rule else ()
     groups = _checked_names(classes, entities)
-    read = noised(pipe, images, timestep, num_noises, generator, height, width)
-    shared, count = isinstance(groups[0], str), len(read.pictures)
+    noisy = noised(pipe, images, timestep, num_noises, generator, height, width)
+    shared, count = isinstance(groups[0], str), len(noisy.pictures)
     each = _one_for_each([groups] if shared else groups, count, "list of class names")
-    prompts = _one_for_each(
-        [", ".join([*own, *entities]) for own in each]
-        if prompt is None
-        else [prompt]
-        if isinstance(prompt, str)
-        else prompt,
-        count,
-        "prompt",
-    )
-    names = [[*entities, *own] for own in each]  # what all images share comes first, what is padded last
-    scores = ClassForwards(pipe, read.family, names, goca or GoCAConfig(), segmentor).run(stock, prompts, read.samples)
+    if prompt is None:
+        prompt = [", ".join([*names, *entities]) for names in each]
+    prompts = _one_for_each([prompt] if isinstance(prompt, str) else prompt, count, "prompt")
+    # Entities first: all images have them, and `scores` is cut behind them; images of fewer names are padded at the end.
+    asked = [[*entities, *names] for names in each]
+    forwards = ClassForwards(pipe, noisy.family, asked, goca or GoCAConfig(), segmentor)
+    scores = forwards.run(stock, prompts, noisy.samples)
     if not torch.isfinite(scores).all():
         raise ValueError("Expected finite attention, but the scores hold NaN or infinity: use float32 or bfloat16.")
     last = () if rule is None else ("background",)
-    named = tuple((*own, *last) for own in each)
-    sizes = tuple(picture.size[::-1] for picture in read.pictures)
+    named = tuple((*names, *last) for names in each)
+    sizes = tuple(picture.size[::-1] for picture in noisy.pictures)
     return Segmentation(
         scores[:, len(entities) :], named[0] if shared else named, sizes, rule, scores[:, : len(entities)]
     )
@@ -165,7 +160,7 @@ class ClassForwards(Forwards):
         self.observer.projected = self.segmentor.projected
         self.observer.seen.clear()
 
-    def keep(self, record: AttentionRecord) -> None:
+    def on_attention(self, record: AttentionRecord) -> None:
         self.segmentor.keep(record)
 
     def result(self) -> Float[Tensor, "b k H W"]:
@@ -177,14 +172,14 @@ class ClassForwards(Forwards):
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
-def _labels(own, entities, rule, size) -> Int[Tensor, "H W"]:
+def _labels(scores, entities, rule, size) -> Int[Tensor, "H W"]:
     """Argmax at the image's size, on the CPU: the scores are resized, never the labels."""
-    own = resize(own, size)
+    scores = resize(scores, size)
     if rule is not None:
         if rule.entities:
             highest = resize(entities, size).amax(1, keepdim=True)
-            score = highest + rule.offset if rule.threshold is None else highest.clamp(min=rule.threshold)
+            background = highest + rule.offset if rule.threshold is None else highest.clamp(min=rule.threshold)
         else:
-            score = torch.full_like(own[:, :1], rule.threshold)
-        own = torch.cat([own, score], 1)
-    return own.argmax(1)[0].cpu()
+            background = torch.full_like(scores[:, :1], rule.threshold)
+        scores = torch.cat([scores, background], 1)
+    return scores.argmax(1)[0].cpu()
