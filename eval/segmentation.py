@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     found = measured(run)
     if run.state.is_main_process:
-        told = result_of(experiment, run.images, found)
-        write_json(args.result or Path(f"results/segment-{args.config.stem}.json"), told)
-        times = [speed(name, one.counts) for name, one in found.items()]
-        write_json(Path(f"runs/speed/{args.config.stem}.json"), {"command": told["command"], "rows": times})
-        print(markdown(told["rows"]), markdown(times), sep="\n\n")
+        result = result_of(experiment, run.images, found)
+        write_json(args.result or Path(f"results/segment-{args.config.stem}.json"), result)
+        times = [speed(row, measured_row.counts) for row, measured_row in found.items()]
+        write_json(Path(f"runs/speed/{args.config.stem}.json"), {"command": result["command"], "rows": times})
+        print(markdown(result["rows"]), markdown(times), sep="\n\n")
         if args.pictures:
             draw(run, found, args.pictures, Path("runs/pictures"))
 
@@ -64,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def prompts_of(run: SegmentationRun) -> dict:
     """The prompts of every image that can be read."""
     found = {}
-    for name in tqdm(run.images.ids, desc="prompts", unit="image"):
+    for image_id in tqdm(run.images.ids, desc="prompts", unit="image"):
         try:
-            found[name] = run.said(name, *run.images.read(name))
+            found[image_id] = run.prompts_of(image_id, *run.images.read(image_id))
         except BadSample as error:
-            tqdm.write(f"{name}: {error}")
+            tqdm.write(f"{image_id}: {error}")
     return found
 
 

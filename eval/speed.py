@@ -33,6 +33,7 @@ from eval.cost.measure import PeakMemory, alone, device_name
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 
 
+MODULES = ("eval.speed", "eval.cost.full_size", "eval.cost.measure", "goca_guidance")  # which a row depends on
 PAIRS = 20  # of calls, at the most
 NATIVE = ("sd-1.5", "sdxl", "pixart-sigma", "flux", "hunyuan", "sd3")
 PLANS = {  # family, size, batch; the most telling ones first
@@ -140,7 +141,7 @@ def compare(case: Case, device: str, seconds: float) -> dict:
 
 def measure(cases: list[Case], device: str, seconds: float, result: Path) -> list[dict]:
     """Rows of all cases, written after each one: old ones of other code or settings are replaced, others kept."""
-    run = {"code": fingerprint(seconds=seconds), "command": command(), "torch": torch.__version__}
+    run = {"code": fingerprint(*MODULES, seconds=seconds), "command": command(), "torch": torch.__version__}
     name, found = device_name(device), {}
     for row in json.loads(result.read_text())["rows"] if result.exists() else []:
         found[row["device"], *(row[key] for key in Case.__dataclass_fields__)] = row

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval import least_cost
+from eval.cost import operations
 from eval.cost.full_size import ARCHITECTURES, arguments, build, guided_arguments
 from goca_guidance import GoCASCFGPipeline
 from goca_guidance.denoisers.adapters import denoiser_of, family_of
@@ -30,7 +30,7 @@ def test_sizes_are_the_published_ones(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_pipeline_takes_the_arguments(name):
     pipe = build(name, "meta", torch.float16)
-    _, kwargs = least_cost.denoiser_inputs(pipe, arguments(name, pipe, ARCHITECTURES[name].size, batch=2, steps=2))
+    _, kwargs = operations.denoiser_inputs(pipe, arguments(name, pipe, ARCHITECTURES[name].size, batch=2, steps=2))
     assert len(kwargs["encoder_hidden_states"]) == (2 if name == "flux" else 4)
 
 
@@ -44,10 +44,10 @@ def test_tiny_runs_stock_and_guided():
     assert not torch.equal(plain, out.images)
 
 
-def test_floor_of_stable_diffusion_by_hand():
-    step = least_cost.stock_step("sd-1.5")
+def test_least_cost_of_stable_diffusion_by_hand():
+    step = operations.stock_step("sd-1.5")
     assert step.flops == pytest.approx(1.6e12, rel=0.02)  # two predictions of 0.8 TFLOP
-    parts = least_cost.added(step)
+    parts = operations.added(step)
     levels = [(5, 4096, 320), (5, 1024, 640), (5, 256, 1280), (1, 64, 1280)]  # layers, pixels, channels
     assert parts["heads"].flops == 2 * sum(count * 2 * p * c * c for count, p, c in levels)
     assert parts["heads"].flops == pytest.approx(25.6e9, rel=0.001)
@@ -57,8 +57,8 @@ def test_floor_of_stable_diffusion_by_hand():
     assert parts["refinement"].flops == 3 * 2 * 3072 * 4096 * 320 + 2 * 2 * 4096**2 * 6
 
 
-def test_floor_of_joint_attention_counts_probabilities_once():
-    parts = least_cost.added(least_cost.stock_step("flux-short"))
-    assert parts["heads"] == parts["cross"] == least_cost.Cost()
+def test_least_cost_of_joint_attention_counts_probabilities_once():
+    parts = operations.added(operations.stock_step("flux-short"))
+    assert parts["heads"] == parts["cross"] == operations.Cost()
     assert parts["agreement"].flops == 6 * 2 * 4096 * (4096 + 512) * (3072 + 1)
     assert parts["refinement"].flops == 2 * 2 * 4096**2 * 6

@@ -184,7 +184,7 @@ def test_no_safety_checker_and_no_watermark(monkeypatch, tiny):
         return pipe
 
     monkeypatch.setattr(generating, "load_pipeline", load)
-    pipe = generator.pipeline(few())
+    pipe = generating.pipeline(few())
     assert (pipe.safety_checker, pipe.watermark) == (None, None)
 
 
@@ -197,9 +197,9 @@ def test_another_denoiser(tmp_path, monkeypatch):
     monkeypatch.setattr(generating, "load_pipeline", load_pipeline)
     plain = few(model=str(tmp_path / "whole"), captions="scenes", count=1)
     changed = dataclasses.replace(plain, denoiser=str(tmp_path / "other"))
-    weights = generator.pipeline(changed, "cpu").transformer.proj_out.weight
+    weights = generating.pipeline(changed, "cpu").transformer.proj_out.weight
     assert torch.equal(weights, torch.ones_like(weights))
-    assert not torch.equal(weights, generator.pipeline(plain, "cpu").transformer.proj_out.weight)
+    assert not torch.equal(weights, generating.pipeline(plain, "cpu").transformer.proj_out.weight)
     digests = {settings.described(settings.texts())["weights"] for settings in (plain, changed)}
     assert len(digests) == 2
 

@@ -9,7 +9,6 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors import safe_open
 from transformers import CLIPTextModel
 
-from eval import segmentation
 from eval.segment import running
 from eval.segment.experiment import Experiment
 from goca_guidance import TINY_SD, GoCASCFGPipeline
@@ -48,6 +47,6 @@ def test_generates_in_every_dtype(dtype):
 
 def test_goca_beats_vanilla_on_held_out_scenes(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "RUNS", tmp_path)
-    vanilla, goca = segmentation.result(Experiment({"vanilla": {}, "goca": {}}, split="validation", limit=60))["rows"]
+    vanilla, goca = running.result(Experiment({"vanilla": {}, "goca": {}}, split="validation", limit=60))["rows"]
     assert goca["miou"] > vanilla["miou"]
     assert goca["miou"] > 0.6

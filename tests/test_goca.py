@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.method import goca
+from goca_guidance.method import attention, goca
 from goca_guidance.method.maps import blur, min_max, nearest, pull_affinity, row_mass
 from goca_guidance.method.records import AttentionRecord, AttentionView, TokenLayout
 from goca_guidance.method.scfg import SCFGSegmentor
@@ -97,21 +97,21 @@ def test_head_weights_are_summed_in_float32():
 @pytest.mark.parametrize("block", [1, 40, 2**21])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_token_maps_equal_the_naive_form(block, weighted, monkeypatch):
-    monkeypatch.setattr(goca, "CPU_BLOCK", block)
+    monkeypatch.setattr(attention, "CPU_BLOCK", block)
     r, columns = record(keys=6), torch.tensor([[0, 3, 5], [1, 2, 2]])
     weights = goca.head_weights(r.output, [r.gram]) if weighted else None
     merged = torch.einsum(
         "bhpn,bhp->bpn", naive_probs(r), torch.full((2, 3, 16), 1 / 3) if weights is None else weights
     )
     expected = torch.stack([merged[b][:, columns[b]] for b in range(2)])
-    assert torch.allclose(goca.token_maps(r, columns, weights), expected, atol=1e-6)
+    assert torch.allclose(attention.token_maps(r, columns, weights), expected, atol=1e-6)
 
 
 def test_mask_is_respected():
     r = record(keys=6)
     mask = torch.zeros(2, 1, 1, 6).masked_fill(torch.arange(6) > 3, -10000.0)
     masked = replace(r, mask=mask)
-    assert goca.token_maps(masked, torch.tensor([[4, 5]] * 2), None).abs().max() == 0
+    assert attention.token_maps(masked, torch.tensor([[4, 5]] * 2), None).abs().max() == 0
 
 
 @pytest.mark.parametrize("view", [TEXT_FIRST, IMAGE_FIRST])
@@ -119,7 +119,7 @@ def test_joint_token_maps_divide_by_all_keys_and_read_text_only(view):
     r, columns = joint_record(view), torch.tensor([[0, 5], [1, 2]])
     words = naive_probs(r).mean(1)[..., view.text]
     expected = torch.stack([words[b][:, columns[b]] for b in range(2)])
-    assert torch.allclose(goca.token_maps(r, columns, None), expected, atol=1e-6)
+    assert torch.allclose(attention.token_maps(r, columns, None), expected, atol=1e-6)
     assert (words.sum(-1) < 1).all()
 
 
@@ -127,14 +127,14 @@ def test_joint_token_maps_divide_by_all_keys_and_read_text_only(view):
 def agreement_of(r, reference, mass=None):
     """Agreement of a layer with an affinity on a 4 x 4 grid, block by block."""
     rows, pulled = pull_affinity(reference, (4, 4), r.grid, r.grid)
-    probs = [(block, p[..., r.view.image].mean(1)) for block, p in goca.probabilities(r, rows)]
+    probs = [(block, p[..., r.view.image].mean(1)) for block, p in attention.probabilities(r, rows)]
     return sum(goca.agreement(p, pulled[:, block], mass) for block, p in probs)
 
 
 @pytest.mark.parametrize("block", [1, 100, 2**21])
 @pytest.mark.parametrize("grid", [(2, 2), (4, 4), (8, 8)])
 def test_agreement_equals_the_naive_form(grid, block, monkeypatch):
-    monkeypatch.setattr(goca, "CPU_BLOCK", block)
+    monkeypatch.setattr(attention, "CPU_BLOCK", block)
     reference = goca.pseudo_attention(torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(1)))
     r = record(grid=grid)
     resized = resized_affinity(naive_probs(r).mean(1), grid, (4, 4))
@@ -158,7 +158,7 @@ def test_joint_agreement_and_refinement_read_pixels_only(view):
     own = naive_probs(r).mean(1)[..., view.image]
     reference = goca.pseudo_attention(torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(1)))
     assert torch.allclose(agreement_of(r, reference), (reference * own).sum((1, 2)), atol=1e-5)
-    assert torch.allclose(goca.affinity_product(r, x), own @ x, atol=1e-6)
+    assert torch.allclose(attention.affinity_product(r, x), own @ x, atol=1e-6)
 
 
 def test_pseudo_attention_channels():
@@ -204,7 +204,7 @@ def test_refinement_equals_the_naive_form(regions):
     records = [record(seed=1), record(seed=2)]
     x = torch.rand(2, regions, 4, 4, generator=torch.Generator().manual_seed(3))
     affinity = torch.stack([naive_probs(r).mean(1) for r in records]).mean(0)
-    once = torch.stack([goca.affinity_product(r, x.flatten(2).mT) for r in records]).mean(0)
+    once = torch.stack([attention.affinity_product(r, x.flatten(2).mT) for r in records]).mean(0)
     assert torch.allclose(once, affinity @ x.flatten(2).mT, atol=1e-6)
     expected = min_max((affinity @ (affinity @ x.flatten(2).mT)).mT.unflatten(-1, (4, 4)))
     refined = goca.refine(x, lambda maps, grid: affinity @ maps, 2)
@@ -272,7 +272,7 @@ def test_regions_are_a_partition_and_use_both_halves():
     alone = GoCASegmentor(GoCAConfig(), PRESET, segmentor.layout)
     for r in records:
         alone.keep(r.branch(1))
-    assert torch.equal(nearest(goca.one_hot(alone.scores(), alone.layout.present), (8, 8)), regions.masks)
+    assert torch.equal(nearest(attention.one_hot(alone.scores(), alone.layout.present), (8, 8)), regions.masks)
 
 
 @pytest.mark.parametrize(
@@ -388,5 +388,5 @@ def test_only_what_is_used_is_observed():
 
 
 def test_padding_never_wins():
-    masks = goca.one_hot(torch.tensor([[[[0.0]], [[9.0]]]]), torch.tensor([[True, False]]))
+    masks = attention.one_hot(torch.tensor([[[[0.0]], [[9.0]]]]), torch.tensor([[True, False]]))
     assert masks.flatten().tolist() == [True, False]

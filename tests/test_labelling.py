@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from eval.segment.confusion import cells_of, cells_of_values
-from eval.segment.label_maps import decided, label_maps, matched, refined
+from eval.segment.label_maps import best_classes, crf_label_maps, label_maps, matched_label_maps
 from eval.segment.methods import Rule, Scores
 
 
@@ -62,7 +62,7 @@ def test_a_crf_follows_the_picture():
     picture[:, 12:] = 255
     maps = torch.full((2, 24, 24), 0.3)
     maps[0, :, :14] = maps[1, :, 14:] = 0.7
-    (labels,) = refined(Scores(maps, (1, 2), torch.zeros(24, 24)), None, None, Image.fromarray(picture))
+    (labels,) = crf_label_maps(Scores(maps, (1, 2), torch.zeros(24, 24)), None, None, Image.fromarray(picture))
     assert (labels[:, :12] == 1).float().mean() > 0.95
     assert (labels[:, 12:] == 2).float().mean() > 0.95
 
@@ -70,7 +70,7 @@ def test_a_crf_follows_the_picture():
 def test_segments_get_the_classes_that_suit_them():
     truth = np.array([[0, 0, 4, 4], [0, 0, 4, 255]], np.uint8)
     segments = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
-    (labels,) = matched(Scores(segments=segments), truth, 5, None)
+    (labels,) = matched_label_maps(Scores(segments=segments), truth, 5, None)
     assert labels.tolist() == [[0, 0, 4, 4], [0, 0, 4, 4]]
 
 
@@ -79,7 +79,7 @@ def test_all_values_are_counted_as_their_label_maps_are(kind):
     rule = Rule(kind, (0.1, 0.2, 0.4, 0.7))
     truth = torch.randint(8, (16, 20), generator=torch.Generator().manual_seed(2))
     truth[:3] = 255
-    labels, kept = decided(SCORES, rule, 0, (16, 20))
+    labels, kept = best_classes(SCORES, rule, 0, (16, 20))
     at_once = cells_of_values(5, labels, kept, 4, truth, 8, 255)
     one_by_one = cells_of(5, label_maps(SCORES, rule, 0, (16, 20)), truth, 8, 255)
     assert np.array_equal(at_once, one_by_one)
@@ -89,10 +89,10 @@ def test_all_values_are_counted_as_their_label_maps_are(kind):
 def test_a_crf_sees_the_background_of_each_value():
     picture = Image.fromarray(np.zeros((12, 12, 3), np.uint8))
     scores = Scores(torch.full((1, 12, 12), 0.5), (3,), torch.zeros(12, 12))
-    low, high = refined(scores, Rule("constant", (0.1, 0.9)), 0, picture)
+    low, high = crf_label_maps(scores, Rule("constant", (0.1, 0.9)), 0, picture)
     assert (low == 3).all()
     assert (high == 0).all()
-    assert refined(Scores(), Rule("constant", (0.1, 0.9)), 0, picture).shape == (2, 12, 12)
+    assert crf_label_maps(Scores(), Rule("constant", (0.1, 0.9)), 0, picture).shape == (2, 12, 12)
 
 
 @pytest.mark.parametrize(

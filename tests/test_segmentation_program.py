@@ -43,9 +43,7 @@ def scenes(limit=4, batch=3, **changes):
 
 
 def test_every_method_has_a_row():
-    found = segmentation.result(
-        scenes(methods={name: {} for name in methods.METHODS} | {"fttm-paper": {"num_noises": 1}})
-    )
+    found = running.result(scenes(methods={name: {} for name in methods.METHODS} | {"fttm-paper": {"num_noises": 1}}))
     rows = {row["method"]: row for row in found["rows"]}
     assert set(rows) == set(methods.METHODS)
     assert all(0.1 < row["miou"] <= 1 and row["images"] == 4 for row in rows.values())
@@ -72,7 +70,9 @@ def test_settings_that_a_method_has_of_its_own(tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(tiny), "segment", lambda self, *a, **k: read.append(k["prompt"]) or real(self, *a, **k))
         names = experiment.images_of(scenes()).classes
-        (scores,) = changed.answer(tiny, methods.Batch([image], prompts, [0], names), changed.config, 8, **changed.own)
+        (scores,) = changed.answer(
+            tiny, methods.Batch([image], prompts, [0], names), changed.config, 8, **changed.extra
+        )
     assert read == [[f"an image of {names[2]} there", f"an image of {names[16]} there"]]
     assert scores.labels == (2, 16)
     with pytest.raises(ValueError, match="GoCAConfig among"):
@@ -105,7 +105,7 @@ def test_words_answer_as_single_images_do(tiny):
 
 
 def test_a_killed_run_goes_on(monkeypatch):
-    whole = segmentation.result(scenes(limit=6))
+    whole = running.result(scenes(limit=6))
     monkeypatch.setattr(running, "RUNS", running.RUNS.parent / "again")
     save, saved = Counts.save, []
 
@@ -117,13 +117,13 @@ def test_a_killed_run_goes_on(monkeypatch):
 
     monkeypatch.setattr(Counts, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        segmentation.result(scenes(limit=6))
+        running.result(scenes(limit=6))
     done = {path: path.read_bytes() for path in saved}
     monkeypatch.setattr(Counts, "save", save)
-    assert segmentation.result(scenes(limit=6)) == whole
+    assert running.result(scenes(limit=6)) == whole
     assert {path: path.read_bytes() for path in saved} == done
     monkeypatch.setattr(running.SegmentationRun, "measure", lambda *a: pytest.fail("measured again"))
-    assert segmentation.result(scenes(limit=6)) == whole
+    assert running.result(scenes(limit=6)) == whole
 
 
 def test_two_processes_count_the_same(tmp_path):
@@ -153,14 +153,14 @@ def test_prompts_are_written_and_read(tmp_path):
     config.write_text("limit = 3\n[methods.goca]\n")
     segmentation.main([str(config), "--write-prompts", str(prompts)])
     assert len(prompts.read_text().splitlines()) == 3
-    read = segmentation.result(scenes(limit=3, prompts={"source": "written", "path": str(prompts)}))
-    assert [row["iou"] for row in read["rows"]] == [row["iou"] for row in segmentation.result(scenes(limit=3))["rows"]]
+    read = running.result(scenes(limit=3, prompts={"source": "written", "path": str(prompts)}))
+    assert [row["iou"] for row in read["rows"]] == [row["iou"] for row in running.result(scenes(limit=3))["rows"]]
 
 
 def test_the_vocabulary_in_chunks():
     """Every class is asked for, so pixels can be of classes that the image does not show."""
-    found = segmentation.result(scenes(methods={"goca": {}}, prompts={"source": "vocabulary", "chunk": 6}))["rows"][0]
-    assert 0 < found["miou"] < segmentation.result(scenes(methods={"goca": {}}))["rows"][0]["miou"]
+    found = running.result(scenes(methods={"goca": {}}, prompts={"source": "vocabulary", "chunk": 6}))["rows"][0]
+    assert 0 < found["miou"] < running.result(scenes(methods={"goca": {}}))["rows"][0]["miou"]
 
 
 # ---- benchmarks with a background ------------------------------------------------------------------------------------
@@ -175,24 +175,20 @@ def test_one_forward_serves_all_values(voc, monkeypatch, tiny):
     calls, real = [], type(tiny).segment
     monkeypatch.setattr(type(tiny), "segment", lambda self, *a, **k: calls.append(1) or real(self, *a, **k))
     values = [0.0, 0.2, 0.5, 2.0]
-    found = segmentation.result(scenes(**voc, protocol="goca", background={"kind": "offset", "values": values}))[
-        "rows"
-    ]
+    found = running.result(scenes(**voc, protocol="goca", background={"kind": "offset", "values": values}))["rows"]
     assert len(calls) == 2 * 2  # three images in chunks of two
     for row in found:
         assert list(row["values"]) == [str(value) for value in values]
         assert row["miou"] == max(row["values"].values()) == row["values"][str(row["value"])]
-    single = segmentation.result(scenes(**voc, protocol="goca", background={"kind": "offset", "values": [0.5]}))[
-        "rows"
-    ]
+    single = running.result(scenes(**voc, protocol="goca", background={"kind": "offset", "values": [0.5]}))["rows"]
     assert [row["values"]["0.5"] for row in single] == [row["values"]["0.5"] for row in found]
 
 
 def test_training_images_choose_the_value_of_the_standard_protocol(voc):
     background = {"kind": "offset", "values": [0.0, 0.3, 2.0]}
     with pytest.raises(ValueError, match="`tune` training images"):
-        segmentation.result(scenes(**voc, background=background))
-    (cut,) = segmentation.result(scenes(**voc, background=background, tune=1, methods={"diffcut": {}}))["rows"]
+        running.result(scenes(**voc, background=background))
+    (cut,) = running.result(scenes(**voc, background=background, tune=1, methods={"diffcut": {}}))["rows"]
     assert cut["miou"] >= 0  # it has no rule, and no value to choose
     assert "value" not in cut
     ids = benchmark("voc", voc["root"]).ids
@@ -204,12 +200,12 @@ def test_training_images_choose_the_value_of_the_standard_protocol(voc):
             mask.paste(12, (0, 0, *mask.size))
             mask.paste(0 if split == "train" else 12, (*box, *mask.size))
             mask.save(path)
-    found = segmentation.result(scenes(**voc, background=background, tune=1))["rows"][1]
+    found = running.result(scenes(**voc, background=background, tune=1))["rows"][1]
     assert max(found["values"], key=found["values"].get) == "0.0"
     assert found["value"] == 2.0
     assert found["miou"] == found["values"]["2.0"]
     with pytest.raises(ValueError, match="another split than the training"):
-        segmentation.result(scenes(**voc, background=background, tune=1, split="train"))
+        running.result(scenes(**voc, background=background, tune=1, split="train"))
 
 
 def test_what_cannot_be_counted_is_told(voc, tmp_path):
@@ -220,11 +216,11 @@ def test_what_cannot_be_counted_is_told(voc, tmp_path):
     shape = np.asarray(Image.open(empty)).shape
     Image.fromarray(np.zeros(shape, np.uint8)).save(empty)  # an image without a class counts as background
     rule = {"kind": "constant", "values": [0.4]}
-    row = segmentation.result(scenes(**voc, background=rule))["rows"][0]
+    row = running.result(scenes(**voc, background=rule))["rows"][0]
     assert (row["images"], row["skipped"]) == (len(ids) - 1, 1)
     assert list(row["reasons"]) == [ids[0]]
     broken.write_bytes(whole)  # and it is counted when it was mended
-    assert segmentation.result(scenes(**voc, background=rule))["rows"][0]["skipped"] == 0
+    assert running.result(scenes(**voc, background=rule))["rows"][0]["skipped"] == 0
 
 
 def test_an_image_without_a_class_to_ask_for_is_background(voc, tmp_path):
@@ -234,7 +230,7 @@ def test_an_image_without_a_class_to_ask_for_is_background(voc, tmp_path):
     lines = [{"id": i, "prompts": [{"text": "sky", "entities": [{"words": "sky", "class": None}]}]} for i in ids]
     lines[0]["prompts"] = []
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    row = segmentation.result(scenes(**voc, prompts={"source": "written", "path": str(prompts)}))["rows"][1]
+    row = running.result(scenes(**voc, prompts={"source": "written", "path": str(prompts)}))["rows"][1]
     masks = np.stack([benchmark("voc", voc["root"]).read(i)[1] for i in ids])
     assert (row["images"], row["skipped"]) == (len(ids), 0)
     assert row["pixel_accuracy"] == pytest.approx((masks == 0).sum() / (masks != 255).sum(), abs=1e-4)
@@ -246,7 +242,7 @@ def test_changed_prompts_are_measured_again(tmp_path):
     for name in ("cat", "bus"):
         entities = [{"words": name, "class": name}, {"words": "grass", "class": "grass"}]
         path.write_text(json.dumps({"id": "000000", "prompts": [{"text": f"{name}, grass", "entities": entities}]}))
-        rows += segmentation.result(scenes(limit=1, prompts={"source": "written", "path": str(path)}))["rows"][1:]
+        rows += running.result(scenes(limit=1, prompts={"source": "written", "path": str(path)}))["rows"][1:]
     assert rows[0]["iou"] != rows[1]["iou"]
 
 
@@ -258,8 +254,8 @@ def test_classes_of_written_prompts_are_names(tmp_path):
     run = running.SegmentationRun(experiments[0])
     write_prompts(tmp_path / "p.jsonl", segmentation.prompts_of(run), run.images.classes)
     given = {"source": "written", "path": str(tmp_path / "p.jsonl")}
-    read = segmentation.result(scenes(**ade, protocol="goca", prompts=given))["rows"][0]
-    assert read["iou"] == segmentation.result(experiments[1])["rows"][0]["iou"]
+    read = running.result(scenes(**ade, protocol="goca", prompts=given))["rows"][0]
+    assert read["iou"] == running.result(experiments[1])["rows"][0]["iou"]
 
 
 def test_what_no_image_is_at_fault_for_stops_the_run(monkeypatch, tiny):
@@ -271,7 +267,7 @@ def test_what_no_image_is_at_fault_for_stops_the_run(monkeypatch, tiny):
 
     monkeypatch.setattr(type(tiny), "segment", refuse)
     with pytest.raises(ValueError, match="divisible by 8"):
-        segmentation.result(scenes(limit=20))
+        running.result(scenes(limit=20))
     assert len(tried) == 3  # a batch, and its two images
 
 
@@ -290,7 +286,7 @@ def test_one_prompt_that_is_too_long_costs_one_image(tmp_path):
     lines = [json.loads(line) for line in long.read_text().splitlines()]
     lines[1]["prompts"][0]["text"] = "photo, " * 90 + lines[1]["prompts"][0]["text"]
     long.write_text("\n".join(map(json.dumps, lines)))
-    row = segmentation.result(scenes(limit=3, prompts={"source": "written", "path": str(long)}))["rows"][0]
+    row = running.result(scenes(limit=3, prompts={"source": "written", "path": str(long)}))["rows"][0]
     assert (row["images"], row["skipped"]) == (2, 1)
     assert "shorten the prompt" in row["reasons"]["000001"]
 
@@ -299,7 +295,7 @@ def test_nothing_to_count_is_an_error(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"id": "000000", "prompts": []}\n')
     with pytest.raises(ValueError, match="1 were skipped: no class is asked for"):
-        segmentation.result(scenes(limit=1, prompts={"source": "written", "path": str(prompts)}))
+        running.result(scenes(limit=1, prompts={"source": "written", "path": str(prompts)}))
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -326,7 +322,7 @@ def test_nothing_to_count_is_an_error(tmp_path):
 )
 def test_mistakes_in_the_file(changes, message):
     with pytest.raises(ValueError, match=message):
-        segmentation.result(from_mapping(Experiment, {"methods": {"goca": {}}, "limit": 1} | changes))
+        running.result(from_mapping(Experiment, {"methods": {"goca": {}}, "limit": 1} | changes))
 
 
 def test_only_some_methods():

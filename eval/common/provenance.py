@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from eval.common.files import file_digest
 
 
-PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "goca-guidance")
+PACKAGES = ("torch", "diffusers", "transformers", "goca-guidance")
 
 
 def command() -> str:
@@ -41,9 +42,9 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
-def fingerprint(**inputs) -> str:
-    """Digest of everything that a cached measurement depends on: its inputs, and the code that computes it."""
-    return digest_of(**inputs, code=code())
+def fingerprint(*modules: str, **inputs) -> str:
+    """Digest of all that a cached measurement depends on: its inputs, and the modules that compute it (see `code`)."""
+    return digest_of(**inputs, code=code(*modules))
 
 
 def digest_of(**inputs) -> str:
@@ -52,11 +53,15 @@ def digest_of(**inputs) -> str:
 
 
 @cache
-def code() -> str:
-    """Digest of our own code that runs in this process, as it was when first asked for, and the versions of what it calls."""
-    ours = [m.__file__ for name, m in sys.modules.items() if name.partition(".")[0] in ("eval", "goca_guidance")]
-    started = getattr(sys.modules["__main__"], "__file__", None)
-    files = {Path(file).resolve() for file in [*ours, started] if file}
+def code(*modules: str) -> str:
+    """Digest of some modules, packages with all that is in them, and the versions of what they call.
+
+    The modules are named, not those that happen to be loaded: what one program measured another can use, and an edit of a
+    table's wording measures nothing again.
+    """
+    specs = [find_spec(name) for name in modules]
+    folders = [Path(folder) for spec in specs for folder in spec.submodule_search_locations or ()]
+    files = {Path(spec.origin) for spec in specs} | {file for folder in folders for file in folder.rglob("*.py")}
     parts = [file_digest(path) for path in sorted(files)] + [f"{name} {version(name)}" for name in PACKAGES]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 

@@ -5,6 +5,7 @@ Nothing is read here but lists and folders; `eval.datasets.benchmarks` reads the
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -70,7 +71,11 @@ def one_channel(path: Path) -> np.ndarray:
 
 def indexed(labels: Mapping[int, int]) -> Callable[[str, Path], tuple[np.ndarray, Mapping[int, int]]]:
     """`Layout.decode` for masks of one channel that hold the ids themselves."""
-    return lambda id, path: (one_channel(path), labels)
+    return partial(_indexed, labels)
+
+
+def _indexed(labels, id, path):
+    return one_channel(path), labels
 
 
 def base_folder(root: Path, *places: str, inside: str) -> Path:

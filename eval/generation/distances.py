@@ -25,7 +25,7 @@ from eval.common.files import replacing
 from eval.common.processes import slices
 from eval.generation import features
 from eval.generation.networks import Backbone
-from eval.generation.run_folder import Item
+from eval.generation.run_folder import SUFFIXES, Item, visible
 from eval.scenes.scene import scene
 
 
@@ -218,8 +218,8 @@ def read_reference(path: str, state: PartialState) -> Reference:
         return Reference(path, statistics=Statistics.read(folder))
     if not folder.is_dir():
         raise ValueError(f'Expected a folder of images, an .npz file or "scenes" as reference, but got {path!r}.')
-    files = features.visible(folder)
-    images = [file for file in files if file.suffix.lower() in features.SUFFIXES]
+    files = visible(folder)
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if len(images) < 2:
         raise ValueError(f"Expected at least two images as reference, but {path} has {len(images)}.")
     items = [Item(str(file.relative_to(folder)), file) for file in images]

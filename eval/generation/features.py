@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from eval.common.files import file_digest, replacing
+from eval.common.files import replacing
 from eval.common.processes import progress, share, slices
-from eval.common.provenance import digest_of, versions
-from eval.generation import classifier, networks
+from eval.common.provenance import fingerprint, versions
 from eval.generation.networks import Backbone
 from eval.generation.run_folder import Item
 
 
 RUNS = Path("runs/features")
+MODULES = ("eval.generation.features", "eval.generation.networks", "eval.generation.classifier", "eval.common.load")
 PACKAGES = ("torch", "pillow", "open-clip-torch", "torch-fidelity", "torchmetrics")
 CHUNK = 256  # images whose features are kept together until all are there
 THREADS = 8
@@ -32,10 +32,8 @@ def features(items: Sequence[Item], backbone: Backbone, state: PartialState, bat
 
 def kept(items: Sequence[Item], backbone: Backbone, state: PartialState, batch: int) -> Path:
     """The file of the features, computed if it is not there; no edit but of the code that computes them matters."""
-    images = [item.identity() for item in items]
-    code = [file_digest(Path(file)) for file in (__file__, networks.__file__, classifier.__file__)]
-    inputs = {"backbone": backbone.settings, "batch": batch, "images": images, "code": code}
-    path = RUNS / f"{digest_of(**inputs, versions=versions(PACKAGES))}.npy"
+    inputs = {"backbone": backbone.settings, "batch": batch, "images": [item.identity() for item in items]}
+    path = RUNS / f"{fingerprint(*MODULES, **inputs, versions=versions(PACKAGES))}.npy"
     if not path.exists():
         compute(items, backbone, state, batch, path)
     return path

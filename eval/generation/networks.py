@@ -21,7 +21,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 
 from eval.common.files import file_digest
 from eval.common.load import load_open_clip, load_pipeline
-from eval.common.provenance import digest_of, weights_digest
+from eval.common.provenance import fingerprint, weights_digest
 from eval.generation import classifier
 from eval.scenes import scene
 from goca_guidance import TINY_SD
@@ -169,8 +169,8 @@ def scenes_classifier(state: PartialState) -> tuple[torch.nn.Module, np.ndarray]
     It is trained anew only if the code that draws scenes and trains it has changed, or the autoencoder.
     """
     settings, vae = classifier.ClassifierSettings(), load_pipeline(TINY_SD, device=state.device).vae
-    made_of = [file_digest(Path(module.__file__)) for module in (faithfulness, scene)]
-    key = digest_of(settings=asdict(settings), weights=weights_digest(TINY_SD), code=made_of)
+    modules = "eval.generation.classifier", "eval.scenes.scene"
+    key = fingerprint(*modules, settings=asdict(settings), weights=weights_digest(TINY_SD))
     with state.main_process_first():
         network = classifier.classifier(vae, settings, Path(f"runs/classifier/scenes-{key}.pt"))
     drawn = [scene.scene("test", number) for number in range(settings.test_scenes)]

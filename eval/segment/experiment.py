@@ -32,7 +32,7 @@ SOURCES: Mapping[str, Callable] = {
 }
 
 
-OURS = ("base", "timestep", "num_noises", "background", "crf")  # keys of a method that are no `GoCAConfig`
+NOT_GOCA = ("base", "timestep", "num_noises", "background", "crf")  # a row's keys that are no field of `GoCAConfig`
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ class Experiment:
         return self.methods | named
 
     @property
-    def evaluated(self) -> str:
+    def evaluated_split(self) -> str:
         """The split that is evaluated."""
-        return self.split or self.counted.split(self.benchmark)
+        return self.split or self.chosen_protocol.split(self.benchmark)
 
     @property
-    def counted(self) -> Protocol:
+    def chosen_protocol(self) -> Protocol:
         """The protocol itself."""
         return PROTOCOLS[self.protocol]
 
@@ -122,7 +122,7 @@ class Experiment:
         shared = {name: value for name, value in asdict(self).items() if name not in left_out}
         read = [Path(str(self.prompts[key])).expanduser() for key in ("path", "pretrained") if key in self.prompts]
         files = [file_digest(path) for path in read if path.is_file()]
-        return {**shared, "split": self.evaluated, "weights": weights_digest(self.model), "files": files}
+        return {**shared, "split": self.evaluated_split, "weights": weights_digest(self.model), "files": files}
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> "Experiment":
@@ -142,11 +142,11 @@ def images_of(experiment: Experiment) -> Benchmark:
 
     GoCA's protocol evaluates the images that a caption file names, where there is one.
     """
-    protocol, prompts, ids = experiment.counted, experiment.prompts, None
+    protocol, prompts, ids = experiment.chosen_protocol, experiment.prompts, None
     if protocol.name == "goca" and prompts.get("source") == "captions":
         ids = list(read_captions(Path(prompts["path"])))
     root = None if experiment.root is None else Path(experiment.root).expanduser()
-    found = benchmark(experiment.benchmark, root, experiment.evaluated, ids)
+    found = benchmark(experiment.benchmark, root, experiment.evaluated_split, ids)
     return protocol.applied(replace(found, ids=found.ids[: experiment.limit]))
 
 
@@ -158,7 +158,7 @@ def source_of(experiment: Experiment, images: Benchmark) -> Callable:
         raise ValueError(f"Expected a source of prompts among {', '.join(SOURCES)}, but got {kind!r}.")
     if kind in ("captions", "endpoint"):
         aliases = aliases_of(images.name, images.classes)
-        counted = {phrase: experiment.counted.asked(images.name, name) for phrase, name in aliases.items()}
+        counted = {phrase: experiment.chosen_protocol.asked(images.name, name) for phrase, name in aliases.items()}
         settings = {"aliases": counted, **release(images.name), **settings}
     try:
         return SOURCES[kind](classes=images.classes, **settings)
@@ -180,12 +180,12 @@ def base_of(name: str, settings: Mapping[str, Any]) -> str:
 def method_of(name: str, settings: Mapping[str, Any]) -> Method:
     """A method of `eval.segment.methods`, with what a row changes."""
     method = METHODS[base_of(name, settings)]
-    config = {key: value for key, value in settings.items() if key not in (*OURS, *method.own)}
-    check_keys(GoCAConfig, config, (*OURS, *method.own))
+    config = {key: value for key, value in settings.items() if key not in (*NOT_GOCA, *method.extra)}
+    check_keys(GoCAConfig, config, (*NOT_GOCA, *method.extra))
     changes = {key: settings[key] for key in ("timestep", "num_noises", "crf") if key in settings}
     if "background" in settings:
         changes["rule"] = rule_from(settings["background"])
-    changes["own"] = {key: settings.get(key, value) for key, value in method.own.items()}
+    changes["extra"] = {key: settings.get(key, value) for key, value in method.extra.items()}
     return replace(method, config=replace(method.config, **config), **changes)
 
 
@@ -194,7 +194,7 @@ def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Rule |
     if images.background is None or method.nameless:
         return None
     rule = method.rule or rule_from(experiment.background)
-    if len(rule.values) > 1 and not experiment.counted.best_value and not experiment.tune:
+    if len(rule.values) > 1 and not experiment.chosen_protocol.best_value and not experiment.tune:
         raise ValueError(
             f"Expected one value of the background's rule under the protocol {experiment.protocol!r}, or `tune` training "
             f"images to choose among the {len(rule.values)} that came."
@@ -202,8 +202,10 @@ def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Rule |
     return rule
 
 
-def rule_from(told: Mapping[str, Any]) -> Rule:
+def rule_from(settings: Mapping[str, Any]) -> Rule:
     """A rule as a TOML file has it: its kind, and a list of values."""
-    if set(told) != {"kind", "values"} or not isinstance(told["values"], list):
-        raise ValueError(f'Expected a background such as {{kind = "offset", values = [0.2]}}, but got {dict(told)}.')
-    return Rule(told["kind"], tuple(map(float, told["values"])))
+    if set(settings) != {"kind", "values"} or not isinstance(settings["values"], list):
+        raise ValueError(
+            f'Expected a background such as {{kind = "offset", values = [0.2]}}, but got {dict(settings)}.'
+        )
+    return Rule(settings["kind"], tuple(map(float, settings["values"])))

@@ -13,18 +13,18 @@ from eval.segment.methods import Rule, Scores
 from goca_guidance.method.maps import min_max, resize
 
 
-def decided(
+def best_classes(
     scores: Scores, rule: Rule | None, background: int | None, size: tuple[int, int], stretched: bool = False
 ) -> tuple[Int[Tensor, "H W"], Int[Tensor, "H W"]]:
-    """The best class at each pixel of a picture of `size`, and for how many of the rule's values, from the lowest, it keeps it
-    from the background; on the CPU. Without a rule it does for one value in all.
+    """The best class at each pixel of a picture of `size`, and how many of the rule's values leave it the pixel; on the CPU.
 
-    The scores are resized, never the labels; `stretched`, each class's then reach from 0 to 1 again. Where no class was asked
-    for, all is background.
+    The values ascend, and what the background wins at one of them it wins at all above: so the number says at which ones.
+    Without a rule it is 1, of one value in all. The scores are resized, never the labels; `stretched`, each class's then
+    reach from 0 to 1 again. Where no class was asked for, all is background.
     """
     if not scores.labels:
         return torch.full(size, background), torch.ones(size, dtype=torch.long)
-    highest, first = _own(scores, size, stretched).max(0)
+    highest, first = _class_scores(scores, size, stretched).max(0)
     labels = torch.tensor(scores.labels, device=highest.device)[first]
     if rule is None:
         return labels.cpu(), torch.ones_like(labels).cpu()
@@ -36,27 +36,31 @@ def decided(
 def label_maps(
     scores: Scores, rule: Rule | None, background: int | None, size: tuple[int, int], stretched: bool = False
 ) -> Int[Tensor, "v H W"]:
-    """What `decided` says, as a label map for each value."""
-    labels, kept = decided(scores, rule, background, size, stretched)
+    """`best_classes` as a label map for each value."""
+    labels, kept = best_classes(scores, rule, background, size, stretched)
     numbers = torch.arange(len(rule.values) if rule else 1)[:, None, None]
     return torch.where(numbers < kept, labels, background or 0)
 
 
-def refined(scores: Scores, rule: Rule | None, background: int | None, picture: Image.Image) -> Int[Tensor, "v H W"]:
+def crf_label_maps(
+    scores: Scores, rule: Rule | None, background: int | None, picture: Image.Image
+) -> Int[Tensor, "v H W"]:
     """Label maps by a dense CRF on the picture, one for each value of the rule (one in all without a rule)."""
     size = picture.height, picture.width
     if not scores.labels:
         return torch.full((len(rule.values), *size), background)
-    own = _own(scores, size)
-    labels, highest = torch.tensor(scores.labels), own.amax(0)
+    classes = _class_scores(scores, size)
+    labels, highest = torch.tensor(scores.labels), classes.amax(0)
     if rule is None:
-        return _by_crf(own, labels, picture)[None]
+        return _by_crf(classes, labels, picture)[None]
     entity, both = _resized(scores.background[None], size)[0], torch.cat([labels, torch.tensor([background])])
     backgrounds = [rule.score(value, entity, highest).clamp(0, 1) for value in rule.values]
-    return torch.stack([_by_crf(torch.cat([own, score[None]]), both, picture) for score in backgrounds])
+    return torch.stack([_by_crf(torch.cat([classes, score[None]]), both, picture) for score in backgrounds])
 
 
-def matched(scores: Scores, truth: np.ndarray, classes: int, background: int | None) -> Int[Tensor, "1 H W"]:
+def matched_label_maps(
+    scores: Scores, truth: np.ndarray, classes: int, background: int | None
+) -> Int[Tensor, "1 H W"]:
     """Nameless segments with the classes that suit the truth best."""
     return torch.from_numpy(match(scores.segments.numpy(), truth, classes, VOID, background).astype(np.int64))[None]
 
@@ -65,9 +69,9 @@ def _resized(maps: Float[Tensor, "k H W"], size) -> Float[Tensor, "k Y X"]:
     return resize(maps[None].float(), size)[0]
 
 
-def _own(scores, size, stretched=False):
-    own = _resized(scores.maps, size)
-    return min_max(own[None])[0] if stretched else own
+def _class_scores(scores, size, stretched=False) -> Float[Tensor, "k Y X"]:
+    maps = _resized(scores.maps, size)
+    return min_max(maps[None])[0] if stretched else maps
 
 
 def _by_crf(scores, labels, picture):

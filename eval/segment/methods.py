@@ -69,9 +69,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a method says of an image: `maps` [k H W] in [0, 1] for the classes `labels`; the highest one of the background's
-    entities, `background` [H W], zeros where there are none. Or `segments` [H W] without names. Nothing where no class was
-    asked for.
+    """A method's answer for one image; nothing where no class was asked for.
+
+    Args:
+        maps: scores in [0, 1] of the classes `labels`.
+        labels: indices into the benchmark's classes.
+        background: the highest score of the background's entities, zeros where there are none.
+        segments: numbers of nameless segments, instead of all of these.
     """
 
     maps: Float[Tensor, "k H W"] | None = None
@@ -98,9 +102,15 @@ class Batch:
 class Method:
     """How a method reads, and what of the experiment's settings it overrides.
 
-    `nameless`: it answers with segments. `stretched`: each class's scores reach from 0 to 1 at the picture's size.
-    `crf`: the label map is refined by a dense CRF. `timestep`, `num_noises`: None leaves the experiment's. `rule`: its
-    own background rule. `own`: settings of `answer` that no other method has.
+    Args:
+        answer: (pipeline, batch, config, prompts in a forward, settings) to the scores of each image.
+        config: how attention becomes maps.
+        nameless: it answers with segments.
+        stretched: each class's scores reach from 0 to 1 at the picture's size.
+        crf: the label map is refined by a dense CRF.
+        timestep, num_noises: None leaves the experiment's.
+        rule: the method's background rule; None leaves the experiment's.
+        extra: settings of `answer` that no other method has.
     """
 
     answer: Callable[..., list[Scores]]
@@ -111,7 +121,7 @@ class Method:
     timestep: int | None = None
     num_noises: int | None = None
     rule: Rule | None = None
-    own: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def by_words(
@@ -123,7 +133,9 @@ def by_words(
     **settings: Any,
 ) -> list[Scores]:
     """All classes of a prompt in one forward; the class score is the highest of its entities'."""
-    asked = [(image, prompt) for image, prompts in enumerate(batch.prompts) if named(prompts) for prompt in prompts]
+    asked = [
+        (image, prompt) for image, prompts in enumerate(batch.prompts) if labels_asked(prompts) for prompt in prompts
+    ]
     return _answers(pipe, batch, asked, size, goca=config, segmentor=segmentor, **settings)
 
 
@@ -133,7 +145,7 @@ def by_class(
     """DiffSegmenter: a forward for each class, whose name stands in the `template` at {}."""
     asked = []
     for image, prompts in enumerate(batch.prompts):
-        for label in sorted(named(prompts)):
+        for label in sorted(labels_asked(prompts)):
             name = batch.classes[label]
             asked.append((image, Prompt(template.format(name), (Entity(name, label),))))
     return _answers(pipe, batch, asked, size, goca=config, segmentor=DiffSegmenter, **settings)
@@ -177,7 +189,7 @@ def _answers(pipe, batch, asked, size, **settings) -> list[Scores]:
     return [_scores(found) for found in maps]
 
 
-def named(prompts: Sequence[Prompt]) -> set[int]:
+def labels_asked(prompts: Sequence[Prompt]) -> set[int]:
     """The classes that an image's prompts ask for."""
     return {entity.label for prompt in prompts for entity in prompt.entities if entity.label is not None}
 
@@ -197,11 +209,11 @@ METHODS = {
     "fttm": Method(by_words, GoCAConfig.vanilla(layers="manual"), crf=True),
     "fttm-paper": Method(
         by_sentence, crf=True, timestep=150, num_noises=10, rule=Rule("square", (0.5,)),
-        own={"template": "a photo including {}."},
+        extra={"template": "a photo including {}."},
     ),
     "diffsegmenter": Method(
         by_class, stretched=True, rule=Rule("constant", tuple(round(0.3 + 0.01 * i, 2) for i in range(45))),
-        own={"template": "a photograph of {}"},
+        extra={"template": "a photograph of {}"},
     ),
-    "diffcut": Method(by_cut, nameless=True, timestep=50, own={"threshold": 0.5, "alpha": 10.0}),
+    "diffcut": Method(by_cut, nameless=True, timestep=50, extra={"threshold": 0.5, "alpha": 10.0}),
 }  # fmt: skip

@@ -35,7 +35,7 @@ def row_of(experiment: Experiment, images: Benchmark, name: str, measured: Measu
     """One method: `miou`, `pixel_accuracy` and the classes' `iou` are shares from 0 to 1."""
     counts, best, values = measured.counts, measured.best, measured.values
     matrices = total(counts, len(values), len(images.classes))
-    means = mean_iou(matrices, experiment.counted.absent_counts).round(4).tolist()
+    means = mean_iou(matrices, experiment.chosen_protocol.absent_counts).round(4).tolist()
     each = dict(zip(images.classes, iou(matrices[best]).round(4).tolist(), strict=True))
     tried = dict(zip(map(str, values), means, strict=True))
     rule = {} if values == (None,) else {"value": values[best], "values": tried}
@@ -43,7 +43,7 @@ def row_of(experiment: Experiment, images: Benchmark, name: str, measured: Measu
         "method": name,
         "model": model_name(experiment.model),
         "benchmark": images.name,
-        "split": experiment.evaluated,
+        "split": experiment.evaluated_split,
         "protocol": experiment.protocol,
         "prompts": experiment.prompts.get("source", "tags"),
         "images": len(counts.images),
@@ -63,7 +63,7 @@ def effective(experiment: Experiment, name: str, images: Benchmark) -> dict:
     """The settings that a row was measured with, its own and what it took over."""
     method = method_of(name, experiment.rows[name])
     rule = rule_of(experiment, method, images)
-    told = {"timestep": experiment.timestep, "num_noises": experiment.num_noises, "crf": method.crf, **method.own}
+    told = {"timestep": experiment.timestep, "num_noises": experiment.num_noises, "crf": method.crf, **method.extra}
     told |= {key: value for key in ("timestep", "num_noises") if (value := getattr(method, key)) is not None}
     return told | {"background": None if rule is None else rule.kind, "goca": asdict(method.config)}
 
@@ -74,7 +74,7 @@ def difference(experiment: Experiment, images: Benchmark, measured: Measured, ba
         return {}
     common, count = sorted({*measured.counts.images} & {*base.counts.images}), len(images.classes)
     ours, theirs = (by_image(one.counts, one.best, count, common) for one in (measured, base))
-    absent = experiment.counted.absent_counts
+    absent = experiment.chosen_protocol.absent_counts
     sums = [mean_iou(one.sum(0).reshape(count, count), absent) for one in (ours, theirs)]
     low, high = interval(ours, theirs, absent)
     return {"difference": round(float(sums[0] - sums[1]), 4), "interval": f"{low:+.4f} to {high:+.4f}"}

@@ -1,4 +1,4 @@
-"""One experiment, measured: every image read, answered for and counted, in chunks that stay on disk as they are done."""
+"""One experiment, measured: every image read, segmented and counted, in chunks that stay on disk as they are done."""
 
 import zlib
 from collections import defaultdict
@@ -20,24 +20,33 @@ from eval.common.processes import now, processes, progress, seed_of, share, slic
 from eval.common.provenance import fingerprint
 from eval.datasets.benchmarks import BadSample, Benchmark, present
 from eval.datasets.folders import VOID
-from eval.prompts.sources import Prompt
+from eval.prompts.sources import Prompt, Source
 from eval.segment.confusion import Counts, as_tensor, cells_of, cells_of_values, joined, mean_iou, total
 from eval.segment.experiment import Experiment, base_of, images_of, method_of, rule_of, source_of
-from eval.segment.label_maps import decided, label_maps, matched, refined
-from eval.segment.methods import Batch, Scores, named
+from eval.segment.label_maps import best_classes, crf_label_maps, label_maps, matched_label_maps
+from eval.segment.methods import Batch, Scores, labels_asked
 from eval.segment.results import Measured, result_of
 
 
 CHUNK = 32  # images whose counts are kept together
 RUNS = Path("runs/segmentation")
+MODULES = ("goca_guidance", "eval.datasets", "eval.prompts", "eval.scenes.scene", "eval.common.load", "eval.common.processes",
+           "eval.segment.running", "eval.segment.experiment", "eval.segment.methods", "eval.segment.baselines",
+           "eval.segment.label_maps", "eval.segment.crf", "eval.segment.matching", "eval.segment.confusion")  # fmt: skip
+"""What counts depend on."""
 
 
 @dataclass
 class SegmentationRun:
-    """One experiment's images, prompts and model, each made when it is first needed."""
+    """One experiment's images, prompts and model, each made when it is first needed.
+
+    Args:
+        experiment: what is measured.
+        lender: another run, whose loaded model is used.
+    """
 
     experiment: Experiment
-    lender: "SegmentationRun | None" = None  # whose model it is
+    lender: "SegmentationRun | None" = None
 
     @cached_property
     def state(self) -> PartialState:
@@ -48,70 +57,72 @@ class SegmentationRun:
         return images_of(self.experiment)
 
     @cached_property
-    def prompts(self) -> Callable:
+    def source(self) -> Source:
+        """Of prompts; ValueError where it cannot serve the images."""
         source = source_of(self.experiment, self.images)
         source.check(self.images.ids)
         return source
 
     @cached_property
     def pipe(self):
-        own = self.experiment
-        return self.lender.pipe if self.lender else load_pipeline(own.model, own.dtype, self.state.device)
+        model, dtype = self.experiment.model, self.experiment.dtype
+        return self.lender.pipe if self.lender else load_pipeline(model, dtype, self.state.device)
 
     @cached_property
     def conditions(self) -> dict:
         """What all rows share; digests of large files are taken once."""
         return self.experiment.conditions() | {"classes": self.images.classes}
 
-    def said(self, name: str, image: Image.Image, mask: np.ndarray) -> list[Prompt]:
+    def prompts_of(self, image_id: str, image: Image.Image, mask: np.ndarray) -> list[Prompt]:
         """The prompts of an image."""
-        return self.prompts(name, image, present(mask))
+        return self.source(image_id, image, present(mask))
 
     def on_training_images(self) -> "SegmentationRun":
         """The same model and settings on the images that choose among values of the background's rule."""
-        if self.experiment.evaluated == "train":
+        if self.experiment.evaluated_split == "train":
             raise ValueError("Expected another split than the training images, on which `tune` chooses a value.")
         return SegmentationRun(replace(self.experiment, split="train", limit=self.experiment.tune), self)
 
-    def counts(self, name: str) -> Counts:
-        """Counts of one method, from disk as far as they are there and whole; the processes share the chunks."""
-        settings = self.experiment.rows[name]
-        settings = {**settings, "base": base_of(name, settings)}
-        digest = fingerprint(**self.conditions, settings=settings)
+    def counts(self, row: str) -> Counts:
+        """Counts of one row's method, from disk as far as they are there and whole; the processes share the chunks."""
+        settings = self.experiment.rows[row]
+        settings = {**settings, "base": base_of(row, settings)}
+        digest = fingerprint(*MODULES, **self.conditions, settings=settings)
         chunks = slices(self.images.ids, CHUNK)
         work = [(ids, RUNS / digest / f"{zlib.crc32(' '.join(ids).encode()):08x}.npz") for ids in chunks]
         mine = share(work, self.state)
-        with progress((ids for ids, _ in mine), name, self.state) as bar:
+        with progress((ids for ids, _ in mine), row, self.state) as bar:
             for ids, path in mine:
                 if not path.exists() or Counts.load(path).skipped:  # what was skipped may have been mended
-                    self.measure(name, ids).save(path)
+                    self.measure(row, ids).save(path)
                 bar.update(len(ids))
         self.state.wait_for_everyone()
         return joined([Counts.load(path) for _, path in work])
 
-    # ---- one chunk ---------------------------------------------------------------------------------------------------
-    def measure(self, name: str, ids: Sequence[str]) -> Counts:
-        """Count some images; what cannot be counted is told in `skipped`."""
-        answer = Answer(self, name)
-        for part in slices(ids, self.experiment.batch):
-            answer.add(part)
-        if len(ids) > 1 and answer.failed.keys() == set(ids) and len(set(answer.failed.values())) == 1:
-            raise ValueError(answer.failed[ids[0]])  # not the images are at fault
-        cells = np.concatenate([np.zeros((0, 5), np.int64), *answer.found])
-        return Counts(tuple(answer.images), cells, answer.skipped, dict(answer.seconds))
+    def measure(self, row: str, ids: Sequence[str]) -> Counts:
+        """Count one chunk of images; what cannot be counted is told in `skipped`."""
+        counting = Counting(self, row)
+        for batch in slices(ids, self.experiment.batch):
+            counting.process(batch)
+        refused = counting.refused
+        if len(ids) > 1 and refused.keys() == set(ids) and len(set(refused.values())) == 1:
+            raise ValueError(refused[ids[0]])  # not the images are at fault
+        cells = np.concatenate([np.zeros((0, 5), np.int64), *counting.cells])
+        return Counts(tuple(counting.counted), cells, counting.skipped, dict(counting.seconds))
 
 
-class Answer:
-    """Counts of a method as they come, and where the time goes."""
+class Counting:
+    """One row's method on batches of images: read, prompted, segmented, compared with their masks, counted; and the time of
+    each stage."""
 
-    def __init__(self, run: SegmentationRun, name: str):
-        self.run, self.method = run, method_of(name, run.experiment.rows[name])
+    def __init__(self, run: SegmentationRun, row: str):
+        self.run, self.method = run, method_of(row, run.experiment.rows[row])
         self.rule = rule_of(run.experiment, self.method, run.images)
-        self.images: list[str] = []
-        self.found: list[np.ndarray] = []
-        self.skipped: dict[str, str] = {}
-        self.failed: dict[str, str] = {}  # of those, the ones that the model did not take
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.counted: list[str] = []  # ids
+        self.cells: list[np.ndarray] = []  # of each of them
+        self.skipped: dict[str, str] = {}  # id to reason
+        self.refused: dict[str, str] = {}  # of those, the ones that the model did not take
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by stage
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -120,102 +131,110 @@ class Answer:
         yield
         self.seconds[name] += now(device) - start
 
-    def add(self, ids: Sequence[str]) -> None:
+    def process(self, ids: Sequence[str]) -> None:
+        """A batch of images, from files to counts."""
         with self.stage("read"):
-            samples = self.each(ids, self.run.images.read)
+            samples = self.try_each(ids, self.run.images.read)
         with self.stage("prompts"):
-            prompts = self.each(samples, lambda name: self.run.said(name, *samples[name]))
-        asked = {name: said for name, said in prompts.items() if named(said) or self.method.nameless}
-        silent = [name for name in prompts if name not in asked]
+            prompts = self.try_each(samples, lambda image_id: self.run.prompts_of(image_id, *samples[image_id]))
+        asked = [i for i in prompts if labels_asked(prompts[i]) or self.method.nameless]
         with self.stage("model"):
-            scores = self.scores({name: (samples[name][0], said) for name, said in asked.items()})
+            scores = self.scores({image_id: (samples[image_id][0], prompts[image_id]) for image_id in asked})
+        unasked = [image_id for image_id in prompts if image_id not in asked]
         if self.run.images.background is None:
-            self.skipped |= dict.fromkeys(silent, "no class is asked for, and there is no background")
+            self.skipped |= dict.fromkeys(unasked, "no class is asked for, and there is no background")
         else:
-            scores |= dict.fromkeys(silent, Scores())
+            scores |= dict.fromkeys(unasked, Scores())
         with self.stage("labels"):
-            for name, found in scores.items():
-                self.count(name, found, *samples[name])
+            for image_id in scores:
+                self.count(image_id, scores[image_id], *samples[image_id])
 
-    def each(self, ids, function: Callable[[str], Any]) -> dict[str, Any]:
+    def try_each(self, ids, function: Callable[[str], Any]) -> dict[str, Any]:
         """The function's value for each image that is not at fault."""
         found = {}
-        for name in ids:
+        for image_id in ids:
             try:
-                found[name] = function(name)
+                found[image_id] = function(image_id)
             except BadSample as error:
-                self.skipped[name] = str(error)
+                self.skipped[image_id] = str(error)
         return found
 
-    def scores(self, asked: dict) -> dict[str, Scores]:
+    def scores(self, asked: dict[str, tuple[Image.Image, list[Prompt]]]) -> dict[str, Scores]:
         """Scores of each image; if the batch fails, image by image, so that one prompt too long costs one image."""
         try:
-            return dict(zip(asked, self.read(asked), strict=True)) if asked else {}
+            return dict(zip(asked, self.run_model(asked), strict=True)) if asked else {}
         except ValueError as error:
             if len(asked) > 1:
-                return {k: v for name, one in asked.items() for k, v in self.scores({name: one}).items()}
-            self.failed |= dict.fromkeys(asked, str(error))
-            self.skipped |= self.failed
+                parts = [self.scores({image_id: asked[image_id]}) for image_id in asked]
+                return {image_id: scores for part in parts for image_id, scores in part.items()}
+            self.refused |= dict.fromkeys(asked, str(error))
+            self.skipped |= self.refused
             return {}
 
-    def read(self, asked: dict) -> list[Scores]:
-        run, method, images = self.run, self.method, [image for image, _ in asked.values()]
-        seeds = [seed_of(run.experiment.seed, name) for name in asked]
-        batch = Batch(images, [said for _, said in asked.values()], seeds, run.images.classes)
+    def run_model(self, asked: dict[str, tuple[Image.Image, list[Prompt]]]) -> list[Scores]:
+        """The method's answer for a batch of images with their prompts."""
+        experiment, method = self.run.experiment, self.method
+        images, prompts = map(list, zip(*asked.values(), strict=True))
+        seeds = [seed_of(experiment.seed, image_id) for image_id in asked]
         settings = {
-            "timestep": run.experiment.timestep if method.timestep is None else method.timestep,
-            "num_noises": run.experiment.num_noises if method.num_noises is None else method.num_noises,
-            "height": run.experiment.size,
-            "width": run.experiment.size,
-            **method.own,
+            "timestep": experiment.timestep if method.timestep is None else method.timestep,
+            "num_noises": experiment.num_noises if method.num_noises is None else method.num_noises,
+            "height": experiment.size,
+            "width": experiment.size,
+            **method.extra,
         }
-        return method.answer(run.pipe, batch, method.config, run.experiment.batch, **settings)
+        batch = Batch(images, prompts, seeds, self.run.images.classes)
+        return method.answer(self.run.pipe, batch, method.config, experiment.batch, **settings)
 
-    def predictions(self, scores: Scores, image, mask) -> Int[Tensor, "v H W"]:
-        """Label maps of the mask's size, one for each value of the background's rule."""
+    def label_maps(self, scores: Scores, image: Image.Image, mask: np.ndarray) -> Int[Tensor, "v H W"]:
+        """Of the mask's size, one for each value of the background's rule."""
+        background = self.run.images.background
         if scores.segments is not None:
-            return matched(scores, mask, len(self.run.images.classes), self.run.images.background)
+            return matched_label_maps(scores, mask, len(self.run.images.classes), background)
         if self.method.crf:
-            return refined(scores, self.rule, self.run.images.background, image)
-        return label_maps(scores, self.rule, self.run.images.background, mask.shape, self.method.stretched)
+            return crf_label_maps(scores, self.rule, background, image)
+        return label_maps(scores, self.rule, background, mask.shape, self.method.stretched)
 
-    def cells(self, scores, image, mask) -> np.ndarray:
-        """Counted pixels; the values of a rule in one go, where each has no picture of its own."""
-        place, truth, classes = len(self.images), as_tensor(mask), len(self.run.images.classes)
-        if self.rule is None or self.method.crf:
-            return cells_of(place, self.predictions(scores, image, mask), truth, classes, VOID)
-        labels, kept = decided(scores, self.rule, self.run.images.background, mask.shape, self.method.stretched)
-        return cells_of_values(
-            place, labels, kept, len(self.rule.values), truth, classes, VOID, self.run.images.background
-        )
-
-    def count(self, name, scores, image, mask):
+    def count(self, image_id: str, scores: Scores, image: Image.Image, mask: np.ndarray) -> None:
+        """Compare an image's scores with its mask."""
         if (mask == VOID).all():
-            self.skipped[name] = "its mask is void everywhere"
+            self.skipped[image_id] = "its mask is void everywhere"
             return
-        self.found.append(self.cells(scores, image, mask))
-        self.images.append(name)
+        self.cells.append(self.count_pixels(scores, image, mask))
+        self.counted.append(image_id)
+
+    def count_pixels(self, scores: Scores, image: Image.Image, mask: np.ndarray) -> np.ndarray:
+        """Cells of the next image; the values of a rule in one go, where each has no picture of its own."""
+        place, truth, classes = len(self.counted), as_tensor(mask), len(self.run.images.classes)
+        if self.rule is None or self.method.crf:
+            return cells_of(place, self.label_maps(scores, image, mask), truth, classes, VOID)
+        background, values = self.run.images.background, len(self.rule.values)
+        labels, kept = best_classes(scores, self.rule, background, mask.shape, self.method.stretched)
+        return cells_of_values(place, labels, kept, values, truth, classes, VOID, background)
 
 
 def measured(run: SegmentationRun) -> dict[str, Measured]:
     """What each row measured; what cannot be measured is found before anything is."""
     experiment, found = run.experiment, {}
-    judge = run.on_training_images() if experiment.tune and not experiment.counted.best_value else run
-    rules = {name: rule_of(experiment, method_of(name, row), run.images) for name, row in experiment.rows.items()}
+    protocol = experiment.chosen_protocol
+    judge = run.on_training_images() if experiment.tune and not protocol.best_value else run
+    rules = {
+        row: rule_of(experiment, method_of(row, settings), run.images) for row, settings in experiment.rows.items()
+    }
     for each in (run, judge):
-        _ = each.prompts
-    for name, rule in rules.items():
+        _ = each.source
+    for row, rule in rules.items():
         values = rule.values if rule else (None,)
-        counts = run.counts(name)
+        counts = run.counts(row)
         if not counts.images:
             first = next(iter(counts.skipped.values()))
             raise ValueError(
-                f"Expected images to measure {name} on, but all {len(counts.skipped)} were skipped: {first}"
+                f"Expected images to measure {row} on, but all {len(counts.skipped)} were skipped: {first}"
             )
-        judged = counts if judge is run or len(values) == 1 else judge.counts(name)
+        judged = counts if judge is run or len(values) == 1 else judge.counts(row)
         matrices = total(judged, len(values), len(run.images.classes))
-        best = int(np.argmax(mean_iou(matrices, experiment.counted.absent_counts)))
-        found[name] = Measured(counts, best, values)
+        best = int(np.argmax(mean_iou(matrices, protocol.absent_counts)))
+        found[row] = Measured(counts, best, values)
     return found
 
 
