@@ -11,9 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval.common import plots
 from eval.common.files import replacing
-from eval.common.tables import by_scale, markdown
+from eval.common.plots import stack
+from eval.common.tables import markdown
+from eval.cost.growth import growth
+from eval.generation.scales import by_scale, trade_off
 
 
 DOCUMENTS = (
@@ -24,7 +26,7 @@ DOCUMENTS = (
     "goca_guidance/models/tiny-sd/README.md",
 )
 TABLES = {"results": markdown, "scales": by_scale}
-PLOTS = {"speed": plots.growth, "quality": plots.trade_off}
+PLOTS = {"speed": growth, "quality": trade_off}
 
 
 def fill(text: str, results: Path) -> str:
@@ -50,7 +52,7 @@ def main() -> None:
     if demo.exists():
         parts = [Image.open(demo / f"{name}.png") for name in ("comparison", "strip", "segmentation")]
         with replacing(picture) as part:
-            plots.stack(parts).quantize(256).save(part, format="PNG")
+            stack(parts).quantize(256).save(part, format="PNG")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ PUBLISHED = {  # attention layers that the method reads, parameters of the denoi
 }
 
 
+def test_every_architecture_is_tested():
+    assert set(PUBLISHED) | {"tiny-sd", "flux-short"} == set(ARCHITECTURES)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_the_published_ones(name):
     denoiser = denoiser_of(build(name, "meta").components)

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Cityscapes, VOCSegmentation
 
-from eval.datasets.benchmarks import BadSample, bare, benchmark, present
+from eval.datasets.benchmarks import DATASETS, BadSample, bare, benchmark, present
 from eval.datasets.folders import VOID
 from eval.scenes import scene
 from tests.miniatures import SIZE, miniature, relist
@@ -28,10 +28,15 @@ COUNTS = {
     "cityscapes": 19,
     "ade20k": 150,
 }
-DATASETS = sorted(COUNTS)
+NAMES = sorted(COUNTS)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+def test_every_dataset_is_tested():
+    """A new one has its number of classes above, and its miniature in `tests/miniatures.py`."""
+    assert set(COUNTS) == {name for name, dataset in DATASETS.items() if dataset.layout}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_miniature_is_read_back(name, tmp_path):
     truths = miniature(name, tmp_path)
     found = benchmark(name, tmp_path)
@@ -44,7 +49,7 @@ def test_miniature_is_read_back(name, tmp_path):
         np.testing.assert_array_equal(mask, truths[id].mask)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_miniatures_differ_by_label(name, tmp_path):
     """The readers are not compared with an empty truth: several classes, and VOID where the layout knows it."""
     masks = np.stack([truth.mask for truth in miniature(name, tmp_path).values()])
@@ -52,7 +57,7 @@ def test_miniatures_differ_by_label(name, tmp_path):
     assert (VOID in masks) == (name not in ("context", "coco-object"))
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_other_split_and_pickle(name, tmp_path):
     truths = miniature(name, tmp_path, split="train")
     for split in ("train", "training"):
@@ -197,7 +202,7 @@ def test_mistakes_are_named(tmp_path, name, arguments, message):
         benchmark(name, **{"root": None if name == "scenes" else root, **arguments})
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_empty_folder_is_named(tmp_path, name):
     with pytest.raises(ValueError, match=r"Expected .* but .* not there|but none is there"):
         benchmark(name, tmp_path)
@@ -240,7 +245,7 @@ def _flatten(path):
         Image.open(path).convert("RGB" if Image.open(path).mode != "RGB" else "L").save(path)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -20,7 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 
-from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
+from goca_guidance.denoisers.adapters import ADAPTERS, UNetFamily, XLFamily, denoiser_of, family_of, text_encoders_of
 from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
 from goca_guidance.stock import named_pipeline
 from tests import families
@@ -69,45 +69,45 @@ REAL = {
     "sd3": ("stable-diffusion-3-medium", "transformer"),
 }
 SD = {
-    "cross": 16,
+    "text": 16,
     "reference": "up_blocks.2.attentions.1.transformer_blocks.0.attn2",
-    "fine": unet_blocks("down_blocks.0.1.0", "up_blocks.3.0.0", "up_blocks.3.1.0"),
+    "refine": unet_blocks("down_blocks.0.1.0", "up_blocks.3.0.0", "up_blocks.3.1.0"),
 }
 SD3 = {
-    "cross": 24,
+    "text": 24,
     "reference": "transformer_blocks.12.attn",
-    "fine": tuple(f"transformer_blocks.{i}.attn" for i in range(8, 16)),
+    "refine": tuple(f"transformer_blocks.{i}.attn" for i in range(8, 16)),
     "heads": "uniform",
 }
 EXPECTED = {
     "sd1": SD,
     "sd2": SD,
     "sdxl": {
-        "cross": 70,
+        "text": 70,
         "reference": "up_blocks.1.attentions.0.transformer_blocks.0.attn2",
-        "fine": unet_blocks(
+        "refine": unet_blocks(
             *("down_blocks.1.0.0", "down_blocks.1.0.1"),
             *("up_blocks.1.0.0", "up_blocks.1.0.1", "up_blocks.1.1.0", "up_blocks.1.1.1", "up_blocks.1.2.0"),
         ),
     },
     "pixart": {
-        "cross": 28,
+        "text": 28,
         "reference": "transformer_blocks.13.attn2",
-        "fine": tuple(f"transformer_blocks.{i}.attn1" for i in range(10, 18)),
+        "refine": tuple(f"transformer_blocks.{i}.attn1" for i in range(10, 18)),
         "order": 5,
     },
     "flux": {
-        "cross": 57,
+        "text": 57,
         "reference": "single_transformer_blocks.8.attn",
-        "fine": ("transformer_blocks.12.attn", "transformer_blocks.18.attn"),
+        "refine": ("transformer_blocks.12.attn", "transformer_blocks.18.attn"),
         "timestep": 150,
         "heads": "uniform",
         "features": "output",
     },
     "hunyuan": {
-        "cross": 10,
+        "text": 10,
         "reference": "blocks.25.attn2",
-        "fine": tuple(f"blocks.{i}.attn1" for i in range(20, 30)),
+        "refine": tuple(f"blocks.{i}.attn1" for i in range(20, 30)),
         "order": 4,
         "heads": "uniform",
     },
@@ -135,7 +135,7 @@ def test_preset_of_a_full_size_denoiser(full_size):
     name, family = full_size
     preset, expected = family.preset, DEFAULTS | EXPECTED[name]
     found = {key: getattr(preset, key) for key in expected}
-    assert found | {"cross": len(preset.text)} == expected
+    assert found | {"text": len(preset.text)} == expected
     assert not preset.row_normalise
 
 
@@ -178,7 +178,7 @@ def family_in(pipe) -> Family:
     return family_of(denoiser_of(pipe.components))
 
 
-ADAPTERS = {
+ADAPTED = {
     "sd": "UNetFamily",
     "sdxl": "XLFamily",
     "pixart-alpha": "PixArtFamily",
@@ -189,9 +189,17 @@ ADAPTERS = {
 }
 
 
+def test_every_adapter_is_tested():
+    """A new one has a tiny model in `tests/families.py`, on which the contract of all families is tried."""
+    denoisers = {type(denoiser_of(FAMILIES[name].components())).__name__ for name in ADAPTED}
+    assert denoisers == {*ADAPTERS, "UNet2DConditionModel"}
+    assert set(ADAPTED.values()) == {cls.__name__ for cls in (*ADAPTERS.values(), UNetFamily, XLFamily)}
+    assert set(ADAPTED) == set(FAMILIES)
+
+
 def test_every_family_has_its_adapter_and_pipeline(pipe, name, caplog):
     family = family_in(pipe)
-    assert type(family).__name__ == ADAPTERS[name]
+    assert type(family).__name__ == ADAPTED[name]
     assert family.preset.layers <= set(family.attention_modules)
     assert not caplog.records
     assert named_pipeline(family) is FAMILIES[name.replace("alpha", "sigma")].stock  # one denoiser, two pipelines

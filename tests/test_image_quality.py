@@ -19,9 +19,10 @@ from torchmetrics.image.kid import poly_mmd
 from eval import image_quality
 from eval.generation import classifier, features, networks
 from eval.generation.distances import Reference, Side, Statistics, draw_scenes, frechet, read_reference, statistics
+from eval.generation.metrics import METRICS, names_in
 from eval.generation.networks import PREPROCESSINGS, Backbone
 from eval.generation.run_folder import Item, read_run
-from eval.image_quality import METRICS, Measurement, QualitySettings, names_in
+from eval.image_quality import Measurement, QualitySettings
 from eval.scenes.scene import OBJECTS, scene
 from tests.test_paired import run_folder
 from tests.test_tagger import TINY
@@ -495,6 +496,15 @@ def test_what_cannot_be_measured(settings, reference, match, tmp_path, tiny, mon
         measured(runs, reference, **settings)
 
 
+def test_every_metric_says_which_way_is_up():
+    """A new metric is one more line here, and a test of its numbers."""
+    lower = {"fid", "kid", "frechet_efficientnet_lite0", "mmd_efficientnet_lite0"}
+    higher = {"precision", "recall", "clip_score", "caption_accuracy", "objects_shown"}
+    numbers = [(name, metric.higher_is_better) for metric in METRICS.values() for name in metric.numbers]
+    assert sorted(numbers) == sorted([*((name, False) for name in lower), *((name, True) for name in higher)])
+    assert {metric.network for metric in METRICS.values()} == set(networks.NETWORKS)
+
+
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="`batch`"):
         QualitySettings(batch=0)
@@ -503,7 +513,7 @@ def test_settings_are_checked():
 def test_nothing_to_do():
     with pytest.raises(ValueError, match="run folders, or --write-statistics"):
         image_quality.main([])
-    measurement = Measurement(QualitySettings(metrics=METRICS), Reference("real"), PartialState())
+    measurement = Measurement(QualitySettings(metrics=tuple(METRICS)), Reference("real"), PartialState())
     with pytest.raises(ValueError, match=r"one network.*efficientnet_lite0.*inception"):
         image_quality.write_statistics(measurement, None)
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from eval import coco30k, contact_sheet, report
-from eval.common import plots
-from eval.common.tables import by_scale
 from eval.generation import generator as generating
+from eval.generation import scales
 from eval.generation.generator import GenerationSettings, batches
 from eval.generation.run_folder import read_run
+from eval.generation.scales import by_scale, trade_off
 
 
 def row(method, scale, distance, accuracy, gap=None, **more):
@@ -71,12 +71,12 @@ def test_documents_are_filled(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "write", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(scales, "write", lambda figure, path: figures.append(figure))
     return figures
 
 
 def test_curves_follow_the_scale(drawn, tmp_path):
-    plots.trade_off(ROWS, tmp_path / "a.png")
+    trade_off(ROWS, tmp_path / "a.png")
     ((axes,),) = [figure.axes for figure in drawn]
     assert axes.get_xlabel().startswith("clip_score")
     assert axes.get_ylabel().startswith("fid")
@@ -89,13 +89,13 @@ def test_curves_follow_the_scale(drawn, tmp_path):
 
 
 def test_curves_need_two_kinds_of_metrics(drawn, tmp_path):
-    plots.trade_off([{"method": "cfg", "model": "a", "guidance_scale": 5, "fid": 1.0}], tmp_path / "a.png")
+    trade_off([{"method": "cfg", "model": "a", "guidance_scale": 5, "fid": 1.0}], tmp_path / "a.png")
     assert not drawn
 
 
 def test_a_panel_for_each_model(drawn, tmp_path):
     others = [each | {"model": "other", "kid": 0.1, "kid_interval": [0, 0.2]} for each in ROWS]
-    plots.trade_off([*ROWS, *others], tmp_path / "a.png")
+    trade_off([*ROWS, *others], tmp_path / "a.png")
     titles = [(axes.get_title(), axes.get_ylabel().split()[0]) for axes in drawn[0].axes]
     assert titles == [("tiny-sd", "fid"), ("other", "fid"), ("other", "kid")]
 

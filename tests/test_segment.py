@@ -182,7 +182,7 @@ def test_layers_picked_by_hand(pipe, image):
 
     manual = pipe.segment(image, CLASSES, goca=GoCAConfig.vanilla(layers="manual")).scores
     assert torch.equal(manual, pipe.segment(image, CLASSES, segmentor=Middle).scores)
-    assert 0 < len(preset.middle.cross) < len(preset.text)
+    assert 0 < len(preset.middle.text) < len(preset.text)
     assert manual.shape == (1, 3, 16, 16)
 
 

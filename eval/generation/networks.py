@@ -80,13 +80,18 @@ PREPROCESSINGS = {
 class Backbone:
     """A network with its preprocessing: `encode(stacked prepare(image), captions)` has a row for each image.
 
-    `settings` is all that the rows depend on beside the images. `warning`: why a number of it is not what its name says.
+    Args:
+        settings: all that the rows depend on beside the images.
+        prepare, encode: see above.
+        warning: why a number of it is not what its name says.
+        shown_in_scenes: what the classifier of Scenes finds in scenes themselves, [n 16] bool; None for other networks.
     """
 
     settings: dict
     prepare: Callable[[Image.Image], Tensor]
     encode: Callable[[Tensor, Sequence[str]], Tensor]
     warning: str = ""
+    shown_in_scenes: np.ndarray | None = None
 
 
 def digest(network: torch.nn.Module) -> str:
@@ -177,12 +182,13 @@ def scenes_classifier(state: PartialState) -> tuple[torch.nn.Module, np.ndarray]
     return network, classifier.shown(network, classifier.reproduced(vae, drawn))
 
 
-def shown_objects(network: torch.nn.Module) -> Backbone:
+def shown_objects(network: torch.nn.Module, in_scenes: np.ndarray | None = None) -> Backbone:
     """Which objects of Scenes an image shows, [b 16] of 0 and 1, by `scenes_classifier`."""
     return Backbone(
         {"network": "scenes_classifier", "weights": digest(network)},
         scenes_pixels,
         lambda images, captions: torch.from_numpy(classifier.shown(network, images)).float(),
+        shown_in_scenes=in_scenes,
     )
 
 
@@ -192,3 +198,11 @@ def scenes_pixels(image: Image.Image) -> Float[Tensor, "3 64 64"]:
         came = f"{image.width} x {image.height}"
         raise ValueError(f"Expected images of 64 x 64, as the classifier of Scenes was trained on, but got {came}.")
     return as_pixels(image) / 127.5 - 1
+
+
+NETWORKS: dict[str, Callable[..., Backbone]] = {  # (settings of `eval.image_quality`, process) to the network
+    "inception": lambda settings, state: inception(settings.inception, settings.preprocessing, state.device),
+    "efficientnet_lite0": lambda settings, state: efficientnet_lite0(settings.preprocessing, state.device),
+    "clip": lambda settings, state: clip(settings.clip_model, settings.clip_pretrained, state.device),
+    "scenes_classifier": lambda settings, state: shown_objects(*scenes_classifier(state)),
+}

@@ -1,6 +1,6 @@
 """Segmentation of real images: conditional forwards of the stock pipeline on a noised image (GoCA, section on setup)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,7 +67,7 @@ def segment(
     height: int | None = None,
     width: int | None = None,
     goca: GoCAConfig | None = None,
-    segmentor: type[ScoringSegmentor] = GoCASegmentor,
+    segmentor: Callable[..., ScoringSegmentor] = GoCASegmentor,
 ) -> Segmentation:
     """Segment real images by class names (GoCA, arXiv 2603.06178): noise at `timestep`, one forward, regions, argmax.
 
@@ -88,7 +88,7 @@ def segment(
             [`Background`].
         height, width: size that the image is resized to for the model, in pixels; None is the model's native size.
         goca: how attention becomes maps.
-        segmentor: the class of [`~goca_guidance.method.segmentor.ScoringSegmentor`] that makes the maps.
+        segmentor: what makes the maps, a [`~goca_guidance.method.segmentor.ScoringSegmentor`].
 
     Returns:
         [`Segmentation`].
