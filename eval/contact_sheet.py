@@ -26,7 +26,7 @@ from eval.common.plots import write
 from eval.common.processes import processes
 from eval.generation.generator import GenerationSettings, Generator, batches
 from eval.generation.run_folder import FinishedRun, Item, check_pair, read_run
-from goca_guidance.method.records import Regions
+from goca_guidance import Regions
 from goca_guidance.pictures import as_labels, painted_regions
 
 

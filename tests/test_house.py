@@ -1,8 +1,9 @@
-"""The structure of the house: who may import whom, what an import loads, which names are public."""
+"""The structure of the house: who may import whom, what is a program, what an import loads."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,65 +12,118 @@ import goca_guidance
 
 
 ROOT = Path(__file__).parents[1]
-FLOORS = [  # a module may import modules of lower floors only
-    {"records", "config", "maps"},
-    {"observer", "tokens", "goca", "diffcut", "scfg", "images", "noising"},
-    {"baselines", "word_baselines", "family", "segmentor"},
-    {"families", "loading"},
-    {"watch"},
-    {"call", "forwards"},
-    {"segment", "discover"},
-    {"reading"},
+LIBRARY = [  # rooms of goca_guidance by floor: one imports itself and lower floors
+    {"config"},
+    {"method"},
+    {"denoisers", "pictures"},
+    {"stock", "hooks"},
+    {"real_images"},
     {"pipeline", "guider"},
-    {"pictures", "cli"},
+    {"cli"},
 ]
+EVAL = [{"common"}, {"scenes"}, {"datasets", "cost"}, {"prompts", "generation"}, {"segment"}]  # then the programs
+INSIDE = {  # what of eval imports more of the library than its public names, and from where
+    "eval/cost": {"config", "denoisers", "hooks", "method"},
+    "eval/core_cost.py": {"method"},
+    "eval/contact_sheet.py": {"pictures"},
+    "eval/generation/generator.py": {"denoisers", "stock"},
+    "eval/segment/baselines.py": {"config", "method"},
+    "eval/segment/best_and_worst.py": {"pictures"},
+    "eval/segment/label_maps.py": {"method"},
+}
 
 
-def imports_of(path):
-    """Modules of our own that a file imports anywhere."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {
+    module_of(path): path for room in ("goca_guidance", "eval", "pipelines") for path in (ROOT / room).rglob("*.py")
+}
+PROGRAMS = {path.stem for path in (ROOT / "eval").glob("*.py")} - {"__init__"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of our own that a file imports anywhere, but for type checkers."""
+    tree, names = ast.parse(path.read_text()), set()
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in set(ast.walk(tree)) - skipped:
         if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in FILES else node.module for name in inner}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return names
+    return {name for name in names if name.partition(".")[0] in ("goca_guidance", "eval", "pipelines", "tests")}
 
 
-def test_every_module_has_a_floor():
-    modules = {path.stem for path in (ROOT / "goca_guidance").glob("*.py")} - {"__init__"}
-    assert modules == set().union(*FLOORS)
+def room_of(module: str) -> str:
+    """The part of a module's path below its package: a folder's name, or a file's."""
+    return module.split(".")[1] if "." in module else ""
 
 
-@pytest.mark.parametrize("module", sorted(set().union(*FLOORS)))
-def test_imports_go_down(module):
-    floor = next(i for i, names in enumerate(FLOORS) if module in names)
-    allowed = set().union(*FLOORS[: floor + 1]) | {"models"}
-    ours = {
-        n.split(".")[1] for n in imports_of(ROOT / "goca_guidance" / f"{module}.py") if n.startswith("goca_guidance.")
+def test_no_import_goes_in_a_circle():
+    TopologicalSorter({module: imports_of(path) - {module} for module, path in FILES.items()}).prepare()
+
+
+@pytest.mark.parametrize(("package", "floors"), [("goca_guidance", LIBRARY), ("eval", [*EVAL, PROGRAMS])])
+def test_imports_go_down(package, floors):
+    rooms = {room_of(module) for module in FILES if module.startswith(f"{package}.")} - {"models"}
+    assert rooms == set().union(*floors)
+    for module, path in FILES.items():
+        if module.startswith(f"{package}.") and (room := room_of(module)) != "models":
+            floor = next(number for number, rooms in enumerate(floors) if room in rooms)
+            allowed = {"", room}.union(*floors[:floor])
+            ours = {name for name in imports_of(path) if name.partition(".")[0] == package}
+            assert {name for name in ours if room_of(name) not in allowed} == set(), path
+
+
+def test_the_library_imports_none_of_the_rest():
+    for module, path in FILES.items():
+        if module.startswith("goca_guidance"):
+            assert {name for name in imports_of(path) if not name.startswith("goca_guidance")} == set(), path
+
+
+def test_the_papers_are_torch_alone():
+    """And they meet in `Regions` only."""
+    for path in (ROOT / "goca_guidance" / "method").glob("*.py"):
+        names = {alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)
+                 for alias in node.names}  # fmt: skip
+        names |= {n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}
+        assert not {"diffusers", "transformers"} & {name.partition(".")[0] for name in names}, path
+        if path.stem in ("goca", "segmentor"):
+            assert "goca_guidance.method.scfg" not in names
+        if path.stem == "scfg":
+            assert not {"goca_guidance.method.goca", "goca_guidance.method.segmentor"} & names
+
+
+def test_the_rest_uses_the_librarys_public_names():
+    for module, path in FILES.items():
+        if module.startswith(("eval", "pipelines")):
+            place = path.relative_to(ROOT).as_posix()
+            allowed = set().union(*(rooms for where, rooms in INSIDE.items() if place.startswith(where)))
+            ours = {room_of(name) for name in imports_of(path) if name.startswith("goca_guidance.")}
+            assert ours <= allowed, path
+
+
+def test_what_lies_at_the_top_of_eval_is_a_program_and_nothing_else_is():
+    marked = {
+        path
+        for module, path in FILES.items()
+        if module.startswith("eval") and 'if __name__ == "__main__"' in path.read_text()
     }
-    public = set(goca_guidance.__all__)
-    assert ours - public <= allowed
+    assert marked == {ROOT / "eval" / f"{name}.py" for name in PROGRAMS} | {ROOT / "eval/scenes/__main__.py"}
+    listed = (ROOT / "eval" / "README.md").read_text()
+    assert [name for name in (*PROGRAMS, "scenes") if f"eval.{name}" not in listed] == []
 
 
-def test_contributing_says_the_same():
-    text = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
-    stated = text.partition("(`tests/test_house.py` holds this): ")[2].partition(".")[0]
-    assert [set(floor.strip("` ").split()) for floor in stated.split("<")] == FLOORS
-
-
-def test_goca_and_scfg_meet_in_regions_only():
-    goca, segmentor, scfg = (
-        imports_of(ROOT / "goca_guidance" / f"{module}.py") for module in ("goca", "segmentor", "scfg")
-    )
-    families = {"goca_guidance.denoisers.base", "goca_guidance.denoisers.adapters"}
-    assert not {"goca_guidance.method.scfg", *families} & (goca | segmentor)
-    assert not {"goca_guidance.method.goca", "goca_guidance.method.segmentor", *families} & scfg
-
-
-def test_the_library_never_imports_programs():
-    for path in (ROOT / "goca_guidance").glob("*.py"):
-        assert not {n for n in imports_of(path) if n.split(".")[0] in ("eval", "pipelines", "tests")}
+def test_tests_import_no_tests():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert not {name for name in imports_of(path) if name.rpartition(".")[2].startswith("test_")}, path
 
 
 def test_import_is_light():
@@ -80,25 +134,7 @@ def test_import_is_light():
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[] []"
 
 
-def test_public_names():
-    """Removing one breaks users: deprecate it first."""
-    assert set(goca_guidance.__all__) == {
-        "TINY_SD",
-        "Background",
-        "GoCAConfig",
-        "GoCAGuidance",
-        "GoCASCFGPipeline",
-        "GoCASCFGPipelineOutput",
-        "Regions",
-        "SCFGConfig",
-        "Segmentation",
-        "WordMaps",
-    }
+def test_every_public_name_can_be_had():
     assert all(getattr(goca_guidance, name) for name in goca_guidance.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = goca_guidance.nothing
-
-
-def test_files_stay_small():
-    for path in (ROOT / "goca_guidance").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 310, path.name

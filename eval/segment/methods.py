@@ -22,7 +22,6 @@ from eval.common.processes import slices
 from eval.prompts.sources import Entity, Prompt
 from eval.segment.baselines import FTTM, DiffSegmenter
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
-from goca_guidance.method.segmentor import GoCASegmentor
 
 
 KINDS = ("offset", "constant", "max", "square")
@@ -124,19 +123,12 @@ class Method:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def by_words(
-    pipe: GoCASCFGPipeline,
-    batch: Batch,
-    config: GoCAConfig,
-    size: int,
-    segmentor: type = GoCASegmentor,
-    **settings: Any,
-) -> list[Scores]:
+def by_words(pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, **settings: Any) -> list[Scores]:
     """All classes of a prompt in one forward; the class score is the highest of its entities'."""
     asked = [
         (image, prompt) for image, prompts in enumerate(batch.prompts) if labels_asked(prompts) for prompt in prompts
     ]
-    return _answers(pipe, batch, asked, size, goca=config, segmentor=segmentor, **settings)
+    return _answers(pipe, batch, asked, size, goca=config, **settings)
 
 
 def by_class(
@@ -156,7 +148,7 @@ def by_sentence(
 ) -> list[Scores]:
     """FTTM: the list of all entities stands in the `template` at {}."""
     said = [[replace(prompt, text=template.format(prompt.text)) for prompt in prompts] for prompts in batch.prompts]
-    return by_words(pipe, replace(batch, prompts=said), config, size, FTTM, **settings)
+    return by_words(pipe, replace(batch, prompts=said), config, size, segmentor=FTTM, **settings)
 
 
 def by_cut(
