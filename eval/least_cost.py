@@ -1,16 +1,7 @@
 """What GoCA-S-CFG must add to a step at the least, counted from shapes: `python -m eval.least_cost`. Nothing real is run.
 
-One step is both predictions of one image at the family's native size. The stock step is counted on "meta" tensors. What is
-added is counted layer by layer from the sizes of the attention calls, each product and each probability once:
-
-- heads: z M for each cross layer (M = W W^T is built once a call), where the preset weights heads;
-- cross: the probabilities of the text maps; in joint attention they are among the agreement's, and count there;
-- reference: the affinity of the reference layer;
-- agreement: the probabilities of the query rows that the resize to the reference grid reads, and their sum with it;
-- refinement: the other rows of the fine layers, summed to one p x p affinity, which is then applied `order` times.
-  Recomputed refinement is the other way: fused attention for every application and layer, in place of all of that.
-
-Elementwise work (sums over heads, resizing, blurs, the rate) is not counted, and tensors are in half precision.
+One step is both predictions of one image at the family's native size; what is counted, and how, says
+`eval.cost.operations`.
 """
 
 import argparse
@@ -65,7 +56,7 @@ def _round(value: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
-    parser.add_argument("--result", type=Path, default=Path("results/floor.json"))
+    parser.add_argument("--result", type=Path, default=Path("results/least_cost.json"))
     args = parser.parse_args()
     rows = [row(name) for name in args.families]
     h100 = {"flop": FLOP_PER_SECOND, "bytes": BYTES_PER_SECOND, "exponentials": EXPONENTIALS_PER_SECOND}

@@ -1,8 +1,9 @@
 """Results to the documents: `python -m eval.report` puts every results/*.json that one names into its place there.
 
 `<!-- results: NAME -->` stands for the whole table of results/NAME.json, `<!-- results: NAME column ... -->` for some of its
-columns, `<!-- scales: NAME metric ... -->` for methods by guidance scales. The plots of docs/ are drawn from the results too,
-and where `make demo` left its pictures, the README's picture is made of them.
+columns, `<!-- scales: NAME number ... -->` for methods by guidance scales, `<!-- papers: mIoU -->` for our segmentation
+beside the papers'. The plots of docs/ are drawn from the results too, and where `make demo` left its pictures, the README's
+picture is made of them.
 """
 
 import json
@@ -16,34 +17,43 @@ from eval.common.plots import stack
 from eval.common.tables import markdown
 from eval.cost.growth import growth
 from eval.generation.scales import by_scale, trade_off
+from eval.segment.papers import beside_papers
 
 
-DOCUMENTS = (
-    "README.md",
-    "eval/speed.md",
-    "eval/benchmarks.md",
-    "eval/generation.md",
-    "goca_guidance/models/tiny-sd/README.md",
-)
-TABLES = {"results": markdown, "scales": by_scale}
+DOCUMENTS = ("README.md", "docs/*.md", "goca_guidance/models/*/README.md")
 PLOTS = {"speed": growth, "quality": trade_off}
+
+
+def of_result(show):
+    """A table of one result, by a function of its rows and of what is wanted of them; then the command that made it."""
+
+    def table(results: Path, name: str, *wanted: str) -> str:
+        result = json.loads((results / f"{name}.json").read_text())
+        return f"{show(result['rows'], wanted)}\n\n`{result['command']}`"
+
+    return table
+
+
+TABLES = {
+    "results": of_result(markdown),
+    "scales": of_result(by_scale),
+    "papers": lambda results, *wanted: beside_papers(results),
+}
 
 
 def fill(text: str, results: Path) -> str:
     """Replace what stands between `<!-- results: NAME -->` and `<!-- end -->` by NAME.json's table and its command."""
 
     def table(match):
-        name, *columns = match[2].split()
-        result = json.loads((results / f"{name}.json").read_text())
-        lines = [f"<!-- {match[1]}: {match[2]} -->", TABLES[match[1]](result["rows"], columns), ""]
-        return "\n".join([*lines, f"`{result['command']}`", "<!-- end -->"])
+        head = f"<!-- {match[1]}: {match[2]} -->"
+        return "\n".join([head, TABLES[match[1]](results, *match[2].split()), "<!-- end -->"])
 
     return re.sub(rf"<!-- ({'|'.join(TABLES)}): ([^>]+?) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def main() -> None:
     results, picture, demo = Path("results"), Path("docs/picture.png"), Path("demo")
-    for document in map(Path, DOCUMENTS):
+    for document in (path for pattern in DOCUMENTS for path in sorted(Path().glob(pattern))):
         with replacing(document) as part:
             part.write_text(fill(document.read_text(), results))
     for path in results.glob("*.json"):

@@ -4,7 +4,7 @@ Images are generated for the captions of held-out scenes by the default guidance
 the default's latents put in place at every step, where the regions of both are compared; and left to itself, where the
 images are. Plain guidance (CFG) stands beside them for scale. Segmentation of the scenes is measured for the options that
 it has. `--core` measures, instead, the time of GoCA's core on the attention of a full-size Stable Diffusion 1.5 step (random
-weights), into options-core.json.
+weights), into savings-core.json.
 """
 
 import argparse
@@ -193,7 +193,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = SavingsSettings(captions=args.captions, scenes=args.scenes)
     rows = core_milliseconds(repeats=5) if args.core else run(settings, args.model)
-    result = args.result or Path(f"results/options{'-core' * args.core}.json")
+    result = args.result or Path(f"results/savings{'-core' if args.core else ''}.json")
     shared = {**vars(settings), "weights": weights_digest(args.model), "threads": torch.get_num_threads()}
     write_json(result, {"command": command(), "settings": shared, "rows": rows})
     print(markdown(rows))

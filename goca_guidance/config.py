@@ -30,9 +30,9 @@ class GoCAConfig:
         refine_order: applications of the self-attention to the maps; None takes the family's preset.
         blur_size, blur_sigma: the Gaussian before min-max; sigma in pixels of a 64 x 64 map, as the paper's maps are.
         agreement_rows: compare layers in so many rows of the self-attention, the same random ones at every call; None
-            compares all. No effect on joint attention, whose rows are needed for the words. Error: eval/speed.md.
+            compares all. No effect on joint attention, whose rows are needed for the words. Error: docs/speed.md.
         working_size: longer side, in pixel tokens, of the grid to which maps are averaged before they are rescaled and
-            refined, and at whose pixels alone self-attention is asked; None keeps the finest grid. Error: eval/speed.md.
+            refined, and at whose pixels alone self-attention is asked; None keeps the finest grid. Error: docs/speed.md.
     """
 
     heads: str | None = None
@@ -86,7 +86,7 @@ class SCFGConfig:
         variance_channels: let the norm of the guidance run over a learned variance too, where the denoiser predicts one
             (PixArt), as the released code of GoCA does.
         every: find regions at each `every`-th guided step, and guide the steps between by the last ones found. Error:
-            eval/speed.md.
+            docs/speed.md.
     """
 
     rate_min: float = 0.8

@@ -141,9 +141,9 @@ def refused_by_diffusers(match: str, reason: str, action: Callable) -> str:
 @contextmanager
 def real_attention(pipe, alone: bool):
     """All that the method is shown is softmax(q k^T) v, of the very output that the layer projects; yields Gram matrices."""
-    grams, projected, keep = {}, {}, GuidedCall.keep
+    grams, projected, on_attention = {}, {}, GuidedCall.on_attention
 
-    def check_and_keep(self, record):
+    def checked(self, record):
         if record.gram is not None:
             grams[record.name] = record.gram
         logits = record.query.float() @ record.key.float().mT * record.scale
@@ -153,7 +153,7 @@ def real_attention(pipe, alone: bool):
         output = record.output.transpose(1, 2).flatten(2)
         if alone and record.name in projected:
             assert any(torch.equal(output, given) for given in projected[record.name])
-        keep(self, record)
+        on_attention(self, record)
 
     def before_projection(name):
         return lambda module, args: projected.setdefault(name, []).append(args[0])
@@ -162,7 +162,7 @@ def real_attention(pipe, alone: bool):
     outward = {name: layer.to_out[0] for name, layer in layers if getattr(layer, "to_out", None) is not None}
     handles = [module.register_forward_pre_hook(before_projection(name)) for name, module in outward.items()]
     try:
-        with patch.object(GuidedCall, "keep", check_and_keep):
+        with patch.object(GuidedCall, "on_attention", checked):
             yield grams
     finally:
         for handle in handles:

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,21 @@ def test_what_lies_at_the_top_of_eval_is_a_program_and_nothing_else_is():
     assert marked == {ROOT / "eval" / f"{name}.py" for name in PROGRAMS} | {ROOT / "eval/scenes/__main__.py"}
     listed = (ROOT / "eval" / "README.md").read_text()
     assert [name for name in (*PROGRAMS, "scenes") if f"eval.{name}" not in listed] == []
+
+
+@pytest.mark.parametrize("measuring", ["eval.segment.running", "eval.speed", "eval.generation.features"])
+def test_a_cache_knows_what_its_numbers_depend_on(measuring):
+    """All that the measuring module imports is among its `MODULES`, but what reads, writes and shows."""
+    named, reached, waiting = import_module(measuring).MODULES, set(), [measuring]
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting += [name for name in imports_of(FILES[module]) if name in FILES and name not in reached]
+    covered = {name for name in reached if any(f"{name}.".startswith(f"{each}.") for each in named)}
+    shown = {"files", "provenance", "intervals", "configs", "tables", "processes"}
+    if measuring == "eval.generation.features":  # of the library it takes the autoencoder only, whose digest it notes
+        covered |= {name for name in reached if name.startswith("goca_guidance")}
+    assert reached - covered <= {"eval", "goca_guidance", "eval.segment.results"} | {f"eval.common.{n}" for n in shown}
 
 
 def test_tests_import_no_tests():

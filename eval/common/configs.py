@@ -1,8 +1,40 @@
-"""TOML files to dataclasses."""
+"""TOML files to dataclasses. A file may include others, so that it holds only what is its own."""
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
+
+
+def read_toml(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file with what it includes: `include = "a.toml"` or a list of files, relative to this one.
+
+    Of what stands in several files the later one prevails, and the file itself over all; tables are merged key by key.
+    ValueError for an included file that is not there, for a circle, for what is no TOML.
+    """
+    if path.resolve() in including:
+        circle = " -> ".join(str(each) for each in (*including[including.index(path.resolve()) :], path.resolve()))
+        raise ValueError(f"Expected includes without a circle, but got {circle}: take one of them out.")
+    if including and not path.is_file():
+        raise ValueError(f"Expected the file {path}, as {including[-1]} includes it, but it is not there.")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"Expected well-formed TOML in {path}, but got: {error}.") from error
+    names, merged = values.pop("include", []), {}
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"Expected `include` in {path} to be a file or a list of files, but got {names!r}.")
+    for name in names:
+        merged = _merged(merged, read_toml(path.parent / name, (*including, path.resolve())))
+    return _merged(merged, values)
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(first[key], second[key]) for key in first.keys() & second.keys()
+            if isinstance(first[key], dict) and isinstance(second[key], dict)}  # fmt: skip
+    return {**first, **second, **both}
 
 
 def from_mapping(cls: type, values: Mapping[str, Any]):

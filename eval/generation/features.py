@@ -18,7 +18,8 @@ from eval.generation.run_folder import Item
 
 
 RUNS = Path("runs/features")
-MODULES = ("eval.generation.features", "eval.generation.networks", "eval.generation.classifier", "eval.common.load")
+MODULES = ("eval.generation.features", "eval.generation.networks", "eval.generation.classifier",
+           "eval.generation.run_folder", "eval.scenes.scene", "eval.common.load")  # fmt: skip
 PACKAGES = ("torch", "pillow", "open-clip-torch", "torch-fidelity", "torchmetrics")
 CHUNK = 256  # images whose features are kept together until all are there
 THREADS = 8

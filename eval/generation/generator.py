@@ -1,6 +1,5 @@
 """Images for captions under one of three guidances, each from noise of its own: what `eval.coco30k` does batch by batch."""
 
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from eval.common.configs import from_mapping
+from eval.common.configs import from_mapping, read_toml
 from eval.common.load import DTYPES, load_pipeline
 from eval.common.processes import seed_of, slices
 from eval.common.provenance import weights_digest
@@ -86,7 +85,7 @@ class GenerationSettings:
     @classmethod
     def read(cls, path: Path, **changes: Any) -> "GenerationSettings":
         """From a TOML file, with some fields changed; unknown keys are an error."""
-        return from_mapping(cls, tomllib.loads(path.read_text()) | changes)
+        return from_mapping(cls, read_toml(path) | changes)
 
     def texts(self) -> dict[str, str]:
         """The captions by id, in the order of the ids."""

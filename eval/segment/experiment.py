@@ -1,13 +1,12 @@
 """What one TOML file says: which images, which model, which prompts, which methods; and the parts that are built from it."""
 
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from eval.common.configs import check_keys, from_mapping
+from eval.common.configs import check_keys, from_mapping, read_toml
 from eval.common.files import file_digest
 from eval.common.load import DTYPES
 from eval.common.provenance import weights_digest
@@ -127,7 +126,7 @@ class Experiment:
     @classmethod
     def read(cls, path: Path, **changes: Any) -> "Experiment":
         """From a TOML file, with some fields changed; unknown keys are an error."""
-        return from_mapping(cls, tomllib.loads(path.read_text()) | changes)
+        return from_mapping(cls, read_toml(path) | changes)
 
     def only(self, names: list[str]) -> "Experiment":
         """Some of the rows."""
