@@ -21,7 +21,7 @@ bench: $(VENV)/installed  ## every method on Scenes with the embedded model, and
 	$(RUN)/python -m eval.segmentation configs/segment/scenes.toml --pictures 4
 	$(RUN)/python -m eval.segmentation configs/segment/scenes_ablation.toml
 	$(RUN)/python -m eval.segmentation configs/segment/scenes_switches.toml
-	$(RUN)/python -m eval.page
+	$(RUN)/python -m eval.report
 
 test: check  ## what CI runs
 	$(RUN)/python -m pytest
@@ -51,7 +51,7 @@ speed-gpu: $(VENV)/installed  ## the same on a GPU, in half precision
 	$(RUN)/python -m eval.speed --device cuda
 	$(RUN)/python -m eval.core_cost --device cuda --dtype bfloat16
 
-report: $(VENV)/installed  ## results/*.json and the pictures of `make demo` into README.md
+report: $(VENV)/installed  ## results/*.json into the documents, and the pictures of `make demo` into the README's
 	$(RUN)/python -m eval.report
 
 clean:

@@ -142,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = looks(gocas[0], items)
     write(sheet(runs, gocas[0], items, found), args.out)
     changed = [name for name, look in found.items() if not look.again]
-    told = f"; made again, {', '.join(changed)} came out different: another device or version?" if changed else ""
-    print(f"wrote {args.out}{told}")
+    note = f"; made again, {', '.join(changed)} came out different: another device or version?" if changed else ""
+    print(f"wrote {args.out}{note}")
 
 
 if __name__ == "__main__":

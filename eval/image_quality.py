@@ -98,16 +98,16 @@ class Measurement:
         for metric in self.metrics.values():
             real = [self.reference.items] if metric.reference and self.reference.items else []
             for items in [*(run.items for run in runs), *real]:
-                self.side(metric.network).keep(items)
+                self.side(metric.network).compute(items)
 
     def of(self, run: FinishedRun) -> tuple[Numbers, dict]:
         """The numbers of a run, and what else its row says."""
         weights, numbers, facts = resamples(len(run.items)), {}, {}
         for metric in self.metrics.values():
             side = self.side(metric.network)
-            found, told = metric.of(side, run, side.features(run.items), weights)
+            found, others = metric.of(side, run, side.features(run.items), weights)
             numbers |= zip(metric.numbers, found, strict=True)
-            facts |= told
+            facts |= others
         return numbers, facts | {"warnings": self.warnings(facts)}
 
     def warnings(self, facts: dict) -> list[str]:

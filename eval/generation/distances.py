@@ -54,9 +54,9 @@ class Statistics:
 
     def write(self, path: Path) -> None:
         """An .npz file with the keys `mu` and `sigma`, which pytorch-fid, clean-fid and T2IBenchmark read too."""
-        told = json.dumps({"images": self.images, "made_with": dict(self.made_with)})
+        facts = json.dumps({"images": self.images, "made_with": dict(self.made_with)})
         with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, mu=self.mean, sigma=self.covariance, told=np.array(told))
+            np.savez(file, mu=self.mean, sigma=self.covariance, facts=np.array(facts))
 
     @classmethod
     def read(cls, path: Path) -> "Statistics":
@@ -64,10 +64,10 @@ class Statistics:
         try:
             with np.load(path, allow_pickle=False) as file:
                 mean, covariance = (np.asarray(file[key], np.float64) for key in ("mu", "sigma"))
-                told = json.loads(str(file["told"])) if "told" in file else {}
+                facts = json.loads(str(file["facts"])) if "facts" in file else {}
         except (OSError, KeyError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-            told = f"{type(error).__name__}: {error}"
-            raise ValueError(f"Expected an .npz file with `mu` and `sigma`, but {path} is none ({told}).") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"Expected an .npz file with `mu` and `sigma`, but {path} is none ({reason}).") from error
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             shapes = f"{mean.shape} and {covariance.shape}"
             raise ValueError(f"Expected mu [d] and sigma [d d] in {path}, but got {shapes}.")
@@ -75,7 +75,7 @@ class Statistics:
             raise ValueError(f"Expected finite statistics in {path}, but got NaN or infinity.")
         if not np.allclose(covariance, covariance.T, atol=1e-6 * np.abs(covariance).max()):
             raise ValueError(f"Expected a symmetric sigma in {path}, but it is not.")
-        return cls(mean, covariance, **told)
+        return cls(mean, covariance, **facts)
 
 
 def statistics(blocks: Iterable[np.ndarray], made_with: Mapping | None = None) -> Statistics:
@@ -242,7 +242,7 @@ class Side:
         self.backbone, self.reference, self.state, self.batch = backbone, reference, state, batch
         self.device = "cuda" if state.device.type == "cuda" else "cpu"  # not every accelerator has float64
 
-    def keep(self, items: Sequence[Item]) -> None:
+    def compute(self, items: Sequence[Item]) -> None:
         """Have the features on disk."""
         features.kept(items, self.backbone, self.state, self.batch)
 

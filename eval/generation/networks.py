@@ -160,8 +160,8 @@ def clip(model: str, pretrained: str | None, device: torch.device) -> Backbone:
         tokens, length = tokenizer(list(captions)), tokenizer.context_length
         whole = tokenizer(list(captions), context_length=16 * length)
         truncated = (whole[:, length:] != whole[:, -1:]).any(1)  # something but padding lies beyond
-        said = network.encode_text(tokens.to(device), normalize=True)
-        cosine = (network.encode_image(images, normalize=True) * said).sum(1)
+        text = network.encode_text(tokens.to(device), normalize=True)
+        cosine = (network.encode_image(images, normalize=True) * text).sum(1)
         return torch.stack([100 * cosine, truncated.to(device)], 1)
 
     weights = digest(network)

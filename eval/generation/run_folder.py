@@ -139,9 +139,9 @@ class RunFolder:
         old, new = ({**each["settings"], **each["versions"]} for each in (before, made_with))
         names = [name for name in {**old, **new} if name not in MOVABLE and old.get(name) != new.get(name)]
         if names:
-            told = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
+            changes = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
             raise ValueError(
-                f"Expected the settings that {self.root} was made with, but these differ: {told}. Use another --out."
+                f"Expected the settings that {self.root} was made with, but these differ: {changes}. Use another --out."
             )
 
     def open(self, made_with: Mapping) -> None:
@@ -183,8 +183,8 @@ def read_run(folder: Path) -> FinishedRun:
     if lacking := [name for name in ("settings.json", "manifest.csv") if not (folder / name).is_file()]:
         names = " and no ".join(lacking)
         raise ValueError(f"Expected a run folder of eval.coco30k, but {folder} has no {names}: finish its generation.")
-    told = json.loads((folder / "settings.json").read_text())
-    settings = told.get("settings", {}) | {"versions": told.get("versions")}
+    content = json.loads((folder / "settings.json").read_text())
+    settings = content.get("settings", {}) | {"versions": content.get("versions")}
     refuse(
         folder, "settings of eval.coco30k; these lack", {"method", "model", "captions", "guidance_scale"} - {*settings}
     )

@@ -102,8 +102,8 @@ class Endpoint(CaptionSource):
         except (ValueError, KeyError, IndexError, TypeError):
             text = None
         if answer.status_code in REFUSED or (answer.ok and isinstance(text, str) and not text.strip()):
-            told = answer.text.replace(key, "***")[:500]
-            raise BadSample(f"{self.model!r} gave no caption: status {answer.status_code}, {told}")
+            reply = answer.text.replace(key, "***")[:500]
+            raise BadSample(f"{self.model!r} gave no caption: status {answer.status_code}, {reply}")
         if not isinstance(text, str) or not text.strip():
             raise self._failure(f"status {answer.status_code}, {answer.text}", key)
         return text.strip()

@@ -12,12 +12,12 @@ from eval.prompts.sources import Entity, Prompt, parsed, require_entries
 
 def write_prompts(path: str | Path, prompts: Mapping[str, Sequence[Prompt]], classes: Sequence[str]) -> None:
     """Every image's prompts and their entities, whole or not at all; a label is an index into `classes`."""
-    lines = [{"id": i, "prompts": [_told(prompt, classes) for prompt in each]} for i, each in prompts.items()]
+    lines = [{"id": i, "prompts": [_entry(prompt, classes) for prompt in each]} for i, each in prompts.items()]
     with replacing(Path(path)) as part:
         part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-def _told(prompt, classes):
+def _entry(prompt, classes):
     named = [{"words": e.words, "class": None if e.label is None else classes[e.label]} for e in prompt.entities]
     return {"text": prompt.text, "entities": named}
 
@@ -56,7 +56,7 @@ def _image(line, labels, place):
         ) from error
 
 
-def _entity(told, labels):
-    if told["class"] not in labels:
-        raise ValueError(f"the class {told['class']!r}, which the benchmark does not have.")
-    return Entity(told["words"], labels[told["class"]])
+def _entity(entry, labels):
+    if entry["class"] not in labels:
+        raise ValueError(f"the class {entry['class']!r}, which the benchmark does not have.")
+    return Entity(entry["words"], labels[entry["class"]])

@@ -35,15 +35,15 @@ class Counts:
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
-        told = json.dumps({"images": self.images, "skipped": self.skipped, "seconds": self.seconds})
+        facts = json.dumps({"images": self.images, "skipped": self.skipped, "seconds": self.seconds})
         with replacing(path) as part, part.open("wb") as file:
-            np.savez_compressed(file, cells=self.cells, told=np.array(told))
+            np.savez_compressed(file, cells=self.cells, facts=np.array(facts))
 
     @classmethod
     def load(cls, path: Path) -> "Counts":
         with np.load(path) as file:
-            told = json.loads(str(file["told"]))
-            return cls(tuple(told["images"]), file["cells"], told["skipped"], told["seconds"])
+            facts = json.loads(str(file["facts"]))
+            return cls(tuple(facts["images"]), file["cells"], facts["skipped"], facts["seconds"])
 
 
 def cells_of(
@@ -65,8 +65,11 @@ def cells_of_values(
     void: int,
     background: int = 0,
 ) -> np.ndarray:
-    """The same for `values` predictions of which each says `labels` at the pixels that so many of the first values keep, and
-    `background` elsewhere: all are counted in one go.
+    """The same for `values` predictions in one go: the one of value v has `labels` at the pixels with `kept` > v, and
+    `background` elsewhere.
+
+    Pixels are counted by truth, label and `kept`; the sum of the counts from v + 1 on, taken from the end, is what value v
+    keeps, and the rest of each row goes to the background.
     """
     known, bins = truth != void, values + 1
     place = (truth[known] * classes + labels[known]) * bins + kept[known]
@@ -149,5 +152,5 @@ def image_scores(counts: Counts, value: int, classes: int) -> dict[str, float]:
 
 
 def as_tensor(mask: np.ndarray) -> Int[Tensor, "H W"]:
-    """A mask as torchmetrics takes it."""
+    """A mask of label indices as int64, in which they can be counted."""
     return torch.from_numpy(mask.astype(np.int64))

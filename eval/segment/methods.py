@@ -147,8 +147,10 @@ def by_sentence(
     pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, template: str, **settings: Any
 ) -> list[Scores]:
     """FTTM: the list of all entities stands in the `template` at {}."""
-    said = [[replace(prompt, text=template.format(prompt.text)) for prompt in prompts] for prompts in batch.prompts]
-    return by_words(pipe, replace(batch, prompts=said), config, size, segmentor=FTTM, **settings)
+    sentences = [
+        [replace(prompt, text=template.format(prompt.text)) for prompt in prompts] for prompts in batch.prompts
+    ]
+    return by_words(pipe, replace(batch, prompts=sentences), config, size, segmentor=FTTM, **settings)
 
 
 def by_cut(

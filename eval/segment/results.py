@@ -63,9 +63,14 @@ def effective(experiment: Experiment, name: str, images: Benchmark) -> dict:
     """The settings that a row was measured with, its own and what it took over."""
     method = method_of(name, experiment.rows[name])
     rule = rule_of(experiment, method, images)
-    told = {"timestep": experiment.timestep, "num_noises": experiment.num_noises, "crf": method.crf, **method.extra}
-    told |= {key: value for key in ("timestep", "num_noises") if (value := getattr(method, key)) is not None}
-    return told | {"background": None if rule is None else rule.kind, "goca": asdict(method.config)}
+    settings = {
+        "timestep": experiment.timestep,
+        "num_noises": experiment.num_noises,
+        "crf": method.crf,
+        **method.extra,
+    }
+    settings |= {key: value for key in ("timestep", "num_noises") if (value := getattr(method, key)) is not None}
+    return settings | {"background": None if rule is None else rule.kind, "goca": asdict(method.config)}
 
 
 def difference(experiment: Experiment, images: Benchmark, measured: Measured, base: Measured) -> dict:
