@@ -6,6 +6,7 @@ batches of goca with these images are made again, to see their regions and guida
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,19 @@ LEAST = 0.03  # share of the pixels from which on a region gets its name
 
 @dataclass(frozen=True)
 class Look:
-    """An image that was made again: its place in the batch, the last step's regions, the guidance maps of `MOMENTS`."""
+    """An image that was made again, to see what guided it.
+
+    Args:
+        sample: its place in the batch.
+        regions: the last step's, of the batch.
+        maps: guidance maps of `MOMENTS`.
+        equal: whether the image came out as it was.
+    """
 
     sample: int
     regions: Regions
     maps: Float[Tensor, "moments H W"]
-    again: bool
+    equal: bool
 
 
 def chosen(base: FinishedRun, goca: FinishedRun, count: int) -> list[Item]:
@@ -50,7 +58,7 @@ def chosen(base: FinishedRun, goca: FinishedRun, count: int) -> list[Item]:
     spread = [goca.items[i] for i in np.linspace(0, len(goca.items) - 1, -(-count // 2)).round().astype(int)]
     pairs = zip(goca.items, base.items, strict=True)
     rest = [(one, other) for one, other in pairs if one not in spread]
-    rest = rest[:: -(-len(rest) // COMPARED) or 1]
+    rest = rest[:: max(1, math.ceil(len(rest) / COMPARED))]
     shift = [np.abs(pixels(one) - pixels(other)).mean() for one, other in tqdm(rest, desc="compare", leave=False)]
     farthest = np.argsort(shift, kind="stable")[::-1][: count - len(spread)]
     return list(dict.fromkeys([*spread, *(rest[i][0] for i in farthest)]))
@@ -117,9 +125,9 @@ def paint_regions(axis, regions: Regions, sample: int) -> None:
     labels = as_labels(regions, sample).numpy()
     axis.imshow(painted_regions(regions, sample))
     for index, name in enumerate(regions.labels[sample]):
-        own = labels == index
-        if own.mean() > LEAST:
-            y, x = np.unravel_index(distance_transform_edt(np.pad(own, 1)).argmax(), np.add(own.shape, 2))
+        region = labels == index
+        if region.mean() > LEAST:
+            y, x = np.unravel_index(distance_transform_edt(np.pad(region, 1)).argmax(), np.add(region.shape, 2))
             edge = [withStroke(linewidth=1.5, foreground="white")]
             axis.text(x - 1, y - 1, name, ha="center", va="center", fontsize=6, path_effects=edge)
 
@@ -141,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     items = chosen(next(run for run in runs if run is not gocas[0]), gocas[0], args.count)
     found = looks(gocas[0], items)
     write(sheet(runs, gocas[0], items, found), args.out)
-    changed = [name for name, look in found.items() if not look.again]
+    changed = [name for name, look in found.items() if not look.equal]
     note = f"; made again, {', '.join(changed)} came out different: another device or version?" if changed else ""
     print(f"wrote {args.out}{note}")
 

@@ -174,12 +174,12 @@ class Generator:
 
 def pipeline(settings: GenerationSettings, device: str | torch.device | None = None) -> GoCASCFGPipeline:
     """The model with the denoiser and the scheduler that the settings name, without safety checker and watermark."""
-    own: dict[str, Any] = {}
+    replaced: dict[str, Any] = {}
     if settings.denoiser:
         name = next(name for name in ("unet", "transformer") if name in DiffusionPipeline.load_config(settings.model))
         dtype = getattr(torch, settings.dtype)
-        own[name] = AutoModel.from_pretrained(settings.denoiser, subfolder=name, torch_dtype=dtype)
-    pipe = load_pipeline(settings.model, settings.dtype, device, **own)
+        replaced[name] = AutoModel.from_pretrained(settings.denoiser, subfolder=name, torch_dtype=dtype)
+    pipe = load_pipeline(settings.model, settings.dtype, device, **replaced)
     if getattr(pipe, "watermark", None) is not None:
         pipe.watermark = None
     if settings.scheduler:

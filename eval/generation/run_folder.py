@@ -18,6 +18,10 @@ from eval.common.files import replacing, some, write_json
 from eval.common.provenance import model_name
 
 
+MOVABLE = ("model", "captions")  # paths, which digests stand for
+PNG_END = bytes.fromhex("0000000049454e44ae426082")  # the whole last chunk, IEND
+COCO30K = "MS-COCO_val2014_30k_captions"
+UNPAIRED = {"method", "model", "captions", "batch"}  # a pair may differ in these; digests stand for the paths
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -57,11 +61,7 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-MOVABLE = ("model", "captions")  # paths, which digests stand for
-PNG_END = bytes.fromhex("0000000049454e44ae426082")  # the whole last chunk, IEND
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- as it is written ------------------------------------------------------------------------------------------------
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     with replacing(path) as part:
@@ -115,14 +115,14 @@ class RunFolder:
 
     def check(self, made_with: Mapping, ids: Iterable[str]) -> None:
         """ValueError for a folder of other settings or versions, or with files that are not of this run; changes nothing."""
-        own = {f"{name}.png" for name in ids}
+        expected = {f"{name}.png" for name in ids}
         present = [path.name for path in self.images.glob("[!.]*")]
         if self.settings.exists():
             self._check_settings(made_with)
         else:
             present += [path.name for path in self.root.glob("[!.]*") if path != self.images]
-            own = set()
-        if foreign := sorted(set(present) - own):
+            expected = set()
+        if foreign := sorted(set(present) - expected):
             raise ValueError(
                 f"Expected only images of this run in {self.root}, but found {some(foreign)}: move them away, or use another "
                 "--out."
@@ -154,10 +154,7 @@ class RunFolder:
         write_json(self.settings, {**made_with, "commit": commits})
 
 
-COCO30K = "MS-COCO_val2014_30k_captions"
-UNPAIRED = {"method", "model", "captions", "batch"}  # a pair may differ in these; digests stand for the paths
-
-
+# ---- as it is read ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class FinishedRun:
     """A run folder of `eval.coco30k`: its settings, its images sorted by id, and how many failed."""

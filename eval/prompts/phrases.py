@@ -214,12 +214,12 @@ def class_names(classes: Sequence[str]) -> tuple[str, ...]:
 
 def aliases_of(benchmark: str, classes: Sequence[str]) -> dict[str, str]:
     """Our words for a benchmark's classes: phrase -> class. No class's own name, singular or plural, is among the words."""
-    own, names, found = name_index(classes, {}), class_names(classes), {}
+    index, names, found = name_index(classes, {}), class_names(classes), {}
     for line in (DATASETS[benchmark].phrases + _WORDS).strip().splitlines():
-        owners = [own[key] for name in line.split(":")[0].split(",") if (key := tuple(clean(name).split())) in own]
+        owners = [index[key] for name in line.split(":")[0].split(",") if (key := tuple(clean(name).split())) in index]
         for word in map(clean, line.replace(":", ",").split(",")) if owners else ():
             *first, last = word.split()
-            if not any((*first, form) in own for form in forms(last)):
+            if not any((*first, form) in index for form in forms(last)):
                 found.setdefault(word, names[owners[0]])
     return found
 

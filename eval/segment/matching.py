@@ -53,7 +53,7 @@ def merge(overlap: np.ndarray, background: int) -> np.ndarray:
     """New numbers of the segments: those matched to a class that is no background keep one each, all others share the last."""
     objects = np.delete(overlap, background, axis=1)
     rows, columns = linear_sum_assignment(objects, maximize=True)
-    own = rows[objects[rows, columns] > 0]
-    numbers = np.full(len(overlap), len(own))
-    numbers[own] = np.arange(len(own))
+    kept = rows[objects[rows, columns] > 0]
+    numbers = np.full(len(overlap), len(kept))
+    numbers[kept] = np.arange(len(kept))
     return numbers
