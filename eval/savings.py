@@ -34,7 +34,13 @@ TINY_SIDE, FULL_SIDE = 16, 64  # of the finest grids
 
 @dataclass(frozen=True)
 class Option:
-    """`rows`, `side`: shares of the finest grid's pixels and of its longer side."""
+    """One of the options, or several.
+
+    Args:
+        every: `SCFGConfig.every`.
+        rows: `GoCAConfig.agreement_rows` as a share of the finest grid's pixels; None for all.
+        side: `GoCAConfig.working_size` as a share of the finest grid's longer side; None for all of it.
+    """
 
     every: int = 1
     rows: float | None = None
@@ -60,7 +66,14 @@ OPTIONS += [Option(side=0.5), Option(every=2, side=0.5)]
 
 @dataclass(frozen=True)
 class SavingsSettings:
-    """What the errors depend on."""
+    """What the errors depend on.
+
+    Args:
+        captions: of held-out scenes, from the first on.
+        steps, guidance_scale: of generation.
+        batch: captions in a call.
+        scenes: that are segmented.
+    """
 
     captions: int = 32
     steps: int = 30

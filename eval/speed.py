@@ -51,7 +51,15 @@ PLANS = {  # family, size, batch; the most telling ones first
 
 @dataclass(frozen=True)
 class Case:
-    """What one row measures. `options`: of `GoCAConfig` and `SCFGConfig`, by name."""
+    """What one row measures.
+
+    Args:
+        family: an architecture of `eval.cost.full_size`.
+        size: side of the picture in pixels.
+        batch: prompts in a call.
+        dtype: of the models.
+        options: of `GoCAConfig` and `SCFGConfig`, for example "every=2 agreement_rows=256".
+    """
 
     family: str
     size: int

@@ -117,8 +117,10 @@ class SCFGConfig:
 class Background:
     """The score that the classes of a segmentation must beat (method of the GoCA benchmarks).
 
-    Without `entities` it is the constant `threshold`. With them it is `offset` + their highest score, or, where a
-    `threshold` is given too, the higher of the threshold and their highest score.
+    Args:
+        entities: names of what is background.
+        threshold: a constant score, or the least one where there are entities too.
+        offset: added to the highest score of the entities, unless there is a threshold.
     """
 
     entities: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What a number, and a difference between two paired runs, is worth: resamples of the ids that both share.
+"""95 % intervals of a number, and of a difference between two paired runs, by resampling the ids that both share.
 
 An id is drawn, or left out, for both runs at once, so what makes one caption easier than another falls out of the
 difference. The reference is held fixed: an interval says how a number varies with the captions and their noise.
@@ -15,8 +15,6 @@ import numpy as np
 
 
 DRAWS = 1000
-
-
 GROUPS = 40  # of ids that the jackknife leaves out
 
 

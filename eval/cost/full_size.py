@@ -39,8 +39,15 @@ class Embedded:
 class Architecture:
     """A stock pipeline class and the sizes of what it is made of.
 
-    `size`: native, in pixels. `denoiser`: makes it; `part`: its name in the pipeline. `vae`: latent channels, scale, shift.
-    `prompt`: shapes of the embeddings and masks of one prompt, by argument. `options`: further arguments of a call.
+    Args:
+        size: native, in pixels.
+        pipeline: the stock class.
+        denoiser, part: makes it, and its name in the pipeline.
+        scheduler: makes it.
+        vae: latent channels, scale, shift.
+        prompt: shapes of the embeddings and masks of one prompt, by argument.
+        options: further arguments of a call.
+        words: regions by token positions.
     """
 
     size: int
