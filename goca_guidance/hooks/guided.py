@@ -22,9 +22,8 @@ SEGMENTORS: dict[str, tuple[type[GuidingSegmentor], LayoutRule]] = {  # by `SCFG
     "goca": (GoCASegmentor, prompt_layout),
     "s-cfg": (SCFGSegmentor, token_layout),
 }
-Rule = Callable[
-    [Tensor, Regions, float, SCFGConfig], Tensor
-]  # delta b c H W, regions, scale, config to the rate b 1 H W
+Rule = Callable[[Tensor, Regions, float, SCFGConfig], Tensor]
+"""A guidance rule: guidance difference [b c H W], regions, scale, config to the rate [b 1 H W]."""
 
 
 class GuidedCall(Watch):
@@ -84,9 +83,7 @@ class GuidedCall(Watch):
                 "them), or `use_scfg=False`."
             )
         self.step = 0  # conditional predictions begun
-        self.branches: tuple[
-            int, ...
-        ] = ()  # predictions of the denoiser's call in progress: 0 unconditional, 1 conditional
+        self.branches: tuple[int, ...] = ()  # of the denoiser's call in progress: 0 unconditional, 1 conditional
         self.negative: GoCASegmentor | None = None  # reads the negative prompt's words in the unconditional prediction
         self._guided = False  # the step in progress is guided, by its own regions or the last ones
         self._awaited = False  # the step's product of scale and difference is still to come
