@@ -1,7 +1,7 @@
 """Seeing every attention call of a denoiser without changing it: forward hooks, and wrappers around the kernels.
 
 Processors are never replaced and outputs stay bit-equal. Hooks live for one `with` block. Torch's own kernel is wrapped
-only while an observed module runs; a wrapper is seen by the whole process, and reports calls of its own thread alone.
+only while an observed module runs. Hooks and wrappers are seen by the whole process, and heed their own thread alone.
 """
 
 import threading
@@ -58,10 +58,11 @@ class AttentionObserver:
     def __enter__(self) -> "AttentionObserver":
         self._installed, self._thread = ExitStack(), threading.get_ident()
         for name, module in self.modules.items():
-            self._install(module.register_forward_pre_hook(lambda *_: self._enter_module()))
-            self._install(module.register_forward_hook(self._leave_module(name), always_call=True))
+            enter, leave = own_thread(lambda *_: self._enter_module()), own_thread(self._leave_module(name))
+            self._install(module.register_forward_pre_hook(enter))
+            self._install(module.register_forward_hook(leave, always_call=True))
             if name in self.raw and getattr(module, "norm_q", None) is not None:
-                self._install(module.norm_q.register_forward_pre_hook(self._before_norm))
+                self._install(module.norm_q.register_forward_pre_hook(own_thread(self._before_norm)))
         self._installed.callback(_release, BACKENDS, _watch(BACKENDS, list(BACKENDS), self))
         return self
 
@@ -140,6 +141,12 @@ class AttentionObserver:
             gram = projection @ projection.mT
             self._grams[name] = (gram / gram.amax().clamp(min=torch.finfo(gram.dtype).tiny)).to(like.dtype)
         return self._grams[name]
+
+
+def own_thread(hook: Callable) -> Callable:
+    """A module's hook for forwards of this thread alone: others may run pipelines on the same modules."""
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
 
 def output_projection(project: Callable[[Tensor], Tensor], like: Tensor) -> Float[Tensor, "hd c"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from goca_guidance.denoisers.base import DenoiserCall, Family, argument, check_whole
 from goca_guidance.denoisers.words import Encoded, encoder_ids
-from goca_guidance.hooks.observer import AttentionObserver
+from goca_guidance.hooks.observer import AttentionObserver, own_thread
 from goca_guidance.method.records import AttentionRecord
 
 
@@ -70,7 +70,7 @@ class Watch:
             ):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for module, hook in hooked:
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.callback(module.register_forward_pre_hook(own_thread(hook), with_kwargs=True).remove)
             stack.enter_context(self.observer)
             stack.callback(self.forget)
             yield
