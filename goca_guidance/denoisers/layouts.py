@@ -168,7 +168,8 @@ def layout(entities: Sequence[Words], sinks: Sequence[int] = (), region_of_sink:
     tokens = [sorted({p for _, positions in regions for p in positions}) for regions in entities]
     m, k = max(map(len, tokens)), max(map(len, entities))
     columns = torch.zeros(len(tokens), m, dtype=torch.long)
-    groups, content = torch.zeros(len(tokens), m, k), torch.zeros(len(tokens), m, dtype=torch.bool)
+    groups = torch.zeros(len(tokens), m, k, dtype=torch.float32)
+    content = torch.zeros(len(tokens), m, dtype=torch.bool)
     for b, regions in enumerate(entities):
         columns[b, : len(tokens[b])] = torch.tensor(tokens[b])
         content[b, : len(tokens[b])] = torch.tensor([not region_of_sink or p != sinks[b] for p in tokens[b]])

@@ -70,7 +70,7 @@ def resize_adjoint(maps: Float[Tensor, "b k Y X"], size: tuple[int, int]) -> Flo
 @_constant
 def row_mass(reference: tuple[int, int], grid: tuple[int, int], device) -> Float[Tensor, " q"]:
     """What each key of `grid` adds to a row's sum when the row is resized to the `reference` grid."""
-    return resize_adjoint(torch.ones(1, 1, *reference, device=device), grid).flatten()
+    return resize_adjoint(torch.ones(1, 1, *reference, dtype=torch.float32, device=device), grid).flatten()
 
 
 @_constant
@@ -123,4 +123,4 @@ def _read(source: int, target: int, device) -> tuple[Int[Tensor, " read"], Float
     """Along one axis: the source pixels that nearest resizing reads, and which target pixels read each of them."""
     index = torch.arange(target, device=device) * source // target
     read = index if target <= source else torch.arange(source, device=device)
-    return read, (read[:, None] == index).float()
+    return read, (read[:, None] == index).to(torch.float32)

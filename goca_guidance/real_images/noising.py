@@ -32,9 +32,9 @@ def encode(
             f"Expected finite latents, but the autoencoder gave NaN or infinity in {loaded}: use it in float32."
         )
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, deviation = (
-            torch.tensor(config[name], device=device).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
-        )
+        names = ("latents_mean", "latents_std")
+        channels = (torch.tensor(config[name], dtype=torch.float32, device=device) for name in names)
+        mean, deviation = (values.view(1, -1, 1, 1) for values in channels)
         return ((latents - mean) * config.scaling_factor / deviation).to(dtype)
     return ((latents - (config.get("shift_factor") or 0)) * config.scaling_factor).to(dtype)
 
@@ -87,7 +87,9 @@ class HandingScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
         """The given timesteps, whatever is asked."""
-        self.timesteps = torch.tensor([t for t, _ in self._handed], device=device)
+        whole = all(isinstance(t, int) for t, _ in self._handed)
+        kind = torch.int64 if whole else torch.float32
+        self.timesteps = torch.tensor([t for t, _ in self._handed], dtype=kind, device=device)
         self._step = 0
 
     def set_begin_index(self, begin_index=0):
