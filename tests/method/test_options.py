@@ -4,20 +4,19 @@
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from eval.cost.captured_step import Step
-from eval.cost.naive import head_shares, probabilities
+from eval.cost.naive import NaiveSegmentor
 from goca_guidance import GoCAConfig, SCFGConfig
 from goca_guidance.config import LayerPreset
 from goca_guidance.method import segmentor
-from goca_guidance.method.maps import as_maps, blur, coarser, min_max, nearest, resize
+from goca_guidance.method.maps import coarser
 from goca_guidance.method.records import TokenLayout
+from goca_guidance.method.segmentor import GoCASegmentor
 from tests.helpers.attention import projection_of, record, same, step
 from tests.helpers.guided import every_family
 
@@ -75,8 +74,8 @@ def test_agreement_of_sampled_rows_is_unbiased(name, row_normalise, working_size
 
 @pytest.mark.parametrize("name", SEPARATE)
 def test_sampled_rows_are_near_all_rows_and_the_same_at_every_call(name):
-    state = torch.get_rng_state()
-    some, again, full = (answers(step(name), agreement_rows=rows) for rows in (48, 48, None))
+    captured, state = step(name), torch.get_rng_state()
+    some, again, full = (answers(captured, agreement_rows=rows) for rows in (48, 48, None))
     assert torch.equal(state, torch.get_rng_state())
     assert_identical(some, again)
     assert torch.allclose(some[0], full[0], rtol=0, atol=0.1)
@@ -84,111 +83,23 @@ def test_sampled_rows_are_near_all_rows_and_the_same_at_every_call(name):
 
 
 # ---- working_size ----------------------------------------------------------------------------------------------------
-@dataclass
-class Explicit:
-    """GoCA at a working size as its definition says, with every matrix built; `working`: grids of layers to grids read."""
-
-    step: Step
-    config: GoCAConfig
-    working: dict[tuple[int, int], tuple[int, int]]
-
-    def __post_init__(self):
-        calls, preset = self.step.calls, self.step.preset
-        halves = [[r.branch(b) for r in calls[0]] for b in (1, 0)] if len(calls) == 1 else calls
-        self.records = [{r.name: r for r in half} for half in halves]  # conditional, unconditional
-        self.grids = {r.name: self.working.get(r.grid, r.grid) for r in halves[0]}
-        finest = max((self.records[0][name].grid for name in preset.text), key=math.prod)
-        self.size = self.working.get(finest, finest)
-        self.order = preset.order if self.config.refine_order is None else self.config.refine_order
-        normal = self.config.row_normalise
-        self.row_normalise = preset.row_normalise if normal is None else normal
-
-    def read(self, name: str, half: int = 0) -> Tensor:
-        """b h w n: a layer's probabilities in the rows of the working grid."""
-        record = self.records[half][name]
-        return probabilities(record, torch.float32)[:, :, rows(record.grid, self.grids[name])]
-
-    def affinity(self, name: str) -> Tensor:
-        """b w p: working queries, all pixel keys."""
-        return self.read(name)[..., self.records[0][name].view.image].mean(1)
-
-    def weights(self) -> Tensor:
-        preset, found = self.step.preset, []
-        record = self.records[0][preset.reference]
-        query = record.query if record.features is None else record.features
-        features = (record.output if preset.features == "output" else query).transpose(1, 2).flatten(2)
-        grid = self.grids[preset.reference]
-        features = features[:, rows(record.grid, grid)]
-        pseudo = (features @ features.mT / features.shape[-1] ** 0.5).softmax(-1)
-        for name in preset.self_attention:
-            resized = self.affinity(name) @ bilinear(self.records[0][name].grid, grid).mT
-            resized = resized[:, rows(self.grids[name], grid)]
-            if self.row_normalise:
-                resized = resized / resized.sum(-1, keepdim=True)
-            found.append((pseudo * resized).sum((1, 2)).clamp(min=0))
-        return torch.stack(found, -1) / sum(found)[:, None]
-
-    def words(self, half: int, weights: Tensor, columns: Tensor) -> Tensor:
-        """b m H W at the working size: averaged, or, in joint attention, read there."""
-        total, records = 0, self.records[half]
-        grids = {name: self.grids[name] if r.view.joint else r.grid for name, r in records.items()}
-        size = max((grids[name] for name in self.step.preset.text), key=math.prod)
-        for layer, name in enumerate(self.step.preset.text):
-            record, share = records[name], 1 / records[name].query.shape[1]
-            if (self.config.heads or self.step.preset.heads) == "contribution":
-                share = head_shares(record.output, self.step.projections[name])
-            text = (probabilities(record, torch.float32)[..., record.view.text] * share).sum(1)
-            text = text[:, rows(record.grid, grids[name])]
-            total = total + weights[:, layer, None, None, None] * resize(as_maps(text, grids[name]), size)
-        total = F.adaptive_avg_pool2d(total.clamp(min=0), self.size)
-        return torch.stack([maps[at] for maps, at in zip(total, columns, strict=True)])
-
-    def normalised(self, maps: Tensor) -> Tensor:
-        relative = math.prod(self.size) ** 0.5 / 64
-        window = 2 * math.ceil(self.config.blur_size // 2 * relative) + 1
-        return min_max(blur(maps, window, self.config.blur_sigma * relative))
-
-    def scores(self) -> Tensor:
-        layout, weights = self.step.layout, self.weights()
-        tokens, fine = self.words(0, weights, layout.columns), self.step.preset.refine
-        maps, total = torch.einsum("bmhw,bmk->bkhw", tokens, layout.groups), tokens * layout.content[..., None, None]
-        rivals = ((layout.groups > 0) & layout.content[..., None]).any(1).sum(-1)
-        divided = maps / total.sum(1, keepdim=True)
-        x = self.normalised(torch.where((rivals > 1)[:, None, None, None], divided, maps)).flatten(2).mT
-        upsampled = bilinear(self.size, self.records[0][fine[0]].grid)
-        refining = sum(self.affinity(name) for name in fine) @ upsampled / len(fine)  # A[rows] U, b w w
-        for _ in range(self.order):
-            x = refining @ x
-        return min_max(as_maps(x, self.size)) if self.order else as_maps(x, self.size)
-
-    def foreground(self, size: tuple[int, int]) -> Tensor:
-        sink = self.words(int(self.step.unconditional_sink), self.weights(), self.step.layout.sink)
-        return nearest(self.normalised(sink) < 0.5, size)
-
-
-def rows(grid, working) -> Tensor:
-    """The query that nearest resizing reads for each pixel of another grid."""
-    numbers = torch.arange(math.prod(grid), dtype=torch.float64).view(1, 1, *grid)
-    return F.interpolate(numbers, working, mode="nearest").flatten().long()
-
-
-def bilinear(source, target) -> Tensor:
-    """[target source]: its product with a flat map is the map at the target size."""
-    return resize(torch.eye(math.prod(source)).view(-1, 1, *source), target).flatten(1).mT
+def both(step: Step, side: int, working, **options) -> tuple[GoCASegmentor, NaiveSegmentor]:
+    """Ours at a working size, and the naive form, told which grid each layer's becomes."""
+    config = GoCAConfig(working_size=side, **options)
+    naive = step.naive(config)
+    naive.working = working
+    return step.ours(config), naive
 
 
 def compare(step: Step, side: int, working, **options):
-    config = GoCAConfig(working_size=side, **options)
-    ours, explicit = step.ours(config), Explicit(step, config, working)
-    assert torch.allclose(ours.weights(), explicit.weights(), rtol=0, atol=1e-5)
-    scores, regions = ours.scores(), ours.regions((32, 32))
-    assert scores.shape[-2:] == explicit.size
-    assert torch.allclose(scores, explicit.scores(), rtol=0, atol=1e-3)
-    winner = explicit.scores().masked_fill(~step.layout.present[..., None, None], -torch.inf).argmax(1)
-    masks = torch.stack([winner == k for k in range(scores.shape[1])], 1)
-    assert (regions.masks == nearest(masks, (32, 32))).all(1).float().mean() >= 0.995
-    assert (regions.foreground == explicit.foreground((32, 32))).float().mean() >= 0.995
-    assert (regions.masks.sum(1) == 1).all()
+    ours, naive = both(step, side, working, **options)
+    assert torch.allclose(ours.weights(), naive.weights(), rtol=0, atol=1e-5)
+    assert ours.scores().shape == naive.scores().shape
+    assert torch.allclose(ours.scores(), naive.scores(), rtol=0, atol=1e-3)
+    found, expected = (segmentor.regions((32, 32)) for segmentor in (ours, naive))
+    assert (found.masks == expected.masks).all(1).float().mean() >= 0.995
+    assert (found.foreground == expected.foreground).float().mean() >= 0.995
+    assert (found.masks.sum(1) == 1).all()
 
 
 @every_family
@@ -203,7 +114,7 @@ THIRD = {(16, 16): (6, 6), (8, 8): (6, 6)}
 
 @pytest.mark.parametrize("changes", [{}, {"heads": "contribution"}, {"row_normalise": True}, {"refine_order": 0}])
 @every_family
-def test_working_size_equals_the_explicit_form(name, changes):
+def test_working_size_equals_the_naive_form(name, changes):
     compare(step(name), 4, {(16, 16): (4, 4), (8, 8): (4, 4)}, **changes)
 
 
@@ -266,12 +177,10 @@ def test_odd_grids(fine, coarse, side, fine_read, coarse_read, stored, monkeypat
     if not stored:
         monkeypatch.setattr(segmentor, "STORED", 1)
     assert (coarser(fine, side), coarser(coarse, side)) == (fine_read, coarse_read)
-    odd = invented(fine, coarse)
-    config = GoCAConfig(working_size=side)
-    ours, explicit = odd.ours(config), Explicit(odd, config, {fine: fine_read, coarse: coarse_read})
-    explicit.size = fine_read
-    assert torch.allclose(ours.scores(), explicit.scores(), rtol=0, atol=1e-3)
-    assert torch.equal(ours.regions((32, 32)).foreground, explicit.foreground((32, 32)))
+    ours, naive = both(invented(fine, coarse), side, {fine: fine_read, coarse: coarse_read})
+    assert ours.scores().shape == naive.scores().shape
+    assert torch.allclose(ours.scores(), naive.scores(), rtol=0, atol=1e-3)
+    assert torch.equal(ours.regions((32, 32)).foreground, naive.regions((32, 32)).foreground)
 
 
 @every_family
