@@ -29,7 +29,7 @@ test: check  ## what CI runs
 test-floor:  ## the tests with the lowest supported diffusers, in an environment of their own
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install --quiet --editable ".[dev]" "diffusers==0.37.1" "huggingface-hub<2" httpx
-	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python -m pytest --ignore=tests/test_features.py
+	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python -m pytest --ignore=tests/features/test_features.py
 
 features: $(VENV)/installed  ## docs/features.md, every cell tried
 	$(RUN)/python -m tests.features

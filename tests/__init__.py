@@ -1,3 +1,3 @@
 """What you trust: tiny real models built in code, no network."""
 
-from tests import checker as checker  # the run-time type checker that pyproject.toml names
+from tests.helpers import checker as checker  # the run-time type checker that pyproject.toml names

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 
 from goca_guidance import GoCASCFGPipeline
-from tests.tiny import tiny_components
+from tests.helpers.tiny import tiny_components
 
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other

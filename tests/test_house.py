@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import goca_guidance
+from tests.helpers.places import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 LIBRARY = [  # rooms of goca_guidance by floor: one imports itself and lower floors
     {"config"},
     {"method"},

@@ -23,8 +23,9 @@ class NaiveSegmentor:
     """`GoCASegmentor` in its naive form: the same calls, for the records of every family, joint attention and masks included.
 
     Every field of `GoCAConfig` is supported, and means the same, except the options that trade exactness for
-    speed (`agreement_rows`, `working_size`). Of the unconditional prediction only text maps are built,
-    where `unconditional_sink` asks for them. Contribution heads need the output `projections` too, without bias.
+    speed: `agreement_rows` is not, and for `working_size` stands `working`, grids of layers to the grids that are read.
+    Of the unconditional prediction only text maps are built, where `unconditional_sink` asks for them. Contribution
+    heads need the output `projections` too, without bias.
     """
 
     config: GoCAConfig
@@ -33,6 +34,7 @@ class NaiveSegmentor:
     unconditional_sink: bool = False
     projections: Mapping[str, Float[Tensor, "hd c"]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    working: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self):
         config, preset = self.config, self.preset
@@ -75,16 +77,23 @@ class NaiveSegmentor:
         if self.config.layers == "uniform":
             uniform = self.layout.groups.new_ones(len(self.layout.labels), len(self.preset.text))
             return uniform / len(self.preset.text)
-        reference = (self._features @ self._features.mT / self._features.shape[-1] ** 0.5).softmax(-1)
-        grid, found = self._views[self.preset.reference].grid, []
+        grid, found = self._grid(self.preset.reference), []
+        features = self._read(self.preset.reference, self._features, grid)
+        reference = (features @ features.mT / features.shape[-1] ** 0.5).softmax(-1)
         for name in self.preset.self_attention:
-            resized = resize_affinity(self._affinity(name), self._views[name].grid, grid)
+            resized = resize_affinity(self._affinity(name), self._grid(name), self._views[name].grid, grid)
             resized = resized / resized.sum(-1, keepdim=True) if self.row_normalise else resized
             found.append((reference * resized).sum((1, 2)).clamp(min=0))
         return torch.stack([torch.where(sum(found) > 0, one / sum(found), 1 / len(found)) for one in found], -1)
 
-    def _affinity(self, name):  # b p p: the mean over heads of a layer's map, pixel keys only
-        return self._maps[1, name][..., self._views[name].image].mean(1)
+    def _affinity(self, name):  # b r p: the mean over heads of a layer's map, pixel keys only
+        return self._read(name, self._maps[1, name][..., self._views[name].image].mean(1), self._grid(name))
+
+    def _grid(self, name):  # of the pixels whose rows are read
+        return self.working.get(self._views[name].grid, self._views[name].grid)
+
+    def _read(self, name, rows, grid):  # b r n: of b p n, a row for each pixel of a layer
+        return rows if grid == self._views[name].grid else nearest_rows(rows, self._views[name].grid, grid)
 
     def scores(self) -> Float[Tensor, "b k H W"]:
         """One map in [0, 1] for each region of the layout, at the finest text layer's grid."""
@@ -99,12 +108,20 @@ class NaiveSegmentor:
         return Regions(nearest(masks, size), nearest(sink < 0.5, size), layout.labels)
 
     def _tokens(self, branch, weights, columns):
-        """b m H W: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, for all of the text; then its `columns`."""
-        size, total = max((self._views[name].grid for name in self.preset.text), key=math.prod), 0
-        for layer, name in enumerate(self.preset.text):
-            text = (self._maps[branch, name][..., self._views[name].text] * self._shares[branch, name]).sum(1)
-            total = total + weights[:, layer, None, None, None] * resize(as_maps(text, self._views[name].grid), size)
-        return torch.stack([maps[at] for maps, at in zip(total.clamp(min=0), columns, strict=True)])
+        """b m H W: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, for all of the text; then its `columns`.
+
+        At a working size it is averaged; but words that share a softmax with pixels are read in the pixels' rows.
+        """
+        views = {name: self._views[name] for name in self.preset.text}
+        grids = {name: self._grid(name) if view.joint else view.grid for name, view in views.items()}
+        size, total = max(grids.values(), key=math.prod), 0
+        for layer, (name, grid) in enumerate(grids.items()):
+            text = (self._maps[branch, name][..., views[name].text] * self._shares[branch, name]).sum(1)
+            text = as_maps(self._read(name, text, grid), grid)
+            total = total + weights[:, layer, None, None, None] * resize(text, size)
+        working = self._grid(max(views, key=lambda name: math.prod(views[name].grid)))
+        whole = F.adaptive_avg_pool2d(total.clamp(min=0), working)
+        return torch.stack([maps[at] for maps, at in zip(whole, columns, strict=True)])
 
     def _scores(self, weights):
         tokens, groups = self._tokens(1, weights, self.layout.columns), self.layout.groups.to(self.dtype)
@@ -118,10 +135,11 @@ class NaiveSegmentor:
     def _refined(self, maps):
         if not self.order:
             return maps
-        affinity, refined = sum(map(self._affinity, self.preset.refine)) / len(self.preset.refine), maps.flatten(2).mT
+        affinity = sum(map(self._affinity, self.preset.refine)) / len(self.preset.refine)
+        size, keys = maps.shape[-2:], self._views[self.preset.refine[0]].grid
         for _ in range(self.order):
-            refined = affinity @ refined
-        return min_max(as_maps(refined, maps.shape[-2:]))
+            maps = as_maps(affinity @ resize(maps, keys).flatten(2).mT, size)
+        return min_max(maps)
 
     def _normalised(self, maps):
         """Gaussian blur, then min-max; the kernel is given for 64 x 64 maps, and grows or shrinks with them."""
@@ -144,7 +162,13 @@ def head_shares(output: Tensor, projection: Float[Tensor, "hd c"]) -> Float[Tens
     return torch.where(total > 0, share / total, 1 / share.shape[1])
 
 
-def resize_affinity(affinity: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Float[Tensor, "b P Q"]:
-    """A self-attention map b p p on another grid: its keys bilinear, its queries nearest (GoCA, layers)."""
-    keys = resize(affinity.unflatten(-1, grid), target).flatten(2)  # b p Q
-    return F.interpolate(keys.mT.unflatten(-1, grid), target, mode="nearest").flatten(2).mT
+def resize_affinity(
+    affinity: Tensor, queries: tuple[int, int], keys: tuple[int, int], target: tuple[int, int]
+) -> Float[Tensor, "b P Q"]:
+    """A self-attention map b p q on another grid: its keys bilinear, its queries nearest (GoCA, layers)."""
+    return nearest_rows(resize(affinity.unflatten(-1, keys), target).flatten(2), queries, target)
+
+
+def nearest_rows(rows: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Float[Tensor, "b P n"]:
+    """Rows b p n of a grid's pixels on another grid, nearest."""
+    return F.interpolate(rows.mT.unflatten(-1, grid), target, mode="nearest").flatten(2).mT

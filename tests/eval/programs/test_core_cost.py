@@ -1,0 +1,17 @@
+"""The program that measures the segmentor against its naive form."""
+
+import torch
+
+from eval.core_cost import PARTS, measure, profile
+from tests.helpers.attention import step
+
+
+def test_core_measures(tmp_path):
+    path = tmp_path / "step.pt"
+    torch.save(step("sd"), path)
+    ours, naive = (measure(path, "cpu", form, repeats=1) for form in ("ours", "naive"))
+    assert ours["masks"].shape == naive["masks"].shape
+    assert min(ours["ms"], naive["ms"]) > 0
+    shares = profile(path, "cpu", repeats=1)
+    assert shares.keys() == {*PARTS, "rest"}
+    assert all(0 <= share < 1 for share in shares.values())

@@ -1,0 +1,117 @@
+"""Experiments, and every TOML file of segmentation: it can be run, and the paper's table has a file for each cell."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.datasets.benchmarks import DATASETS, Benchmark
+from eval.segment.experiment import Experiment, method_of, rule_of
+from eval.segment.methods import METHODS
+from goca_guidance import TINY_SD, GoCAConfig
+from tests.helpers.places import ROOT
+
+
+FILES = [ROOT / "configs/demo.toml", *sorted((ROOT / "configs/segment").glob("*.toml"))]
+PAPER = tomllib.loads((ROOT / "eval/paper.toml").read_text())
+MODELS = dict(zip(("sd15", "sdxl", "pixart_sigma", "flux"), PAPER["models"].values(), strict=True))
+UNETS = (TINY_SD, MODELS["sd15"], MODELS["sdxl"])
+CAPTIONS = {  # released file of each benchmark
+    "voc": "voc",
+    "context": "context",
+    "coco-object": "coco-object",
+    "coco-stuff-27": "coco-stuff",
+    "coco-stuff-171": "coco-stuff",
+    "cityscapes": "city",
+    "ade20k": "ade",
+}
+
+
+def test_a_grid_is_a_row_for_each_combination():
+    grid = Experiment(grid={"heads": ["uniform", "contribution"], "rescale": [False, True]})
+    assert list(grid.rows) == [f"heads {h}, rescale {r}" for h in ("uniform", "contribution") for r in (False, True)]
+    both = method_of("heads uniform, rescale False", grid.rows["heads uniform, rescale False"]).config
+    assert both == GoCAConfig(heads="uniform", rescale=False)
+
+
+def test_only_some_methods():
+    both = Experiment(methods={"vanilla": {}, "goca": {}})
+    assert list(both.only(["goca"]).rows) == ["goca"]
+    with pytest.raises(ValueError, match="methods among"):
+        both.only(["gocha"])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+def has_background(experiment):
+    return experiment.protocol == "goca" or experiment.benchmark in ("voc", "context", "coco-object")
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def config(request):
+    return request.param, Experiment.read(request.param)
+
+
+def test_methods_are_known(config):
+    _, experiment = config
+    for name, settings in experiment.rows.items():
+        assert settings.get("base", name) in METHODS
+        assert method_of(name, settings)
+
+
+def test_parts_go_together(config):
+    _, experiment = config
+    assert experiment.benchmark in DATASETS
+    assert isinstance(getattr(torch, experiment.dtype), torch.dtype)
+    assert (experiment.root is None) == (experiment.benchmark == "scenes") == (experiment.model == TINY_SD)
+    if experiment.prompts.get("source") == "captions":
+        assert experiment.protocol == "goca"
+        assert Path(experiment.prompts["path"]).stem == CAPTIONS[experiment.benchmark]
+    if experiment.model not in UNETS:
+        assert "diffcut" not in experiment.rows
+        assert "diffsegmenter" not in experiment.rows
+
+
+def test_background_is_decided(config):
+    """Where there is a background, every method has one value, or somebody who chooses; nowhere else is a choice made."""
+    _, experiment = config
+    classes = ("background", "cat") if has_background(experiment) else ("cat",)
+    images = Benchmark(experiment.benchmark, classes, (), None)
+    rules = [rule_of(experiment, method_of(name, row), images) for name, row in experiment.rows.items()]
+    several = any(rule and len(rule.values) > 1 for rule in rules)
+    assert bool(experiment.tune) == (several and experiment.protocol != "goca")
+
+
+def test_name_and_first_lines_say_what_it_is(config):
+    path, experiment = config
+    if experiment.root is None:
+        return
+    model, repository = next(item for item in MODELS.items() if f"_{item[0]}" in path.stem)
+    kind = {"goca": ("", "_ablation"), "standard": ("_standard",)}[experiment.protocol]
+    assert path.stem in [f"{experiment.benchmark.replace('-', '_')}_{model}{end}" for end in kind]
+    assert experiment.model == repository
+    about, command = path.read_text().splitlines()[:2]
+    assert next(short for short, name in PAPER["models"].items() if name == repository) in about
+    assert command == f"# python -m eval.segmentation {path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("protocol", ["goca", "standard"])
+def test_every_cell_of_the_papers_table_has_a_file(protocol):
+    rows = {
+        (name, experiment.model, experiment.benchmark)
+        for experiment in map(Experiment.read, FILES)
+        for name in experiment.rows
+        if experiment.protocol == protocol
+    }
+    for number in PAPER["number"]:
+        cell = number["method"], PAPER["models"].get(number["model"]), number["benchmark"]
+        if number["protocol"] == "goca" and (protocol == "goca" or number["model"] == "SD1.5"):
+            wanted = number["method"] in METHODS or (protocol == "goca" and number["model"] == "SD1.5")
+            assert not wanted or cell in rows
+
+
+def test_captions_of_the_paper_are_nine_offsets():
+    for path in FILES:
+        experiment = Experiment.read(path)
+        if experiment.prompts.get("source") == "captions":
+            assert experiment.background == {"kind": "offset", "values": [n / 10 for n in range(-4, 5)]}
