@@ -38,7 +38,8 @@ class Truth:
 
 def miniature(name: str, root: Path, split: str = "val") -> dict[str, Truth]:
     """Write the dataset of one benchmark into the folder `root`."""
-    return _WRITERS[name](Path(root), split, np.random.default_rng(sorted(_WRITERS).index(name)))
+    write, _ = _MINIATURES[name]
+    return write(Path(root), split, np.random.default_rng(list(name.encode())))
 
 
 def relist(path: Path, ids) -> None:
@@ -148,16 +149,17 @@ def _ade20k(root, split, rng):
 
 
 _COCO_IDS = ("000000000139", "000000000285", "000000581781")
-_WRITERS = {
-    "voc": _voc,
-    "context": _context,
-    "context-59": _context_59,
-    "coco-object": _coco_object,
-    "coco-stuff-171": _coco_stuff,
-    "coco-stuff-27": _coco_stuff_27,
-    "cityscapes": _cityscapes,
-    "ade20k": _ade20k,
+_MINIATURES = {  # its writer, and how many classes the dataset has
+    "voc": (_voc, 21),
+    "context": (_context, 60),
+    "context-59": (_context_59, 59),
+    "coco-object": (_coco_object, 81),
+    "coco-stuff-171": (_coco_stuff, 171),
+    "coco-stuff-27": (_coco_stuff_27, 27),
+    "cityscapes": (_cityscapes, 19),
+    "ade20k": (_ade20k, 150),
 }
+CLASS_COUNTS = {name: count for name, (_, count) in _MINIATURES.items()}
 CONTEXT_TXT = (
     "1: accordion, 2: aeroplane, 9: bag, 18: bed, 19: bedclothes, 22: bench, 23: bicycle, 25: bird, 31: boat, 33: "
     "book, 34: bottle, 44: building, 45: bus, 46: cabinet, 59: car, 65: cat, 68: ceiling, 72: chair, 80: cloth, 85: "

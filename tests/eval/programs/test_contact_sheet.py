@@ -34,7 +34,7 @@ def test_looks_are_those_of_the_run(folders):
     """The same images again, bit for bit, with the regions and maps of a call of the pipeline."""
     goca, item = read_run(folders / "goca"), read_run(folders / "goca").items[3]
     look = contact_sheet.looks(goca, [item])[item.id]
-    assert look.again
+    assert look.equal
     generator = generating.Generator(GenerationSettings(**SETTINGS))
     texts = generator.settings.texts()
     batch = next(names for names in batches(texts, 2) if item.id in names)
