@@ -5,9 +5,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 
 from goca_guidance import GoCASCFGPipeline
 from tests.helpers.tiny import tiny_components
@@ -24,6 +26,12 @@ def pipe() -> GoCASCFGPipeline:
     pipe = GoCASCFGPipeline(**tiny_components())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    """A picture of noise, wider than high."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8))
 
 
 @pytest.fixture

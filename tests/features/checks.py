@@ -13,16 +13,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from goca_guidance import GoCASCFGPipeline, GoCASCFGPipelineOutput, SCFGConfig
-from goca_guidance.denoisers.adapters import family_of
+from goca_guidance.denoisers.adapters import denoiser_of, family_of
 from goca_guidance.hooks.guided import GuidedCall
 from tests.helpers.families import FAMILIES, run, stock_pipeline
-from tests.helpers.tiny import hooks_of
+from tests.helpers.guided import guided, hooks_of
 
 
 ENTERED: dict[str, Callable[[str], str]] = {}  # title of a row: what tries it with a family and returns the cell
 WORKS, ABSENT = "works", "not in diffusers"
-PROMPT = "a cat on grass"  # the small call's
-NEUTRAL = SCFGConfig(rate_min=1, rate_max=1)
 
 
 def feature(title: str):
@@ -82,20 +80,20 @@ def check(
     call = call | (change(stock) or {})
     expected = run(stock, name, **call).images
     assert not visible or not torch.equal(expected, plain(name))
-    pipe = guided_pipeline(stock)
+    pipe = guided(stock)
     if again:
         change(pipe)
-    before = hooks_of(denoiser_of(pipe))
+    before = hooks_of(denoiser_of(pipe.components))
     neutral = run(pipe, name, scfg=replace(scfg, rate_min=1, rate_max=1), **ours, **call).images
     with real_attention(pipe, alone) as grams:
-        guided = run(pipe, name, scfg=scfg, output_regions=True, **ours, **call)
-    assert hooks_of(denoiser_of(pipe)) == before
+        regional = run(pipe, name, scfg=scfg, output_regions=True, **ours, **call)
+    assert hooks_of(denoiser_of(pipe.components)) == before
     assert torch.equal(neutral, expected)
-    assert not torch.equal(guided.images, expected)
-    assert torch.isfinite(guided.images).all()
-    assert len(guided.regions) == len(guided.guidance_maps) == steps
-    assert all((regions.masks.sum(1) == 1).all() for regions in guided.regions)
-    return Found(pipe, guided, expected, grams)
+    assert not torch.equal(regional.images, expected)
+    assert torch.isfinite(regional.images).all()
+    assert len(regional.regions) == len(regional.guidance_maps) == steps
+    assert all((regions.masks.sum(1) == 1).all() for regions in regional.regions)
+    return Found(pipe, regional, expected, grams)
 
 
 def works(*args, **kwargs) -> str:
@@ -121,7 +119,7 @@ def refused(
     stock = stock or stock_pipeline(name)
     change(stock)
     expected = run(stock, name, **call).images
-    pipe = guided_pipeline(stock)
+    pipe = guided(stock)
     with pytest.raises((ValueError, RuntimeError), match=f"(?s){match}.*use_scfg=False"):
         run(pipe, name, **call)
     assert torch.equal(run(pipe, name, use_scfg=False, **call).images, expected)
@@ -158,7 +156,7 @@ def real_attention(pipe, alone: bool):
     def before_projection(name):
         return lambda module, args: projected.setdefault(name, []).append(args[0])
 
-    layers = family_of(denoiser_of(pipe)).attention_modules.items()
+    layers = family_of(denoiser_of(pipe.components)).attention_modules.items()
     outward = {name: layer.to_out[0] for name, layer in layers if getattr(layer, "to_out", None) is not None}
     handles = [module.register_forward_pre_hook(before_projection(name)) for name, module in outward.items()]
     try:
@@ -171,19 +169,10 @@ def real_attention(pipe, alone: bool):
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------------------
-def guided_pipeline(stock) -> GoCASCFGPipeline:
-    """Ours on the same modules."""
-    return silent(GoCASCFGPipeline.from_pipe(stock))
-
-
 def silent(pipe):
     """Without a progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def denoiser_of(pipe) -> torch.nn.Module:
-    return pipe.components["unet" if "unet" in pipe.components else "transformer"]
 
 
 @cache
@@ -205,7 +194,7 @@ def variant(name: str, kind: str, **component_changes) -> DiffusionPipeline | No
 
 def like_denoiser(name: str, **config_changes) -> dict:
     """The family's denoiser with another configuration, as a component to replace."""
-    model = denoiser_of(stock_pipeline(name))
+    model = denoiser_of(stock_pipeline(name).components)
     torch.manual_seed(0)
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     return {FAMILIES[name].denoiser: type(model)(**config | config_changes).eval()}

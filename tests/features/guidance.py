@@ -7,9 +7,7 @@ from diffusers import callbacks
 from goca_guidance import SCFGConfig
 from tests.features.checks import (
     ABSENT,
-    NEUTRAL,
     feature,
-    guided_pipeline,
     plain,
     refused,
     refused_by_diffusers,
@@ -18,6 +16,7 @@ from tests.features.checks import (
     works,
 )
 from tests.helpers.families import FAMILIES, run, stock_pipeline
+from tests.helpers.guided import NEUTRAL, guided
 
 
 CUTOFFS = {"sd": "SDCFGCutoffCallback", "sdxl": "SDXLCFGCutoffCallback", "sd3": "SD3CFGCutoffCallback"}
@@ -54,7 +53,7 @@ def guidance_rescale(name):
 def changing_scale(name):
     if not takes(name, "callback_on_step_end"):
         return ABSENT
-    call, pipe = {"callback_on_step_end": _raise_scale}, guided_pipeline(stock_pipeline(name))
+    call, pipe = {"callback_on_step_end": _raise_scale}, guided(stock_pipeline(name))
     if torch.equal(run(stock_pipeline(name), name, **call).images, plain(name)):  # the loop has a scale of its own
         assert torch.equal(run(pipe, name, scfg=NEUTRAL, **call).images, plain(name))
         return ABSENT

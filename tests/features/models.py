@@ -11,20 +11,19 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, HunyuanAttnProcessor2_0
 
 from goca_guidance import GoCAConfig
-from goca_guidance.denoisers.adapters import family_of
+from goca_guidance.denoisers.adapters import denoiser_of, family_of
 from tests.features.checks import (
     ABSENT,
     WORKS,
     check,
-    denoiser_of,
     feature,
-    guided_pipeline,
     like_denoiser,
     refused,
     refused_by_diffusers,
     works,
 )
 from tests.helpers.families import FAMILIES, add_ip_adapter, add_lora, run, stock_pipeline
+from tests.helpers.guided import guided
 
 
 CPU = torch.device("cpu")
@@ -35,7 +34,7 @@ CPU = torch.device("cpu")
 def lora(name):
     """Heads are weighed by the adapted output projection."""
     found = check(name, add_lora, ours={"goca": GoCAConfig(heads="contribution")})
-    modules = dict(denoiser_of(found.pipe).named_modules())
+    modules = dict(denoiser_of(found.pipe.components).named_modules())
     adapted = {key: modules[f"{key}.to_out.0"] for key in found.grams if f"{key}.to_out.0" in modules}
     assert adapted
     for key, layer in adapted.items():
@@ -61,16 +60,16 @@ def fused_projections(name):
     _fused(name, stock_pipeline(name, **like_denoiser(name, **small)))
     _fused(name, stock_pipeline(name, **like_denoiser(name, **large)), faithful=False)
     stock, reason = stock_pipeline(name), "crashes with 3.5 medium, forgets the norms of 3.5 large; 3.0 works"
-    denoiser_of(stock).fuse_qkv_projections()
+    denoiser_of(stock.components).fuse_qkv_projections()
     return refused_by_diffusers("'ndim'", reason, lambda: run(stock, name))
 
 
 def _fused(name, stock, faithful=True):
     """`faithful`: whether stock computes the same as without."""
     before = run(stock, name).images
-    denoiser_of(stock).fuse_qkv_projections()
+    denoiser_of(stock.components).fuse_qkv_projections()
     found = check(name, stock=stock, visible=False)
-    assert any(getattr(layer, "fused_projections", False) for layer in denoiser_of(stock).modules())
+    assert any(getattr(layer, "fused_projections", False) for layer in denoiser_of(stock.components).modules())
     assert torch.allclose(found.expected, before, atol=1e-4) == faithful
     return WORKS
 
@@ -101,8 +100,8 @@ def autocast(name):
 @feature("fp8 weights (layerwise casting)")
 def fp8(name):
     storage = torch.float8_e4m3fn
-    found = check(name, lambda pipe: denoiser_of(pipe).enable_layerwise_casting(storage, torch.float32))
-    assert storage in {parameter.dtype for parameter in denoiser_of(found.pipe).parameters()}
+    found = check(name, lambda pipe: denoiser_of(pipe.components).enable_layerwise_casting(storage, torch.float32))
+    assert storage in {parameter.dtype for parameter in denoiser_of(found.pipe.components).parameters()}
     return WORKS
 
 
@@ -118,8 +117,8 @@ def model_offload(name):
 def sequential_offload(name):
     """With the CPU in place of an accelerator."""
     stock = stock_pipeline(name)
-    accelerate.cpu_offload(denoiser_of(stock), CPU)
-    assert all(parameter.is_meta for parameter in denoiser_of(stock).parameters())
+    accelerate.cpu_offload(denoiser_of(stock.components), CPU)
+    assert all(parameter.is_meta for parameter in denoiser_of(stock.components).parameters())
     if name == "hunyuan":
         reason = "its attention pool reads weights that are elsewhere"
         return refused_by_diffusers("device meta", reason, lambda: run(stock, name))
@@ -131,10 +130,10 @@ def group_offload(name):
     """With the CPU in place of an accelerator."""
     stock = stock_pipeline(name)
     places = {"onload_device": CPU, "offload_device": CPU, "offload_type": "leaf_level"}
-    if not denoiser_of(stock)._supports_group_offloading:
-        switch = denoiser_of(stock).enable_group_offload
+    if not denoiser_of(stock.components)._supports_group_offloading:
+        switch = denoiser_of(stock.components).enable_group_offload
         return refused_by_diffusers("does not support", "the denoiser does not support it", lambda: switch(**places))
-    denoiser_of(stock).enable_group_offload(**places)
+    denoiser_of(stock.components).enable_group_offload(**places)
     return works(name, stock=stock, visible=False)
 
 
@@ -173,18 +172,18 @@ def _compiled(name, change):
 @feature("`torch.compile` of the denoiser")
 def compiled(name):
     def change(pipe, backend):
-        setattr(pipe, FAMILIES[name].denoiser, torch.compile(denoiser_of(pipe), backend=backend))
+        setattr(pipe, FAMILIES[name].denoiser, torch.compile(denoiser_of(pipe.components), backend=backend))
 
     return _compiled(name, change)
 
 
 @feature("Compiled blocks (`compile_repeated_blocks`)")
 def compiled_blocks(name):
-    denoiser = denoiser_of(stock_pipeline(name))
+    denoiser = denoiser_of(stock_pipeline(name).components)
     if not denoiser._repeated_blocks:
         reason = "the denoiser names no repeated blocks"
         return refused_by_diffusers("`_repeated_blocks` attribute is empty", reason, denoiser.compile_repeated_blocks)
-    return _compiled(name, lambda pipe, backend: denoiser_of(pipe).compile_repeated_blocks(backend=backend))
+    return _compiled(name, lambda pipe, backend: denoiser_of(pipe.components).compile_repeated_blocks(backend=backend))
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -208,10 +207,10 @@ def _dispatching(denoiser):
 @feature("Attention backend of torch")
 def attention_backend(name):
     stock = stock_pipeline(name)
-    if not _dispatching(denoiser_of(stock)):
+    if not _dispatching(denoiser_of(stock.components)):
         return ABSENT
     with _backends_restored():
-        denoiser_of(stock).set_attention_backend("_native_math")
+        denoiser_of(stock.components).set_attention_backend("_native_math")
         return works(name, stock=stock, visible=False)
 
 
@@ -219,7 +218,7 @@ def attention_backend(name):
 def other_kernel(name):
     """A kernel of our own in its place, which no torch function shows."""
     stock, calls = stock_pipeline(name), []
-    if not _dispatching(denoiser_of(stock)):
+    if not _dispatching(denoiser_of(stock.components)):
         return ABSENT
 
     def kernel(query, key, value, scale=None, _parallel_config=None):
@@ -229,7 +228,7 @@ def other_kernel(name):
 
     with _backends_restored():
         _AttentionBackendRegistry.register(AttentionBackendName.SAGE)(kernel)
-        for processor in _dispatching(denoiser_of(stock)):
+        for processor in _dispatching(denoiser_of(stock.components)):
             processor._attention_backend = AttentionBackendName.SAGE
         works(name, stock=stock, visible=False)
     assert calls
@@ -238,7 +237,7 @@ def other_kernel(name):
 
 @feature("Attention slicing")
 def attention_slicing(name):
-    if not hasattr(denoiser_of(stock_pipeline(name)), "set_attention_slice"):
+    if not hasattr(denoiser_of(stock_pipeline(name).components), "set_attention_slice"):
         return ABSENT
     change, fix = (lambda pipe: pipe.enable_attention_slicing(1)), (lambda pipe: pipe.disable_attention_slicing())
     reason = "attention is hidden; `disable_attention_slicing()`"
@@ -248,10 +247,12 @@ def attention_slicing(name):
 @feature("Legacy attention processors")
 def legacy_processors(name):
     def change(pipe):
-        denoiser_of(pipe).set_attn_processor(AttnProcessor())
+        denoiser_of(pipe.components).set_attn_processor(AttnProcessor())
 
     def fix(pipe):
-        denoiser_of(pipe).set_attn_processor(HunyuanAttnProcessor2_0() if name == "hunyuan" else AttnProcessor2_0())
+        denoiser_of(pipe.components).set_attn_processor(
+            HunyuanAttnProcessor2_0() if name == "hunyuan" else AttnProcessor2_0()
+        )
 
     if name in ("flux", "sd3"):
         stock = stock_pipeline(name)
@@ -263,15 +264,15 @@ def legacy_processors(name):
 
 @feature("Block caches")
 def block_cache(name):
-    denoiser = denoiser_of(stock_pipeline(name))
+    denoiser = denoiser_of(stock_pipeline(name).components)
     if not hasattr(denoiser, "enable_cache"):
         return ABSENT
 
     def change(pipe):
-        denoiser_of(pipe).enable_cache(FirstBlockCacheConfig(threshold=10.0))
+        denoiser_of(pipe.components).enable_cache(FirstBlockCacheConfig(threshold=10.0))
 
     def fix(pipe):
-        denoiser_of(pipe).disable_cache()
+        denoiser_of(pipe.components).disable_cache()
 
     return refused(name, "disable_cache", "blocks are skipped; `disable_cache()`", change, fix=fix)
 
@@ -279,13 +280,13 @@ def block_cache(name):
 @feature("Context or tensor parallel denoiser")
 def shards(name):
     """Marked as diffusers marks them, for real ones need several devices."""
-    denoiser = denoiser_of(stock_pipeline(name))
+    denoiser = denoiser_of(stock_pipeline(name).components)
     if getattr(denoiser, "_cp_plan", None) is None and getattr(denoiser, "_tp_plan", None) is None:
         return ABSENT
-    context, tensor = guided_pipeline(stock_pipeline(name)), guided_pipeline(stock_pipeline(name))
-    next(iter(_dispatching(denoiser_of(context))))._parallel_config = object()
+    context, tensor = guided(stock_pipeline(name)), guided(stock_pipeline(name))
+    next(iter(_dispatching(denoiser_of(context.components))))._parallel_config = object()
     shard = type("DTensor", (torch.nn.Parameter,), {})(torch.zeros(1))
-    denoiser_of(tensor).register_parameter("shard", shard)
+    denoiser_of(tensor.components).register_parameter("shard", shard)
     for pipe in (context, tensor):
         with pytest.raises(ValueError, match=r"(?s)one process for each image.*use_scfg=False"):
             run(pipe, name)

@@ -7,17 +7,16 @@ import torch
 from goca_guidance import GoCAConfig
 from tests.features.checks import (
     ABSENT,
-    PROMPT,
     WORKS,
     check,
     feature,
-    guided_pipeline,
     like_denoiser,
     refused_by_diffusers,
     takes,
     works,
 )
 from tests.helpers.families import FAMILIES, MAX_TOKENS, run, stock_pipeline
+from tests.helpers.guided import PROMPT, guided
 
 
 @feature("Batch of prompts")
@@ -93,7 +92,7 @@ def missing_encoder(name):
 @feature("Prompt embeddings, no encoder loaded")
 def prompt_embeddings(name):
     """With the words' positions, the regions are those of the prompt itself."""
-    pipe = guided_pipeline(stock_pipeline(name))
+    pipe = guided(stock_pipeline(name))
     words, call = pipe.words(PROMPT), _embeddings(pipe, name)
     encoders = [part for part in pipe.components if part.startswith("text_encoder")]
     found = check(name, stock=stock_pipeline(name, **dict.fromkeys(encoders)), ours={"region_tokens": words}, **call)
@@ -107,7 +106,7 @@ def prompt_embeddings(name):
 @feature("Weighted words (scaled embeddings)")
 def weighted_words(name):
     stock = stock_pipeline(name)
-    words, call = guided_pipeline(stock).words(PROMPT), _embeddings(stock, name)
+    words, call = guided(stock).words(PROMPT), _embeddings(stock, name)
     before = run(stock, name, **call).images
     call["prompt_embeds"][:, words["cat"][0]] *= 1.5
     found = check(name, stock=stock, ours={"region_tokens": words}, **call)

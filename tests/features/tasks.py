@@ -12,11 +12,8 @@ from PIL import Image
 from goca_guidance import GoCAGuidance, GoCASCFGPipeline, SCFGConfig
 from tests.features.checks import (
     ABSENT,
-    NEUTRAL,
-    PROMPT,
     WORKS,
     feature,
-    guided_pipeline,
     like_denoiser,
     plain,
     refused,
@@ -25,6 +22,7 @@ from tests.features.checks import (
     works,
 )
 from tests.helpers.families import FAMILIES, controlnet, image_to_image, inpaint, run, stock_pipeline
+from tests.helpers.guided import NEUTRAL, PROMPT, guided
 from tests.helpers.places import ROOT
 
 
@@ -89,7 +87,7 @@ def _picture(side=32):
 @feature("Segmentation of real images")
 def segmentation(name):
     """Repeatable, and generation is as before."""
-    pipe, side = guided_pipeline(stock_pipeline(name)), FAMILIES[name].call["height"]
+    pipe, side = guided(stock_pipeline(name)), FAMILIES[name].call["height"]
     size = {"height": side, "width": side}
     first, again = (pipe.segment([_picture(), _picture(48)], ["cat", "grass"], **size) for _ in range(2))
     assert torch.equal(first.scores, again.scores)

@@ -3,7 +3,6 @@
 from itertools import product
 
 import pytest
-import torch
 
 from tests.features.table import FEATURES, TABLE, from_markdown, to_markdown
 from tests.helpers.families import FAMILIES
@@ -12,15 +11,6 @@ from tests.helpers.families import FAMILIES
 @pytest.fixture(scope="module")
 def cells():
     return from_markdown(TABLE.read_text())
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -15,6 +15,7 @@ from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from PIL import Image
 
 from eval.scenes.tiny_model import clip_tokenizer
+from goca_guidance.denoisers.adapters import denoiser_of
 from tests.helpers.tiny import WORDS, tiny_components
 
 
@@ -292,16 +293,12 @@ def _control_model(name: str) -> torch.nn.Module:
     return diffusers.ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=(8, 16))
 
 
-def _denoiser(pipe) -> torch.nn.Module:
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-
-
 def add_lora(pipe) -> None:
     """A loud LoRA on the query, key, value and output projections of the denoiser."""
     torch.manual_seed(1)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets)
-    denoiser = _denoiser(pipe)
+    denoiser = denoiser_of(pipe.components)
     if hasattr(denoiser, "add_adapter"):
         denoiser.add_adapter(config)
     else:
@@ -311,7 +308,7 @@ def add_lora(pipe) -> None:
 def add_ip_adapter(pipe) -> dict:
     """A random IP-Adapter on the denoiser; the call arguments that show it an image."""
     torch.manual_seed(1)
-    embeds, denoiser = torch.randn(2, 1, IMAGE_WIDTH), _denoiser(pipe)
+    embeds, denoiser = torch.randn(2, 1, IMAGE_WIDTH), denoiser_of(pipe.components)
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
         layers = [module for name, module in denoiser.named_modules() if name.endswith("attn2")]
         denoiser._load_ip_adapter_weights([_ip_adapter({2 * i + 1: layer for i, layer in enumerate(layers)})])

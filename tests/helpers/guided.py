@@ -6,7 +6,6 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from goca_guidance import GoCASCFGPipeline, SCFGConfig
-from goca_guidance.hooks.observer import WatchedKernel
 from tests.helpers.families import (
     BERT_TOKENS,
     FAMILIES,
@@ -20,6 +19,7 @@ from tests.helpers.families import (
 )
 
 
+ATTENTION, KERNELS = torch.nn.functional.scaled_dot_product_attention, dict(_AttentionBackendRegistry._backends)
 PROMPT = "a cat on grass"
 PROMPTS = ["a cat and a bus on grass", "potted plant"]
 LABELS = [("cat", "bus", "grass"), ("potted", "plant")]
@@ -69,21 +69,25 @@ def labelled(name: str, words: tuple[str, ...]) -> tuple[str, ...]:
     return words if name in END_SINK else (*words, "<sos>")
 
 
-def denoiser_of(pipe) -> torch.nn.Module:
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+def hooks_of(module: torch.nn.Module) -> int:
+    """Forward hooks anywhere in a module, but for those by which transformers' encoders capture hidden states for good."""
+    found = [
+        hook for m in module.modules() for table in (m._forward_hooks, m._forward_pre_hooks) for hook in table.values()
+    ]
+    return sum(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in found)
 
 
-def hooks(pipe) -> list:
-    """Forward hooks anywhere, but for those by which transformers' encoders capture hidden states for good."""
-    modules = [m for part in pipe.components.values() if isinstance(part, torch.nn.Module) for m in part.modules()]
-    found = [hook for m in modules for table in (m._forward_hooks, m._forward_pre_hooks) for hook in table.values()]
-    return [hook for hook in found if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+def assert_untouched(*modules: torch.nn.Module) -> None:
+    """No hook is left in the modules, nor anything of ours in torch and in the kernels of diffusers."""
+    assert sum(map(hooks_of, modules)) == 0
+    assert torch.nn.functional.scaled_dot_product_attention is ATTENTION
+    assert _AttentionBackendRegistry._backends == KERNELS
+    assert torch.overrides._get_current_function_mode_stack() == []
 
 
-def assert_clean(pipe):
-    assert hooks(pipe) == []
-    kernels = [torch.nn.functional.scaled_dot_product_attention, *_AttentionBackendRegistry._backends.values()]
-    assert not any(isinstance(kernel, WatchedKernel) for kernel in kernels)
+def assert_clean(pipe) -> None:
+    """Nor in the pipeline."""
+    assert_untouched(*(part for part in pipe.components.values() if isinstance(part, torch.nn.Module)))
     assert pipe._goca_call is None
     assert type(getattr(pipe, "_guidance_scale", 1.0)) is float
 

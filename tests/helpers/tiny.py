@@ -5,7 +5,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from eval.scenes.tiny_model import clip_tokenizer
-from goca_guidance.method.scfg import SpatialGuidanceScale
 
 
 WORDS = [
@@ -83,22 +82,9 @@ def stock_of(pipe) -> StableDiffusionPipeline:
     return stock
 
 
-def hooks_of(module: torch.nn.Module) -> int:
-    """Forward hooks and pre-hooks left anywhere in a module."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
-
-
 def generate(pipe, prompt="a cat on grass", seed=0, **kwargs):
     """Three steps of a Stable Diffusion pipeline, each prompt with its own generator."""
     count = 1 if isinstance(prompt, str) or prompt is None else len(prompt)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     arguments = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "pt", "generator": generator}
     return pipe(prompt, **{**arguments, **kwargs})
-
-
-def assert_clean(pipe) -> None:
-    """Nothing of ours is left on a Stable Diffusion pipeline, nor in torch."""
-    assert hooks_of(pipe.unet) == hooks_of(pipe.text_encoder) == 0
-    assert pipe._goca_call is None
-    assert not isinstance(pipe._guidance_scale, SpatialGuidanceScale)
-    assert torch.overrides._get_current_function_mode_stack() == []

@@ -14,7 +14,8 @@ from goca_guidance.hooks.observer import AttentionObserver, WatchedKernel, _Call
 from goca_guidance.method.records import AttentionView
 from tests.helpers import families
 from tests.helpers.families import FAMILIES, stock_pipeline
-from tests.helpers.tiny import hooks_of, tiny_components
+from tests.helpers.guided import assert_untouched
+from tests.helpers.tiny import tiny_components
 
 
 @pytest.fixture
@@ -72,19 +73,12 @@ def generate(pipe, name):
     )
 
 
-def assert_clean(denoiser, kernels):
-    assert hooks_of(denoiser) == 0
-    assert torch.overrides._get_current_function_mode_stack() == []
-    assert _AttentionBackendRegistry._backends == kernels
-
-
 # ---- every family ----------------------------------------------------------------------------------------------------
 def test_output_is_bit_equal_and_no_hook_is_left(pipe, name):
-    kernels = dict(_AttentionBackendRegistry._backends)
     before = families.run(pipe, name).images
     seen = generate(pipe, name)
     assert torch.equal(before, seen.latents)
-    assert_clean(seen.denoiser, kernels)
+    assert_untouched(seen.denoiser)
 
 
 def test_every_layer_is_seen(pipe, name):
@@ -160,7 +154,6 @@ def test_reference_features_are_the_raw_query(pipe, name):
 
 def test_no_hook_is_left_after_an_exception_in_any_family(pipe, name):
     """Raised in the middle of an attention layer."""
-    kernels = dict(_AttentionBackendRegistry._backends)
     denoiser = getattr(pipe, FAMILIES[name].denoiser)
 
     def explode(*_):
@@ -170,7 +163,7 @@ def test_no_hook_is_left_after_an_exception_in_any_family(pipe, name):
     with pytest.raises(KeyError), observed(denoiser):
         families.run(pipe, name)
     handle.remove()
-    assert_clean(denoiser, kernels)
+    assert_untouched(denoiser)
 
 
 def test_a_kernel_that_is_not_torchs_is_seen(monkeypatch):
@@ -255,8 +248,7 @@ def test_no_hook_is_left_after_an_exception(unet):
     with pytest.raises(KeyError):
         observe(unet)
     handle.remove()
-    assert hooks_of(unet) == 0
-    assert torch.overrides._get_current_function_mode_stack() == []
+    assert_untouched(unet)
 
 
 def test_paused_sees_nothing(unet):

@@ -1,10 +1,8 @@
 """Checkpoints and schedulers that differ from the plain ones: what segmentation makes of them, and which words are read."""
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from goca_guidance.denoisers.layouts import named_words
 from goca_guidance.denoisers.words import Encoded, encoder_ids
@@ -16,11 +14,6 @@ from tests.helpers.tiny import tiny_components
 
 
 CLASSES = ["cat", "potted plant"]
-
-
-@pytest.fixture
-def image():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8))
 
 
 def segment(pipe, image, name="sd", **kwargs):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
+from goca_guidance.denoisers.adapters import denoiser_of
 from tests.helpers.families import (
     FAMILIES,
     run,
@@ -22,7 +23,6 @@ from tests.helpers.guided import (
     VARIANTS,
     assert_clean,
     batch,
-    denoiser_of,
     distance,
     embedded,
     every_family,
@@ -44,15 +44,6 @@ OURS = {
     "output_regions",
     "output_negative_maps",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads on tiny tensors wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- what diffusers asks ---------------------------------------------------------------------------------------------
@@ -103,7 +94,7 @@ def test_save_and_load(name, tmp_path):
 def test_half_precision_is_saved_and_loaded(name, tmp_path):
     guided(stock_pipeline(name)).to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     loaded = GoCASCFGPipeline.from_pretrained(tmp_path, dtype=torch.float16, variant="fp16")
-    assert denoiser_of(loaded).dtype == loaded.vae.dtype == loaded.text_encoder.dtype == torch.float16
+    assert denoiser_of(loaded.components).dtype == loaded.vae.dtype == loaded.text_encoder.dtype == torch.float16
 
 
 @every_family
@@ -113,8 +104,8 @@ def test_an_incomplete_folder_is_named_before_anything_is_loaded(name, tmp_path)
     weights = next((tmp_path / part).glob("*.safetensors")).rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=rf"lacks {part}/\*\.safetensors"):
         GoCASCFGPipeline.from_pretrained(tmp_path)
-    loaded = GoCASCFGPipeline.from_pretrained(tmp_path, **{part: denoiser_of(stock)})  # which needs no weights
-    assert denoiser_of(loaded) is denoiser_of(stock)
+    loaded = GoCASCFGPipeline.from_pretrained(tmp_path, **{part: stock.components[part]})  # which needs no weights
+    assert denoiser_of(loaded.components) is denoiser_of(stock.components)
     weights.rename(tmp_path / part / weights.name)
     shutil.rmtree(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="lacks tokenizer/"):
@@ -200,7 +191,7 @@ def test_the_old_callback_sees_every_step(name):
 def test_half_precision(name, dtype):
     stock = stock_pipeline(name)
     ours = guided(stock).to(dtype)
-    assert denoiser_of(ours).dtype == ours.dtype == dtype
+    assert denoiser_of(ours.components).dtype == ours.dtype == dtype
     theirs, neutral, regional = latents(stock, name), latents(ours, name, scfg=NEUTRAL), latents(ours, name)
     assert theirs.dtype == neutral.dtype == regional.dtype == dtype
     assert torch.isfinite(theirs).all()

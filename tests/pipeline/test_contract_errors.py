@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from PIL import Image
 
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
+from goca_guidance.denoisers.adapters import denoiser_of
 from goca_guidance.method.records import AttentionRecord
 from goca_guidance.method.segmentor import GoCASegmentor
 from tests.helpers.families import FAMILIES, MAX_TOKENS, run, stock_pipeline
@@ -22,7 +23,6 @@ from tests.helpers.guided import (
     PROMPTS,
     STEP_CALLBACK,
     assert_clean,
-    denoiser_of,
     every_family,
     guided,
     latents,
@@ -37,7 +37,7 @@ from tests.helpers.tiny import tiny_components
 def test_nothing_is_left_after_an_error_in_the_denoiser(name, error):
     ours = guided(stock_pipeline(name))
     before, calls = latents(ours, name), []
-    last = [m for n, m in denoiser_of(ours).named_modules() if n.endswith("to_out.0")][-1]
+    last = [m for n, m in denoiser_of(ours.components).named_modules() if n.endswith("to_out.0")][-1]
 
     def fail(module, args):
         calls.append(module)
@@ -58,7 +58,7 @@ def test_nothing_is_left_after_an_error_in_the_denoiser(name, error):
 def test_an_error_lets_go_of_all_records_at_once(name):
     """Who ran out of memory must not wait for the garbage collector."""
     ours = guided(stock_pipeline(name))
-    last = [m for n, m in denoiser_of(ours).named_modules() if n.endswith("to_out.0")][-1]
+    last = [m for n, m in denoiser_of(ours.components).named_modules() if n.endswith("to_out.0")][-1]
 
     def fail(module, args):
         raise RuntimeError("a full memory")
@@ -146,10 +146,10 @@ def test_perturbed_attention_guidance_is_refused(name):
     plain = FAMILIES[name].stock.__name__.replace("Pipeline", "PAGPipeline")
     stock = getattr(diffusers, plain)(**FAMILIES[name].components(), pag_applied_layers=layers)
     stock.set_progress_bar_config(disable=True)
-    ours, before = guided(stock), set(map(id, denoiser_of(stock).attn_processors.values()))
+    ours, before = guided(stock), set(map(id, denoiser_of(stock.components).attn_processors.values()))
     with pytest.raises(ValueError, match="pag_scale=0"):
         run(ours, name)
-    assert set(map(id, denoiser_of(ours).attn_processors.values())) == before
+    assert set(map(id, denoiser_of(ours.components).attn_processors.values())) == before
     assert torch.equal(latents(ours, name, use_scfg=False), latents(stock, name))
     assert torch.equal(latents(ours, name, pag_scale=0.0, scfg=NEUTRAL), latents(stock, name, pag_scale=0.0))
 

@@ -6,13 +6,12 @@ import math
 from unittest.mock import patch
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from goca_guidance import GoCAConfig, SCFGConfig
-from goca_guidance.denoisers.adapters import family_of
+from goca_guidance.denoisers.adapters import denoiser_of, family_of
 from goca_guidance.method.goca import normalise
 from goca_guidance.method.scfg import rate_map
 from goca_guidance.method.segmentor import GoCASegmentor
@@ -27,7 +26,6 @@ from tests.helpers.guided import (
     VARIANTS,
     assert_clean,
     batch,
-    denoiser_of,
     distance,
     embedded,
     every_family,
@@ -42,11 +40,6 @@ from tests.helpers.guided import (
 CLASSES = ["cat", "grass"]
 DEFAULT = SCFGConfig()
 NEGATIVE = "dog on grass"
-
-
-@pytest.fixture
-def picture() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 52, 3), dtype=np.uint8))
 
 
 def segmented(pipe, name: str, images, **kwargs):
@@ -78,7 +71,8 @@ def watched(pipe, name: str, **kwargs):
         received.append(model_output.double())
         return step(model_output, *args, **kwargs)
 
-    hook = denoiser_of(pipe).register_forward_hook(lambda module, args, output: raw.append(output[0].double()))
+    denoiser = denoiser_of(pipe.components)
+    hook = denoiser.register_forward_hook(lambda module, args, output: raw.append(output[0].double()))
     with patch.object(pipe.scheduler, "step", receive):
         output = run(pipe, name, output_regions=True, **kwargs)
     hook.remove()
@@ -164,14 +158,15 @@ def test_regions_are_a_partition_at_the_latents_size(name):
 def attention_by_hand(name: str) -> list[torch.Tensor]:
     """Head means over the text of the first step's text layers, [uncond, cond] p n each, in a run of the stock pipeline."""
     stock, calls, steps, attend = stock_pipeline(name), [], [], torch.nn.functional.scaled_dot_product_attention
+    denoiser = denoiser_of(stock.components)
 
     def attention(query, key, value, attn_mask=None, *args, **kwargs):
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
         calls.append((query @ key.mT * scale + (0 if attn_mask is None else attn_mask)).softmax(-1).mean(1))
         return attend(query, key, value, attn_mask, *args, **kwargs)
 
-    before = denoiser_of(stock).register_forward_pre_hook(lambda *_: calls.clear())
-    after = denoiser_of(stock).register_forward_hook(lambda *_: steps.append(list(calls)))
+    before = denoiser.register_forward_pre_hook(lambda *_: calls.clear())
+    after = denoiser.register_forward_hook(lambda *_: steps.append(list(calls)))
     with patch("torch.nn.functional.scaled_dot_product_attention", attention):
         run(stock, name, **wide(name))
     before.remove(), after.remove()
@@ -222,9 +217,10 @@ def test_the_segmentor_of_scfg_itself(name):
 def test_negative_word_maps(name):
     """As the segmentation of the same latents at the same timestep sees the words, if it reads the negative prompt."""
     ours = guided(stock_pipeline(name))
+    family = family_of(denoiser_of(ours.components))
     parameters = inspect.signature(FAMILIES[name].stock.__call__).parameters
     length = {key: parameters[key].default for key in ("max_sequence_length",) if key in parameters}  # as segmented
-    seen, hook = seen_by(denoiser_of(ours))
+    seen, hook = seen_by(family.denoiser)
     output = run(ours, name, negative_prompt=NEGATIVE, output_negative_maps=True, **length)
     hook.remove()
     assert [maps.labels for maps in output.negative_maps] == [(("dog", "grass"),)] * 2
@@ -232,7 +228,7 @@ def test_negative_word_maps(name):
     for t, latent, maps in zip(ours.scheduler.timesteps, noisy, output.negative_maps, strict=True):
         if name == "flux":
             latent = diffusers.FluxPipeline._unpack_latents(latent, 32, 32, 2)
-        forwards = ClassForwards(ours, family_of(denoiser_of(ours)), [["dog", "grass"]], GoCAConfig(), GoCASegmentor)
+        forwards = ClassForwards(ours, family, [["dog", "grass"]], GoCAConfig(), GoCASegmentor)
         scores = forwards.run(FAMILIES[name].stock, [NEGATIVE], [(t.item(), latent)])
         assert scores.std() > 0.05
         assert torch.allclose(maps.scores, scores, atol=1e-3)
@@ -272,10 +268,10 @@ def test_one_negative_prompt_serves_every_prompt():
 
 # ---- segmentation ----------------------------------------------------------------------------------------------------
 @every_family
-def test_scores_and_labels(name, picture):
+def test_scores_and_labels(name, image):
     ours = guided(stock_pipeline(name))
     before, scheduler, configs = latents(ours, name), ours.scheduler, [dict(ours.config), dict(ours.scheduler.config)]
-    result = segmented(ours, name, picture)
+    result = segmented(ours, name, image)
     assert result.scores.shape == (1, 2, *((16, 24) if name == "sd" else (8, 12)))  # where the finest text layers are
     assert result.scores.dtype == torch.float32
     assert (result.scores.amin((-2, -1)) == 0).all()
@@ -283,7 +279,7 @@ def test_scores_and_labels(name, picture):
     resized = torch.nn.functional.interpolate(result.scores, (40, 52), mode="bilinear")
     assert torch.equal(result.label_maps[0], resized.argmax(1)[0])
     assert result.classes == tuple(CLASSES)
-    assert torch.equal(result.scores, segmented(ours, name, picture).scores)
+    assert torch.equal(result.scores, segmented(ours, name, image).scores)
     assert ours.scheduler is scheduler
     assert [dict(ours.config), dict(ours.scheduler.config)] == configs
     assert_clean(ours)
@@ -291,10 +287,10 @@ def test_scores_and_labels(name, picture):
 
 
 @every_family
-def test_a_batch_of_pictures_equals_each_alone(name, picture):
-    ours, other = guided(stock_pipeline(name)), picture.transpose(Image.ROTATE_90)
-    both = segmented(ours, name, [picture, other])
-    for i, one in enumerate((picture, other)):
+def test_a_batch_of_pictures_equals_each_alone(name, image):
+    ours, other = guided(stock_pipeline(name)), image.transpose(Image.ROTATE_90)
+    both = segmented(ours, name, [image, other])
+    for i, one in enumerate((image, other)):
         alone = segmented(ours, name, one)
         assert torch.allclose(both.scores[i], alone.scores[0], atol=1e-3)
         assert both.label_maps[i].shape == one.size[::-1]
@@ -310,19 +306,19 @@ def shifted(name: str, t: int, tokens: int) -> float:
 
 
 @every_family
-def test_one_forward_for_each_noise(name, picture):
+def test_one_forward_for_each_noise(name, image):
     """Batch one, conditional, on the picture's latents noised to the timestep, as computed by hand."""
     ours = guided(stock_pipeline(name))
     flow = name in ("flux", "sd3")
     if flow:
         ours.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=name == "flux")
-    seen, hook = seen_by(denoiser_of(ours))
-    segmented(ours, name, picture)
-    segmented(ours, name, picture, timestep=[50, 150], num_noises=2)
+    seen, hook = seen_by(denoiser_of(ours.components))
+    segmented(ours, name, image)
+    segmented(ours, name, image, timestep=[50, 150], num_noises=2)
     hook.remove()
-    pixels = ours.image_processor.preprocess(picture, **wide(name))
+    pixels = ours.image_processor.preprocess(image, **wide(name))
     clean = ours.vae.encode(pixels).latent_dist.mode().detach() - (ours.vae.config.shift_factor or 0)
-    clean, preset = clean * ours.vae.config.scaling_factor, family_of(denoiser_of(ours)).preset.timestep
+    clean, preset = clean * ours.vae.config.scaling_factor, family_of(denoiser_of(ours.components)).preset.timestep
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     calls = [(preset, 0), (50, 1), (50, 1), (150, 1), (150, 1)]
     assert len(seen) == len(calls)
@@ -343,37 +339,37 @@ def test_one_forward_for_each_noise(name, picture):
 
 
 @every_family
-def test_noises_are_averaged(name, picture):
+def test_noises_are_averaged(name, image):
     ours, generator = guided(stock_pipeline(name)), torch.Generator().manual_seed(3)
-    singles = [segmented(ours, name, picture, generator=generator).scores for _ in range(3)]
-    averaged = segmented(ours, name, picture, num_noises=3, generator=torch.Generator().manual_seed(3)).scores
+    singles = [segmented(ours, name, image, generator=generator).scores for _ in range(3)]
+    averaged = segmented(ours, name, image, num_noises=3, generator=torch.Generator().manual_seed(3)).scores
     assert not torch.allclose(singles[0], singles[1], atol=1e-3)
     assert torch.allclose(averaged, torch.stack(singles).mean(0), atol=1e-5)
 
 
 @every_family
-def test_a_class_that_the_prompt_lacks(name, picture):
+def test_a_class_that_the_prompt_lacks(name, image):
     ours = guided(stock_pipeline(name))
     with pytest.raises(ValueError, match="Expected the class 'grass' among the words"):
-        segmented(ours, name, picture, prompt="a cat")
+        segmented(ours, name, image, prompt="a cat")
     assert_clean(ours)
-    named = segmented(ours, name, picture, prompt="a photo of a cat and grass")
-    assert not torch.allclose(named.scores, segmented(ours, name, picture).scores, atol=1e-3)
+    named = segmented(ours, name, image, prompt="a photo of a cat and grass")
+    assert not torch.allclose(named.scores, segmented(ours, name, image).scores, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @every_family
-def test_segmentation_in_half_precision(name, dtype, picture):
+def test_segmentation_in_half_precision(name, dtype, image):
     ours = guided(stock_pipeline(name))
-    full, half = segmented(ours, name, picture).scores, segmented(ours.to(dtype), name, picture).scores
+    full, half = segmented(ours, name, image).scores, segmented(ours.to(dtype), name, image).scores
     assert half.dtype == torch.float32
     assert (full - half).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize(("build", "name"), VARIANTS)
-def test_variants_segment_as_the_text_to_image_pipeline(build, name, picture):
+def test_variants_segment_as_the_text_to_image_pipeline(build, name, image):
     stock, _ = build(name)
-    theirs = segmented(guided(stock_pipeline(name)), name, picture)
+    theirs = segmented(guided(stock_pipeline(name)), name, image)
     ours = guided(stock)
-    assert torch.equal(segmented(ours, name, picture).scores, theirs.scores)
+    assert torch.equal(segmented(ours, name, image).scores, theirs.scores)
     assert_clean(ours)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
-from goca_guidance import GoCAConfig, GoCAGuidance, GoCASCFGPipeline, SCFGConfig
+from goca_guidance import GoCAConfig, GoCAGuidance, SCFGConfig
 from tests.helpers.families import FAMILIES, stock_pipeline
+from tests.helpers.guided import NEUTRAL, assert_untouched, guided
 from tests.helpers.modular import modular_pipeline, needs_modular_sd3
-from tests.helpers.tiny import hooks_of
 
 
 CALL = {
@@ -18,7 +18,6 @@ CALL = {
     "num_inference_steps": 2,
     "output": "latents",
 }
-NEUTRAL = SCFGConfig(rate_min=1, rate_max=1)
 
 
 @pytest.fixture(params=["sdxl", pytest.param("sd3", marks=needs_modular_sd3)])
@@ -64,8 +63,7 @@ def test_on_differs_and_repeats(pipe, name, options):
 def test_equals_the_pipeline_on_the_same_modules(pipe, name):
     """The guider and the pipeline class meet in the same regions; modular and standard loops differ by rounding."""
     modular, seen = run(pipe, name, GoCAGuidance(5.0))
-    ours = GoCASCFGPipeline.from_pipe(stock_pipeline(name))
-    ours.set_progress_bar_config(disable=True)
+    ours = guided(stock_pipeline(name))
     kwargs = {k: v for k, v in CALL.items() if k not in ("prompt", "output")} | FAMILIES[name].call
     kwargs |= {"negative_prompt": "dog", "generator": torch.Generator().manual_seed(0), "guidance_scale": 5.0}
     standard = ours("a cat on grass", output_type="latent", output_regions=True, **kwargs)
@@ -82,16 +80,13 @@ def test_nothing_is_left(pipe, name):
     def explode(*_):
         raise KeyError("inside the network")
 
-    run(pipe, name, ClassifierFreeGuidance(5.0))
-    before = hooks_of(pipe.text_encoder)  # transformers keeps some of its own
     run(pipe, name, guider)
-    assert (hooks_of(denoiser), hooks_of(pipe.text_encoder)) == (0, before)
+    assert_untouched(denoiser, pipe.text_encoder)
     handle = denoiser.register_forward_hook(explode)
     with pytest.raises(KeyError):
         run(pipe, name, guider)
     handle.remove()
-    assert (hooks_of(denoiser), hooks_of(pipe.text_encoder)) == (0, before)
-    assert torch.overrides._get_current_function_mode_stack() == []
+    assert_untouched(denoiser, pipe.text_encoder)
     assert guider._call is None
     assert type(guider.guidance_scale) is float
 

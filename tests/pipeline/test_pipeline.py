@@ -16,11 +16,8 @@ from diffusers.callbacks import SDCFGCutoffCallback
 
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 from goca_guidance.method.scfg import rate_map
-from tests.helpers.tiny import assert_clean, generate, hooks_of, stock_of, tiny_components
-
-
-PROMPTS = ["a cat and a bus on grass", "potted plant"]
-NEUTRAL = SCFGConfig(rate_min=1, rate_max=1)
+from tests.helpers.guided import NEUTRAL, PROMPTS, assert_clean, hooks_of
+from tests.helpers.tiny import generate, stock_of, tiny_components
 
 
 # ---- stock or not ----------------------------------------------------------------------------------------------------

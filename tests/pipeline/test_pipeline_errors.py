@@ -7,12 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DConditionModel
 
-from goca_guidance import GoCASCFGPipeline, SCFGConfig
+from goca_guidance import GoCASCFGPipeline
+from tests.helpers.guided import NEUTRAL, assert_clean
 from tests.helpers.places import ROOT
-from tests.helpers.tiny import assert_clean, generate, hooks_of, stock_of
-
-
-NEUTRAL = SCFGConfig(rate_min=1, rate_max=1)
+from tests.helpers.tiny import generate, stock_of
 
 
 @pytest.mark.parametrize(
@@ -29,8 +27,7 @@ NEUTRAL = SCFGConfig(rate_min=1, rate_max=1)
 def test_bad_input(pipe, kwargs, message):
     with pytest.raises((ValueError, TypeError), match=message):
         generate(pipe, **kwargs)
-    assert pipe._goca_call is None
-    assert hooks_of(pipe.unet) == 0
+    assert_clean(pipe)
 
 
 def test_wrong_types_without_a_type_checker():

@@ -1,19 +1,12 @@
 """Segments without names: DiffCut's features are those of a forward done by hand, and nothing is left behind."""
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from goca_guidance import GoCASCFGPipeline
 from goca_guidance.real_images import discover
 from tests.helpers.families import stock_pipeline
-from tests.helpers.tiny import hooks_of
-
-
-@pytest.fixture
-def image():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8))
+from tests.helpers.guided import guided, hooks_of
 
 
 def test_segments_of_each_image_at_its_size(pipe, image):
@@ -53,6 +46,6 @@ def test_features_are_the_last_encoder_self_attentions(pipe, image, monkeypatch)
 
 
 def test_a_transformer_has_no_encoder(image):
-    pipe = GoCASCFGPipeline.from_pipe(stock_pipeline("pixart-sigma"))
+    pipe = guided(stock_pipeline("pixart-sigma"))
     with pytest.raises(ValueError, match="defined for U-Nets"):
         pipe.discover(image)

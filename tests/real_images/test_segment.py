@@ -12,15 +12,11 @@ from goca_guidance import Background, GoCAConfig
 from goca_guidance.denoisers.adapters import family_of
 from goca_guidance.method.segmentor import GoCASegmentor
 from goca_guidance.real_images.load import load_image
-from tests.helpers.tiny import WORDS, hooks_of
+from tests.helpers.guided import hooks_of
+from tests.helpers.tiny import WORDS
 
 
 CLASSES = ["cat", "potted plant", "grass"]
-
-
-@pytest.fixture
-def image():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8))
 
 
 def test_shapes_and_range(pipe, image):
