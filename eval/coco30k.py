@@ -27,6 +27,7 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
 from eval.common.processes import processes, progress, share
+from eval.common.programs import run as run_program
 from eval.common.provenance import command, commit, versions
 from eval.generation.generator import GenerationSettings, Generator, batches
 from eval.generation.run_folder import RunFolder, digest_of_png, png_bytes, write_table, write_whole
@@ -168,4 +169,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

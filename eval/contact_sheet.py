@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from eval.common.configs import from_mapping
 from eval.common.plots import write
 from eval.common.processes import processes
+from eval.common.programs import run as run_program
 from eval.generation.generator import GenerationSettings, Generator, batches
 from eval.generation.run_folder import FinishedRun, Item, check_pair, read_run
 from goca_guidance import Regions
@@ -155,4 +156,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

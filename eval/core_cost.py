@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from eval.common.files import write_json
 from eval.common.processes import now
+from eval.common.programs import run as run_program
 from eval.common.provenance import command
 from eval.common.tables import markdown
 from eval.cost.captured_step import Step, full_size
@@ -177,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

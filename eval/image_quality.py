@@ -28,6 +28,7 @@ from accelerate import PartialState
 from eval.common.files import write_json
 from eval.common.intervals import difference, resamples
 from eval.common.processes import processes
+from eval.common.programs import run as run_program
 from eval.common.provenance import command, commit, versions
 from eval.generation.distances import Reference, Side, read_reference
 from eval.generation.metrics import METRICS, Number
@@ -230,4 +231,4 @@ def run(
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

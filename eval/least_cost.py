@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from eval.common.files import write_json
+from eval.common.programs import run as run_program
 from eval.common.provenance import command
 from eval.common.tables import markdown
 from eval.cost.full_size import ARCHITECTURES
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

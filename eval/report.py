@@ -6,14 +6,17 @@ beside the papers'. The plots of docs/ are drawn from the results too, and where
 picture is made of them.
 """
 
+import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from eval.common.files import replacing
 from eval.common.plots import stack
+from eval.common.programs import run as run_program
 from eval.common.tables import markdown
 from eval.cost.growth import growth
 from eval.generation.scales import by_scale, trade_off
@@ -51,7 +54,9 @@ def fill(text: str, results: Path) -> str:
     return re.sub(rf"<!-- ({'|'.join(TABLES)}): ([^>]+?) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(arguments)
     results, picture, demo = Path("results"), Path("docs/picture.png"), Path("demo")
     for document in (path for pattern in DOCUMENTS for path in sorted(Path().glob(pattern))):
         with replacing(document) as part:
@@ -66,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

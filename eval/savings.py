@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from eval.common.files import write_json
 from eval.common.load import load_pipeline
+from eval.common.programs import run as run_program
 from eval.common.provenance import command, weights_digest
 from eval.common.tables import markdown
 from eval.cost.captured_step import full_size
@@ -213,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

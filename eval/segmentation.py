@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from eval.common.files import write_json
+from eval.common.programs import run as run_program
 from eval.common.tables import markdown
 from eval.datasets.benchmarks import BadSample
 from eval.prompts.prompt_file import write_prompts
@@ -85,4 +86,4 @@ def speed(name: str, counts: Counts) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

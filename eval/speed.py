@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from eval.common.files import write_json
 from eval.common.processes import now
+from eval.common.programs import run as run_program
 from eval.common.provenance import command, fingerprint
 from eval.common.tables import markdown
 from eval.cost.full_size import ARCHITECTURES, arguments, build, guided_arguments
@@ -183,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

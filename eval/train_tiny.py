@@ -24,6 +24,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from eval.common.files import replacing
+from eval.common.programs import run as run_program
 from eval.common.provenance import weights_digest
 from eval.scenes.scene import scene
 from eval.scenes.tiny_model import (
@@ -328,4 +329,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
