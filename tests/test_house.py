@@ -131,7 +131,7 @@ def test_a_cache_knows_what_its_numbers_depend_on(measuring):
         reached.add(module)
         waiting += [name for name in imports_of(FILES[module]) if name in FILES and name not in reached]
     covered = {name for name in reached if any(f"{name}.".startswith(f"{each}.") for each in named)}
-    shown = {"files", "provenance", "intervals", "configs", "tables", "processes"}
+    shown = {"files", "provenance", "intervals", "configs", "tables", "processes", "programs"}
     if measuring == "eval.generation.features":  # of the library it takes the autoencoder only, whose digest it notes
         covered |= {name for name in reached if name.startswith("goca_guidance")}
     assert reached - covered <= {"eval", "goca_guidance", "eval.segment.results"} | {f"eval.common.{n}" for n in shown}
