@@ -28,12 +28,11 @@ STEP_CALLBACK = ["sd", "sdxl", "flux", "sd3", "hunyuan"]  # PixArt has the old `
 END_SINK = ["pixart-alpha", "pixart-sigma", "flux"]  # the start token is a region in the others
 VARIANTS = [(build, name) for build in (image_to_image, inpaint) for name in ("sd", "sdxl", "flux", "sd3")]
 VARIANTS += [(controlnet, name) for name in STEP_CALLBACK]
-
-
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def guided(stock, **kwargs) -> GoCASCFGPipeline:
+    """Ours on the same modules."""
     pipe = GoCASCFGPipeline.from_pipe(stock, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -86,7 +85,7 @@ def assert_untouched(*modules: torch.nn.Module) -> None:
 
 
 def assert_clean(pipe) -> None:
-    """Nor in the pipeline."""
+    """Nothing of ours is left in the pipeline either."""
     assert_untouched(*(part for part in pipe.components.values() if isinstance(part, torch.nn.Module)))
     assert pipe._goca_call is None
     assert type(getattr(pipe, "_guidance_scale", 1.0)) is float

@@ -7,8 +7,6 @@ from tests.helpers.families import stock_pipeline
 
 
 MODULAR = {"sdxl": "StableDiffusionXLAutoBlocks", "sd3": "StableDiffusion3AutoBlocks"}
-
-
 needs_modular_sd3 = pytest.mark.skipif(
     not hasattr(diffusers, MODULAR["sd3"]), reason="diffusers before 0.39 has no modular Stable Diffusion 3"
 )

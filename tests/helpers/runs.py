@@ -12,6 +12,9 @@ from eval.generation.generator import GenerationSettings
 from eval.generation.networks import PREPROCESSINGS, Backbone
 
 
+CPU = torch.device("cpu")
+
+
 def run_folder(root, method="cfg", ids=("000000", "000001", "000002"), seed=0, size=(64, 64), **changes):
     """A run folder as `eval.coco30k` leaves it; images of noise."""
     (root / "images").mkdir(parents=True)
@@ -36,14 +39,13 @@ def run_folder(root, method="cfg", ids=("000000", "000001", "000002"), seed=0, s
     return root
 
 
-CPU = torch.device("cpu")
-
-
 def picture(width, height, seed=0):
+    """Noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def folder_of(root, count, size=(64, 64)):
+    """A folder of so many pictures."""
     root.mkdir(parents=True)
     for number in range(count):
         picture(*size, seed=100 + number).save(root / f"{number}.png")
@@ -61,4 +63,5 @@ def mixing(preprocessing="t2ibenchmark", size=5):
 
 
 def few(**changes):
+    """Settings of a small run of generation."""
     return GenerationSettings(**{"method": "cfg", "count": 7, "steps": 2, "batch": 3, "size": 32} | changes)

@@ -75,11 +75,11 @@ def test_from_components_and_back(name):
 def test_save_and_load(name, tmp_path):
     stock, ours = pair(name)
     ours.save_pretrained(tmp_path)
-    loaded = GoCASCFGPipeline.from_pretrained(tmp_path)
+    loaded, own = (cls.from_pretrained(tmp_path) for cls in (GoCASCFGPipeline, type(ours)))
     theirs, automatic = (cls.from_pretrained(tmp_path) for cls in (type(stock), diffusers.DiffusionPipeline))
-    assert type(loaded) is type(ours)
+    assert type(loaded) is type(own) is type(ours)
     assert type(theirs) is type(automatic) is FAMILIES[name].stock
-    assert distance(latents(loaded, name), latents(ours, name)) < 1e-5
+    assert all(distance(latents(pipe, name), latents(ours, name)) < 1e-5 for pipe in (loaded, own))
     assert distance(latents(theirs, name), latents(stock, name)) < 1e-5
     stock.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     first, *others = (tmp_path / "shards" / FAMILIES[name].denoiser).glob("*-of-*.safetensors")
@@ -142,7 +142,9 @@ def test_a_batch_equals_its_images_alone(name):
         alone = run(ours, name, prompt, seed=i, output_regions=True)
         assert distance(both.images[i], alone.images[0]) < 1e-3
         assert alone.regions[0].labels == (labelled(name, LABELS[i]),)
-        assert not both.regions[0].masks[i, len(alone.regions[0].labels[0]) :].any()
+        k = len(alone.regions[0].labels[0])
+        assert (both.regions[0].masks[i, :k] == alone.regions[0].masks[0]).float().mean() > 0.99
+        assert not both.regions[0].masks[i, k:].any()
 
 
 @every_family

@@ -117,6 +117,8 @@ def test_guidance_is_plain_before_the_start_and_after_the_stop(name):
     between = {"num_inference_steps": 4, "scfg_start": 0.3, "scfg_stop": 0.75}
     output, predictions, received = watched(ours, name, **between)
     assert len(received) == 4
+    _, _, stock = watched(ours, name, **between | {"use_scfg": False})
+    assert all(torch.equal(received[i], stock[i]) for i in range(2))
     for i, regions in enumerate([None, None, *output.regions, None]):
         uncond, cond = predictions[i]
         scfg = NEUTRAL if regions is None else DEFAULT

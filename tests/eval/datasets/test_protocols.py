@@ -7,7 +7,7 @@ from PIL import Image
 from eval.datasets.benchmarks import Benchmark
 from eval.datasets.coco import STUFF_27
 from eval.datasets.folders import VOID
-from eval.datasets.protocols import GOCA, PROTOCOLS, STANDARD
+from eval.datasets.protocols import GOCA, STANDARD
 
 
 def made(name, classes, mask):
@@ -49,7 +49,3 @@ def test_goca_merges_stuff_into_things():
 def test_scenes_have_no_void():
     with pytest.raises(ValueError, match="Scenes has none"):
         GOCA.applied(made("scenes", ("cat",), [[0, 0], [0, 0]]))
-
-
-def test_names():
-    assert set(PROTOCOLS) == {"standard", "goca"}

@@ -125,7 +125,6 @@ def test_the_local_network_has_its_own_names(tmp_path, runs):
     few = {name: runs[name] for name in ("cfg", "goca")}
     found = measured(few, str(folder), metrics=("frechet_efficientnet_lite0", "mmd_efficientnet_lite0"))
     for row in found["rows"]:
-        assert row["frechet_efficientnet_lite0"] > 0
         assert not any("fid" in name or "kid" in name for name in row)
         assert row["covariance_rank_deficient"] is True
     assert found["settings"]["networks"][0]["network"] == "efficientnet_lite0"

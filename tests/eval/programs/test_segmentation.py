@@ -176,8 +176,7 @@ def test_training_images_choose_the_value_of_the_standard_protocol(voc):
     with pytest.raises(ValueError, match="`tune` training images"):
         running.result(scenes(**voc, background=background))
     (cut,) = running.result(scenes(**voc, background=background, tune=1, methods={"diffcut": {}}))["rows"]
-    assert cut["miou"] >= 0  # it has no rule, and no value to choose
-    assert "value" not in cut
+    assert "value" not in cut  # it has no rule, and no value to choose
     ids = benchmark("voc", voc["root"]).ids
     for split, chosen, box in (("train", ids[:1], (1, 0)), ("val", ids[1:], (0, 0))):
         relist(next(Path(voc["root"]).rglob(f"Segmentation/{split}.txt")), chosen)
