@@ -30,7 +30,7 @@ from eval.common.intervals import difference, resamples
 from eval.common.processes import processes
 from eval.common.programs import run as run_program
 from eval.common.provenance import command, commit, versions
-from eval.generation.distances import Reference, Side, read_reference
+from eval.generation.distances import FeatureSpace, Reference, read_reference
 from eval.generation.metrics import METRICS, Number
 from eval.generation.networks import INCEPTION_FILE, NETWORKS, PREPROCESSINGS
 from eval.generation.run_folder import FinishedRun, base_of, read_run
@@ -78,7 +78,7 @@ class Measurement:
     def __init__(self, settings: QualitySettings, reference: Reference | None, state: PartialState):
         self.settings, self.reference, self.state = settings, reference, state
         self.metrics = {name: METRICS[name] for name in settings.metrics}
-        self.sides: dict[str, Side] = {}
+        self.spaces: dict[str, FeatureSpace] = {}
         asked = [name for name, metric in self.metrics.items() if metric.reference]
         if asked and reference is None:
             raise ValueError(f"Expected --reference for {', '.join(asked)}, but got none.")
@@ -87,33 +87,33 @@ class Measurement:
             names = ", ".join(asked)
             raise ValueError(f"Expected a folder of images as --reference for {names}, but got {reference.path}.")
 
-    def side(self, network: str) -> Side:
+    def space(self, network: str) -> FeatureSpace:
         """A network, and what the reference is to it."""
-        if network not in self.sides:
+        if network not in self.spaces:
             backbone = NETWORKS[network](self.settings, self.state)
-            self.sides[network] = Side(backbone, self.reference, self.state, self.settings.batch)
-        return self.sides[network]
+            self.spaces[network] = FeatureSpace(backbone, self.reference, self.state, self.settings.batch)
+        return self.spaces[network]
 
     def collect(self, runs: Sequence[FinishedRun]) -> None:
         """All features to disk, the processes sharing the images."""
         for metric in self.metrics.values():
             real = [self.reference.items] if metric.reference and self.reference.items else []
             for items in [*(run.items for run in runs), *real]:
-                self.side(metric.network).compute(items)
+                self.space(metric.network).compute(items)
 
     def of(self, run: FinishedRun) -> tuple[Numbers, dict]:
         """The numbers of a run, and what else its row says."""
         weights, numbers, facts = resamples(len(run.items)), {}, {}
         for metric in self.metrics.values():
-            side = self.side(metric.network)
-            found, others = metric.of(side, run, side.features(run.items), weights)
+            space = self.space(metric.network)
+            found, others = metric.of(space, run, space.features(run.items), weights)
             numbers |= zip(metric.numbers, found, strict=True)
             facts |= others
         return numbers, facts | {"warnings": self.warnings(facts)}
 
     def warnings(self, facts: dict) -> list[str]:
         """Why a row's numbers are not quite what their names say."""
-        warnings = [side.backbone.warning for side in self.sides.values() if side.backbone.warning]
+        warnings = [space.backbone.warning for space in self.spaces.values() if space.backbone.warning]
         warnings += [RANK] if facts.get("covariance_rank_deficient") else []
         warnings += [FEW] if facts.get("images_per_feature", 10) < 10 else []
         known = self.reference.statistics if self.reference else None
@@ -172,9 +172,9 @@ def table(rows: Sequence[dict]) -> str:
 
 def described(measurement: Measurement) -> dict:
     """The networks with their weights, and what a metric says of its own."""
-    facts = {"networks": [side.backbone.settings for side in measurement.sides.values()]}
+    facts = {"networks": [space.backbone.settings for space in measurement.spaces.values()]}
     for metric in measurement.metrics.values():
-        facts |= metric.facts(measurement.side(metric.network).backbone)
+        facts |= metric.facts(measurement.space(metric.network).backbone)
     return facts
 
 
@@ -185,7 +185,7 @@ def write_statistics(measurement: Measurement, path: Path) -> None:
         raise ValueError(
             f"Expected metrics of one network for --write-statistics, but got those of {sorted(networks)}."
         )
-    measurement.side(*networks).statistics.write(path)
+    measurement.space(*networks).statistics.write(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -45,8 +45,8 @@ class NaiveSegmentor:
     @property
     def layers(self) -> frozenset[str]:
         """Names of the layers that must be observed."""
-        own = (*self.preset.self_attention, self.preset.reference) if self.config.layers == "agreement" else ()
-        return frozenset((*self.preset.text, *own, *(self.preset.refine if self.order else ())))
+        pixels = (*self.preset.self_attention, self.preset.reference) if self.config.layers == "agreement" else ()
+        return frozenset((*self.preset.text, *pixels, *(self.preset.refine if self.order else ())))
 
     @property
     def projected(self) -> frozenset[str]:

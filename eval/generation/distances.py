@@ -235,8 +235,8 @@ def draw_scenes(folder: Path) -> None:
                 Image.fromarray(scene("test", number).image).save(part / f"{number:06d}.png")
 
 
-class Side:
-    """A network, and what the real images are to it."""
+class FeatureSpace:
+    """A network's features, and the real images in them."""
 
     def __init__(self, backbone: Backbone, reference: Reference | None, state: PartialState, batch: int):
         self.backbone, self.reference, self.state, self.batch = backbone, reference, state, batch

@@ -8,7 +8,7 @@ import numpy as np
 
 from eval.common.intervals import Spread, interval, jackknife, left_out, ratio_draws
 from eval.common.processes import slices
-from eval.generation.distances import BLOCK, Side, frechet, frechet_draws, precision_recall, statistics
+from eval.generation.distances import BLOCK, FeatureSpace, frechet, frechet_draws, precision_recall, statistics
 from eval.generation.networks import Backbone
 from eval.generation.run_folder import FinishedRun
 from eval.scenes.scene import OBJECTS, scene
@@ -33,41 +33,41 @@ class Metric:
 
     numbers: tuple[str, ...]
     network: str
-    of: Callable[[Side, FinishedRun, np.ndarray, np.ndarray], tuple[Sequence[Number], dict]]
+    of: Callable[[FeatureSpace, FinishedRun, np.ndarray, np.ndarray], tuple[Sequence[Number], dict]]
     spread: Spread | None
     higher_is_better: bool
     reference: str = ""
     facts: Callable[[Backbone], dict] = lambda backbone: {}
 
 
-def frechet_distance(side: Side, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def frechet_distance(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Squared Frechet distance from the reference, and whether images are few for it."""
     found = statistics(slices(rows, BLOCK))
-    draws = frechet_draws(side.statistics, rows, left_out(len(rows)), side.device)
-    few = found.rank_deficient or side.statistics.rank_deficient
+    draws = frechet_draws(space.statistics, rows, left_out(len(rows)), space.device)
+    few = found.rank_deficient or space.statistics.rank_deficient
     facts = {"covariance_rank_deficient": few, "images_per_feature": float(f"{len(rows) / rows.shape[1]:.6g}")}
-    return [(frechet(side.statistics, found), draws)], facts
+    return [(frechet(space.statistics, found), draws)], facts
 
 
-def kernel_distance(side: Side, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def kernel_distance(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Squared MMD from the reference."""
-    value, *draws = side.kernel(rows, np.vstack([np.ones(len(rows)), weights]))
+    value, *draws = space.kernel(rows, np.vstack([np.ones(len(rows)), weights]))
     return [(value, np.array(draws))], {}
 
 
-def precision_and_recall(side: Side, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def precision_and_recall(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Improved precision and recall, shares from 0 to 1."""
-    return [(share, None) for share in precision_recall(side.real, rows, side.device)], {}
+    return [(share, None) for share in precision_recall(space.real, rows, space.device)], {}
 
 
-def clip_score(side: Side, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def clip_score(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Mean of 100 x cosine, and how many captions were truncated."""
     scores, truncated = rows.astype(float).T
     draws = ratio_draws(scores, np.ones(len(scores)), weights)
     return [(scores.mean(), draws)], {"captions_truncated": int(truncated.sum())}
 
 
-def caption_accuracy(side: Side, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def caption_accuracy(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Share of images that show every object of their caption, and share of the named objects."""
     return accuracy(rows > 0, named_objects(run), weights), {}
 

@@ -15,8 +15,8 @@ from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from eval.common.intervals import difference, interval, jackknife, left_out, resamples
 from eval.common.processes import slices
 from eval.generation.distances import (
+    FeatureSpace,
     KernelDistance,
-    Side,
     Statistics,
     draw_scenes,
     frechet,
@@ -346,6 +346,6 @@ def test_references(tmp_path, monkeypatch):
 
 def test_statistics_of_another_network_are_refused(tmp_path):
     statistics([np.eye(5)], {"network": "another"}).write(tmp_path / "a.npz")
-    side = Side(mixing(), read_reference(str(tmp_path / "a.npz"), PartialState()), PartialState(), 8)
+    space = FeatureSpace(mixing(), read_reference(str(tmp_path / "a.npz"), PartialState()), PartialState(), 8)
     with pytest.raises(ValueError, match=r"holds those of .*another"):
-        _ = side.statistics
+        _ = space.statistics

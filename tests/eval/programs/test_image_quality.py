@@ -12,7 +12,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from eval import image_quality
 from eval.generation import networks
-from eval.generation.distances import Reference, Side, Statistics, frechet, read_reference, statistics
+from eval.generation.distances import FeatureSpace, Reference, Statistics, frechet, read_reference, statistics
 from eval.generation.metrics import METRICS, names_in
 from eval.generation.run_folder import read_run
 from eval.image_quality import Measurement, QualitySettings
@@ -128,9 +128,9 @@ def test_the_local_network_has_its_own_names(tmp_path, runs):
         assert not any("fid" in name or "kid" in name for name in row)
         assert row["covariance_rank_deficient"] is True
     assert found["settings"]["networks"][0]["network"] == "efficientnet_lite0"
-    side = Side(networks.efficientnet_lite0("t2ibenchmark", CPU), None, PartialState(), 8)
+    space = FeatureSpace(networks.efficientnet_lite0("t2ibenchmark", CPU), None, PartialState(), 8)
     real, fake = (
-        side.features(items)
+        space.features(items)
         for items in (read_reference(str(folder), PartialState()).items, read_run(runs["goca"]).items)
     )
     expected = frechet(statistics([real]), statistics([fake]))
