@@ -4,7 +4,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+
+TYPES = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a table", list: "a list",
+    NoneType: "left out",
+}  # fmt: skip
 
 
 def read_toml(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -38,13 +45,26 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def from_mapping(cls: type, values: Mapping[str, Any]):
-    """A dataclass from a table of a TOML file; an unknown key is an error that lists the known ones."""
+    """A dataclass from a table of a TOML file; an unknown key and a value of another type are errors."""
     check_keys(cls, values)
+    check_types(cls, values)
     return cls(**values)
 
 
 def check_keys(cls: type, values: Mapping[str, Any], others: tuple[str, ...] = ()) -> None:
-    """ValueError for a key that is neither a field of `cls` nor one of the others."""
+    """ValueError, which lists the known ones, for a key that is neither a field of `cls` nor one of the others."""
     known = {*(each.name for each in fields(cls)), *others}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"Expected keys of {cls.__name__} among {sorted(known)}, but got {unknown}.")
+
+
+def check_types(cls: type, values: Mapping[str, Any]) -> None:
+    """ValueError for a value that is not of its field's type; whole numbers serve as floats, true and false as neither."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        options = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
+        kinds = [get_origin(option) or option for option in options]
+        fits = isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(TYPES.get(kind, kind.__name__) for kind in kinds)
+            raise ValueError(f"Expected `{name}` to be {wanted}, but got {value!r}.")

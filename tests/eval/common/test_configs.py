@@ -2,7 +2,8 @@
 
 import pytest
 
-from eval.common.configs import read_toml
+from eval.common.configs import from_mapping, read_toml
+from eval.generation.generator import GenerationSettings
 
 
 def written(folder, **files):
@@ -46,3 +47,20 @@ def test_a_file_includes_others(tmp_path):
 def test_mistakes_in_an_include(files, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_toml(written(tmp_path, **files) / "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"steps": 2.5}, r"`steps` to be a whole number, but got 2\.5"),
+        ({"seed": "x"}, "`seed` to be a whole number, but got 'x'"),
+        ({"one_seed": "no"}, "`one_seed` to be true or false, but got 'no'"),
+        ({"batch": True}, "`batch` to be a whole number, but got True"),
+        ({"size": "64"}, "`size` to be a whole number or left out, but got '64'"),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_values_are_of_their_fields_types(changes, wanted):
+    assert from_mapping(GenerationSettings, {"guidance_scale": 5, "size": None}).guidance_scale == 5  # a whole number
+    with pytest.raises(ValueError, match=wanted):
+        from_mapping(GenerationSettings, changes)
