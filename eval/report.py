@@ -58,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(arguments)
     results, picture, demo = Path("results"), Path("docs/picture.png"), Path("demo")
-    for document in (path for pattern in DOCUMENTS for path in sorted(Path().glob(pattern))):
+    documents = [path for pattern in DOCUMENTS for path in sorted(Path().glob(pattern))]
+    if not documents:
+        raise ValueError("Expected README.md and docs/ here, but they are not: run it in the repository's root.")
+    for document in documents:
         with replacing(document) as part:
             part.write_text(fill(document.read_text(), results))
     for path in results.glob("*.json"):

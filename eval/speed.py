@@ -34,7 +34,9 @@ from eval.cost.measure import PeakMemory, alone, device_name
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 
 
-MODULES = ("eval.speed", "eval.cost.full_size", "eval.cost.measure", "goca_guidance")  # which a row depends on
+MODULES = ("eval.speed", "eval.cost.full_size", "eval.cost.measure", "eval.common.processes", "goca_guidance")
+"""What a row depends on."""
+
 PAIRS = 20  # of calls, at the most
 NATIVE = ("sd-1.5", "sdxl", "pixart-sigma", "flux", "hunyuan", "sd3")
 PLANS = {  # family, size, batch; the most telling ones first

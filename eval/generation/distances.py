@@ -56,7 +56,7 @@ class Statistics:
         """An .npz file with the keys `mu` and `sigma`, which pytorch-fid, clean-fid and T2IBenchmark read too."""
         facts = json.dumps({"images": self.images, "made_with": dict(self.made_with)})
         with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, mu=self.mean, sigma=self.covariance, facts=np.array(facts))
+            np.savez(file, mu=self.mean, sigma=self.covariance, told=np.array(facts))
 
     @classmethod
     def read(cls, path: Path) -> "Statistics":
@@ -64,7 +64,7 @@ class Statistics:
         try:
             with np.load(path, allow_pickle=False) as file:
                 mean, covariance = (np.asarray(file[key], np.float64) for key in ("mu", "sigma"))
-                facts = json.loads(str(file["facts"])) if "facts" in file else {}
+                facts = json.loads(str(file["told"])) if "told" in file else {}
         except (OSError, KeyError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"Expected an .npz file with `mu` and `sigma`, but {path} is none ({reason}).") from error

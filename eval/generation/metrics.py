@@ -1,17 +1,23 @@
-"""The metrics of generated images, one object each: what `eval.image_quality` measures, and tables and plots show."""
+"""The metrics of generated images, one object each: what `eval.image_quality` measures, and tables and plots show.
+
+What computes is imported when it does: tables and plots need the objects alone, and start at once.
+"""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eval.common.intervals import Spread, interval, jackknife, left_out, ratio_draws
-from eval.common.processes import slices
-from eval.generation.distances import BLOCK, FeatureSpace, frechet, frechet_draws, precision_recall, statistics
-from eval.generation.networks import Backbone
 from eval.generation.run_folder import FinishedRun
 from eval.scenes.scene import OBJECTS, scene
+
+
+if TYPE_CHECKING:
+    from eval.generation.distances import FeatureSpace
+    from eval.generation.networks import Backbone
 
 
 Number = tuple[float, np.ndarray | None]  # a value, and its value of each resample
@@ -33,15 +39,18 @@ class Metric:
 
     numbers: tuple[str, ...]
     network: str
-    of: Callable[[FeatureSpace, FinishedRun, np.ndarray, np.ndarray], tuple[Sequence[Number], dict]]
+    of: Callable[["FeatureSpace", FinishedRun, np.ndarray, np.ndarray], tuple[Sequence[Number], dict]]
     spread: Spread | None
     higher_is_better: bool
     reference: str = ""
-    facts: Callable[[Backbone], dict] = lambda backbone: {}
+    facts: Callable[["Backbone"], dict] = lambda backbone: {}
 
 
-def frechet_distance(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def frechet_distance(space: "FeatureSpace", run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Squared Frechet distance from the reference, and whether images are few for it."""
+    from eval.common.processes import slices
+    from eval.generation.distances import BLOCK, frechet, frechet_draws, statistics
+
     found = statistics(slices(rows, BLOCK))
     draws = frechet_draws(space.statistics, rows, left_out(len(rows)), space.device)
     few = found.rank_deficient or space.statistics.rank_deficient
@@ -49,27 +58,29 @@ def frechet_distance(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, we
     return [(frechet(space.statistics, found), draws)], facts
 
 
-def kernel_distance(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def kernel_distance(space: "FeatureSpace", run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Squared MMD from the reference."""
     value, *draws = space.kernel(rows, np.vstack([np.ones(len(rows)), weights]))
     return [(value, np.array(draws))], {}
 
 
-def precision_and_recall(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def precision_and_recall(space: "FeatureSpace", run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Improved precision and recall, shares from 0 to 1."""
+    from eval.generation.distances import precision_recall
+
     return [(share, None) for share in precision_recall(space.real, rows, space.device)], {}
 
 
-def clip_score(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def clip_score(space: "FeatureSpace", run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Mean of 100 x cosine, and how many captions were truncated."""
     scores, truncated = rows.astype(float).T
     draws = ratio_draws(scores, np.ones(len(scores)), weights)
     return [(scores.mean(), draws)], {"captions_truncated": int(truncated.sum())}
 
 
-def caption_accuracy(space: FeatureSpace, run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
+def caption_accuracy(space: "FeatureSpace", run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Share of images that show every object of their caption, and share of the named objects."""
-    return accuracy(rows > 0, named_objects(run), weights), {}
+    return accuracy(rows > 0, objects_of_captions(run), weights), {}
 
 
 def accuracy(shown: np.ndarray, named: np.ndarray, weights: np.ndarray) -> list[Number]:
@@ -82,10 +93,10 @@ def accuracy(shown: np.ndarray, named: np.ndarray, weights: np.ndarray) -> list[
     ]
 
 
-def of_scenes_themselves(backbone: Backbone) -> dict:
+def of_scenes_themselves(backbone: "Backbone") -> dict:
     """What the classifier says of held-out scenes, the pictures that the captions were written for."""
     shown = backbone.shown_in_scenes
-    named = np.array([names_in(scene("test", number).caption) for number in range(len(shown))])
+    named = np.array([objects_named(scene("test", number).caption) for number in range(len(shown))])
     values = accuracy(shown, named, np.ones((1, len(shown))))
     names = METRICS["caption_accuracy"].numbers
     return {
@@ -93,15 +104,15 @@ def of_scenes_themselves(backbone: Backbone) -> dict:
     }
 
 
-def named_objects(run: FinishedRun) -> np.ndarray:
+def objects_of_captions(run: FinishedRun) -> np.ndarray:
     """Which objects each caption of Scenes names, [n 16] bool; ValueError for other captions."""
-    named = np.array([names_in(item.caption) for item in run.items])
+    named = np.array([objects_named(item.caption) for item in run.items])
     if run.settings["captions"] != "scenes" or not named.any(1).all():
         raise ValueError(f"Expected captions of Scenes for caption_accuracy, but {run.folder} has others.")
     return named
 
 
-def names_in(caption: str) -> list[bool]:
+def objects_named(caption: str) -> list[bool]:
     """Which objects of Scenes a caption names."""
     return [re.search(rf"\b{name}\b", caption) is not None for name in OBJECTS]
 

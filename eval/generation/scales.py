@@ -20,6 +20,8 @@ def by_scale(rows: Sequence[dict], numbers: Sequence[str] = ()) -> str:
     """
     metrics = sorted(METRICS.values(), key=lambda metric: metric.spread is None)  # those without an interval last
     known = [name for metric in metrics for name in metric.numbers if any(name in row for row in rows)]
+    others = [name for row in rows for name in row if f"{name}_interval" in row and not name.endswith("_difference")]
+    known = list(dict.fromkeys([*known, *others]))  # of a metric that is registered no more
     places = ["metric", *(["model"] if len({row["model"] for row in rows}) > 1 else []), "method"]
     lines: dict[tuple, dict[str, str]] = {}
     for number in numbers or known:

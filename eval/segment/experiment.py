@@ -10,14 +10,14 @@ from eval.common.configs import check_keys, from_mapping, read_toml
 from eval.common.files import file_digest
 from eval.common.load import DTYPES
 from eval.common.provenance import weights_digest
-from eval.datasets.benchmarks import Benchmark, benchmark
+from eval.datasets.benchmarks import DATASETS, Benchmark, benchmark
 from eval.datasets.protocols import PROTOCOLS, Protocol
 from eval.prompts.endpoint import Endpoint
 from eval.prompts.phrases import aliases_of
 from eval.prompts.prompt_file import Written
-from eval.prompts.sources import Captions, Tags, Vocabulary, read_captions, release
+from eval.prompts.sources import Captions, Source, Tags, Vocabulary, read_captions, release
 from eval.prompts.tagger import Tagger
-from eval.segment.methods import METHODS, Method, Rule
+from eval.segment.methods import METHODS, BackgroundRule, Method
 from goca_guidance import TINY_SD, GoCAConfig
 
 
@@ -47,7 +47,7 @@ class Experiment:
         limit: the first so many images.
         protocol: see `eval.datasets.protocols`.
         prompts: `source` and its settings, see `source_of`.
-        background: `kind` and `values` of a `Rule`.
+        background: `kind` and `values` of a `BackgroundRule`.
         tune: so many training images choose among several values of the background's rule.
         model: the pipeline's repository or folder.
         dtype: "float32", "float16" or "bfloat16".
@@ -77,6 +77,8 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self):
+        if self.benchmark not in DATASETS:
+            raise ValueError(f"Expected a benchmark among {', '.join(DATASETS)}, but got {self.benchmark!r}.")
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"Expected a protocol among {', '.join(PROTOCOLS)}, but got {self.protocol!r}.")
         if not self.methods and not self.grid:
@@ -149,7 +151,7 @@ def images_of(experiment: Experiment) -> Benchmark:
     return protocol.applied(replace(found, ids=found.ids[: experiment.limit]))
 
 
-def source_of(experiment: Experiment, images: Benchmark) -> Callable:
+def source_of(experiment: Experiment, images: Benchmark) -> Source:
     """The source of prompts: "tags", "vocabulary", "captions", "tagger", "endpoint" or "written"."""
     settings = dict(experiment.prompts)
     kind = settings.pop("source", "tags")
@@ -188,7 +190,7 @@ def method_of(name: str, settings: Mapping[str, Any]) -> Method:
     return replace(method, config=replace(method.config, **config), **changes)
 
 
-def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Rule | None:
+def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> BackgroundRule | None:
     """The background's rule, where the benchmark has a background and the method names what it sees."""
     if images.background is None or method.nameless:
         return None
@@ -201,10 +203,10 @@ def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Rule |
     return rule
 
 
-def rule_from(settings: Mapping[str, Any]) -> Rule:
+def rule_from(settings: Mapping[str, Any]) -> BackgroundRule:
     """A rule as a TOML file has it: its kind, and a list of values."""
     if set(settings) != {"kind", "values"} or not isinstance(settings["values"], list):
         raise ValueError(
             f'Expected a background such as {{kind = "offset", values = [0.2]}}, but got {dict(settings)}.'
         )
-    return Rule(settings["kind"], tuple(map(float, settings["values"])))
+    return BackgroundRule(settings["kind"], tuple(map(float, settings["values"])))

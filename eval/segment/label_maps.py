@@ -9,12 +9,12 @@ from torch import Tensor
 from eval.datasets.folders import VOID
 from eval.segment import crf
 from eval.segment.matching import match
-from eval.segment.methods import Rule, Scores
+from eval.segment.methods import BackgroundRule, Scores
 from goca_guidance.method.maps import min_max, resize
 
 
 def best_classes(
-    scores: Scores, rule: Rule | None, background: int | None, size: tuple[int, int], stretched: bool = False
+    scores: Scores, rule: BackgroundRule | None, background: int | None, size: tuple[int, int], stretched: bool = False
 ) -> tuple[Int[Tensor, "H W"], Int[Tensor, "H W"]]:
     """The best class at each pixel of a picture of `size`, and how many of the rule's values leave it the pixel; on the CPU.
 
@@ -34,7 +34,7 @@ def best_classes(
 
 
 def label_maps(
-    scores: Scores, rule: Rule | None, background: int | None, size: tuple[int, int], stretched: bool = False
+    scores: Scores, rule: BackgroundRule | None, background: int | None, size: tuple[int, int], stretched: bool = False
 ) -> Int[Tensor, "v H W"]:
     """`best_classes` as a label map for each value."""
     labels, kept = best_classes(scores, rule, background, size, stretched)
@@ -43,7 +43,7 @@ def label_maps(
 
 
 def crf_label_maps(
-    scores: Scores, rule: Rule | None, background: int | None, picture: Image.Image
+    scores: Scores, rule: BackgroundRule | None, background: int | None, picture: Image.Image
 ) -> Int[Tensor, "v H W"]:
     """Label maps by a dense CRF on the picture, one for each value of the rule (one in all without a rule)."""
     size = picture.height, picture.width

@@ -28,7 +28,7 @@ KINDS = ("offset", "constant", "max", "square")
 
 
 @dataclass(frozen=True)
-class Rule:
+class BackgroundRule:
     """What the background scores: for each of the `values` v, with e the highest background entity's score and s the highest
     class's: "offset" v + e, "constant" v, "max" max(v, e), "square" (2 v - s)^2, which is FTTM's.
 
@@ -119,7 +119,7 @@ class Method:
     crf: bool = False
     timestep: int | None = None
     num_noises: int | None = None
-    rule: Rule | None = None
+    rule: BackgroundRule | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -202,11 +202,11 @@ METHODS = {
     "manual": Method(by_words, GoCAConfig.vanilla(layers="manual")),
     "fttm": Method(by_words, GoCAConfig.vanilla(layers="manual"), crf=True),
     "fttm-paper": Method(
-        by_sentence, crf=True, timestep=150, num_noises=10, rule=Rule("square", (0.5,)),
+        by_sentence, crf=True, timestep=150, num_noises=10, rule=BackgroundRule("square", (0.5,)),
         extra={"template": "a photo including {}."},
     ),
     "diffsegmenter": Method(
-        by_class, stretched=True, rule=Rule("constant", tuple(round(0.3 + 0.01 * i, 2) for i in range(45))),
+        by_class, stretched=True, rule=BackgroundRule("constant", tuple(round(0.3 + 0.01 * i, 2) for i in range(45))),
         extra={"template": "a photograph of {}"},
     ),
     "diffcut": Method(by_cut, nameless=True, timestep=50, extra={"threshold": 0.5, "alpha": 10.0}),

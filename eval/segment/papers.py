@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,14 +19,16 @@ def beside_papers(folder: Path) -> str:
     Ours stands only where it can be compared: measured under the paper's protocol, with its prompts, on its split, on as many
     images (results/segment-*.json in the `folder`). Quoted are the numbers of eval/paper.toml.
     """
-    paper, ours = tomllib.loads(PAPER.read_text()), measured(folder)
+    paper, ours = tomllib.loads(PAPER.read_text()), measured_rows(folder)
     benchmarks = list(dict.fromkeys(number["benchmark"] for number in paper["number"]))
     lines: dict[tuple, dict[str, str]] = {}
     for number in paper["number"]:
         place = {name: number[name] for name in ("model", "method", "protocol", "source")}
-        line = lines.setdefault(tuple(place.values()), place | dict.fromkeys(benchmarks, ""))
-        found = ours.get(condition(number, paper)) if number["protocol"] in PROTOCOLS else None
-        line[number["benchmark"]] = f"{percent(found)} / {percent(number['miou'])}"
+        line = lines.setdefault(tuple(place.values()), place | dict.fromkeys(benchmarks, "") | {"remark": ""})
+        found = ours[condition(number, paper)] if number["protocol"] in PROTOCOLS else []
+        line[number["benchmark"]] = f"{', '.join(map(percent, found)) or '–'} / {percent(number['miou'])}"
+        if number["remark"] not in line["remark"]:
+            line["remark"] = "; ".join(filter(None, (line["remark"], number["remark"])))
     return markdown([*lines.values()])
 
 
@@ -38,15 +41,15 @@ def condition(number: Mapping, paper: Mapping) -> tuple:
     return number["method"], model, benchmark, name, protocol["prompts"], split, images
 
 
-def measured(folder: Path) -> dict[tuple, float]:
+def measured_rows(folder: Path) -> dict[tuple, list[float]]:
     """mIoU of every row of every result in a folder, by `condition`; ValueError for a file of another form."""
-    found = {}
+    found = defaultdict(list)
     for path in sorted(folder.glob("segment-*.json")):
         try:
             for row in json.loads(path.read_text())["rows"]:
                 images = row["images"] + row["skipped"]
                 names = (row[name] for name in ("benchmark", "protocol", "prompts", "split"))
-                found[row["method"], Path(row["model"]).name, *names, images] = row["miou"]
+                found[row["method"], Path(row["model"]).name, *names, images].append(row["miou"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Expected a result of eval.segmentation in {path}, but it is none ({error!r})."
@@ -54,6 +57,6 @@ def measured(folder: Path) -> dict[tuple, float]:
     return found
 
 
-def percent(share: float | None) -> str:
-    """A share as percent with one decimal; "–" where there is none."""
-    return "–" if share is None else f"{100 * share:.1f}"
+def percent(share: float) -> str:
+    """A share as percent with one decimal; "–" for NaN."""
+    return "–" if share != share else f"{100 * share:.1f}"

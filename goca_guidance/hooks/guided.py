@@ -22,7 +22,7 @@ SEGMENTORS: dict[str, tuple[type[GuidingSegmentor], LayoutRule]] = {  # by `SCFG
     "goca": (GoCASegmentor, prompt_layout),
     "s-cfg": (SCFGSegmentor, token_layout),
 }
-Rule = Callable[[Tensor, Regions, float, SCFGConfig], Tensor]
+GuidanceRule = Callable[[Tensor, Regions, float, SCFGConfig], Tensor]
 """A guidance rule: guidance difference [b c H W], regions, scale, config to the rate [b 1 H W]."""
 
 
@@ -62,7 +62,7 @@ class GuidedCall(Watch):
         goca: GoCAConfig,
         scfg: SCFGConfig,
         *,
-        rule: Rule = rate_map,
+        rule: GuidanceRule = rate_map,
         images: int | None = None,
         prompts: int | None = None,
         prompt_read: bool = True,
@@ -103,6 +103,11 @@ class GuidedCall(Watch):
         if self.step and not self._product_seen:
             raise RuntimeError(
                 "Expected a product of guidance scale and guidance difference in the loop, but saw none."
+            )
+        if self._product_seen and not self.step:
+            raise RuntimeError(
+                "Expected the denoiser to be called in the thread that watches it, but it was called in another one or not at "
+                "all, so nothing was guided by regions: call the pipeline in that thread, or pass `use_scfg=False`."
             )
         if self._finite and not torch.stack(self._finite).all():
             first = torch.stack(self._finite).logical_not().nonzero()[0].item()

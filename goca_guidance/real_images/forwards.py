@@ -138,6 +138,11 @@ class Forwards(Watch):
             )
             self._end()
         self.pipe.maybe_free_model_hooks()
+        if not self._results:
+            raise RuntimeError(
+                "Expected the denoiser to be called in this thread, but it was called in another one or not at all: use the "
+                "model itself, not a wrapper that runs it elsewhere."
+            )
         return torch.stack(self._results).mean(0)
 
     def on_forward(self, call: Any, device: torch.device) -> None:

@@ -5,7 +5,7 @@ import pytest
 from eval.common.programs import run
 
 
-@pytest.mark.parametrize("error", [ValueError, TypeError, FileNotFoundError])
+@pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError, FileNotFoundError, ModuleNotFoundError])
 def test_a_mistake_of_the_user_is_one_line(error, capsys):
     def main():
         raise error("Expected this, but got that: do so.")

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from eval.common.configs import from_mapping
 from eval.common.load import load_pipeline
-from eval.generation import generator as generating
+from eval.generation import generator as generation
 from eval.generation.generator import GenerationSettings, Generator
 from eval.generation.run_folder import png_bytes
 from goca_guidance import GoCASCFGPipeline
@@ -43,7 +43,7 @@ def test_captions_scale_and_scheduler_reach_the_pipeline(tiny):
 def test_every_family_is_guided(name, monkeypatch):
     """At the scale of the settings, which for Flux is that of true guidance."""
     stock = stock_pipeline(name)
-    monkeypatch.setattr(generating, "load_pipeline", lambda *args: GoCASCFGPipeline.from_pipe(stock))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *args: GoCASCFGPipeline.from_pipe(stock))
     family, found = FAMILIES[name], {}
     for method in ("cfg", "goca"):
         settings = few(method=method, size=family.call["height"], guidance_scale=4.0)
@@ -64,8 +64,8 @@ def test_no_safety_checker_and_no_watermark(monkeypatch, tiny):
         pipe.watermark = object()
         return pipe
 
-    monkeypatch.setattr(generating, "load_pipeline", load)
-    pipe = generating.pipeline(few())
+    monkeypatch.setattr(generation, "load_pipeline", load)
+    pipe = generation.pipeline(few())
     assert (pipe.safety_checker, pipe.watermark) == (None, None)
 
 
@@ -75,12 +75,12 @@ def test_another_denoiser(tmp_path, monkeypatch):
     torch.nn.init.ones_(other.transformer.proj_out.weight)
     stock.save_pretrained(tmp_path / "whole")
     other.transformer.save_pretrained(tmp_path / "other" / "transformer")
-    monkeypatch.setattr(generating, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(generation, "load_pipeline", load_pipeline)
     plain = few(model=str(tmp_path / "whole"), captions="scenes", count=1)
     changed = dataclasses.replace(plain, denoiser=str(tmp_path / "other"))
-    weights = generating.pipeline(changed, "cpu").transformer.proj_out.weight
+    weights = generation.pipeline(changed, "cpu").transformer.proj_out.weight
     assert torch.equal(weights, torch.ones_like(weights))
-    assert not torch.equal(weights, generating.pipeline(plain, "cpu").transformer.proj_out.weight)
+    assert not torch.equal(weights, generation.pipeline(plain, "cpu").transformer.proj_out.weight)
     digests = {settings.described(settings.texts())["weights"] for settings in (plain, changed)}
     assert len(digests) == 2
 
@@ -88,7 +88,7 @@ def test_another_denoiser(tmp_path, monkeypatch):
 def test_a_failed_decoding_in_half_precision_spoils_no_other(monkeypatch):
     """SDXL's decoder is brought to float32 for a call, and back only where the call ends well."""
     pipe = GoCASCFGPipeline.from_pipe(stock_pipeline("sdxl")).to(torch.float16)
-    monkeypatch.setattr(generating, "load_pipeline", lambda *args: pipe)
+    monkeypatch.setattr(generation, "load_pipeline", lambda *args: pipe)
     generator = Generator(few(size=FAMILIES["sdxl"].call["height"]), "cpu")
     expected, _ = generator({"1": "a cat"}, ["1"])
     real, calls = pipe.vae.decode, []

@@ -1,14 +1,16 @@
 """Metrics: which way is up, and the objects that a caption names."""
 
 from eval.generation import networks
-from eval.generation.metrics import METRICS, names_in
+from eval.generation.metrics import METRICS, objects_named
 from eval.scenes.scene import OBJECTS, scene
 
 
 def test_names_in_captions_are_the_objects_of_scenes():
     for number in range(300):
         found = scene("test", number)
-        assert {o for o, named in zip(OBJECTS, names_in(found.caption), strict=True) if named} == set(found.objects)
+        assert {o for o, named in zip(OBJECTS, objects_named(found.caption), strict=True) if named} == set(
+            found.objects
+        )
 
 
 def test_every_metric_says_which_way_is_up():

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from eval import coco30k
-from eval.generation import generator as generating
+from eval.generation import generator as generation
 from eval.generation.generator import Generator
 from eval.generation.run_folder import png_bytes
 from goca_guidance import TINY_SD
@@ -92,7 +92,7 @@ def test_the_noise_is_the_ids_whatever_the_batch(tmp_path, latents):
 
 
 def test_methods_are_paired_and_plain_guidance_is_the_stock_pipeline(tmp_path, latents, tiny):
-    found = {method: made(few(method=method, size=None), tmp_path / method) for method in generating.METHODS}
+    found = {method: made(few(method=method, size=None), tmp_path / method) for method in generation.METHODS}
     drawn = [torch.cat(latents[3 * i : 3 * i + 3]) for i in range(3)]
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])

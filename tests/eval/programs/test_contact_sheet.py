@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from eval import coco30k, contact_sheet
-from eval.generation import generator as generating
+from eval.generation import generator as generation
 from eval.generation.generator import GenerationSettings, batches
 from eval.generation.run_folder import read_run
 
@@ -35,7 +35,7 @@ def test_looks_are_those_of_the_run(folders):
     goca, item = read_run(folders / "goca"), read_run(folders / "goca").items[3]
     look = contact_sheet.looks(goca, [item])[item.id]
     assert look.equal
-    generator = generating.Generator(GenerationSettings(**SETTINGS))
+    generator = generation.Generator(GenerationSettings(**SETTINGS))
     texts = generator.settings.texts()
     batch = next(names for names in batches(texts, 2) if item.id in names)
     output = generator.call({name: texts[name] for name in batch}, output_regions=True)

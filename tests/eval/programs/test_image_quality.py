@@ -13,7 +13,7 @@ from torchmetrics.image.kid import poly_mmd
 from eval import image_quality
 from eval.generation import networks
 from eval.generation.distances import FeatureSpace, Reference, Statistics, frechet, read_reference, statistics
-from eval.generation.metrics import METRICS, names_in
+from eval.generation.metrics import METRICS, objects_named
 from eval.generation.run_folder import read_run
 from eval.image_quality import Measurement, QualitySettings
 from eval.scenes.scene import OBJECTS, scene
@@ -147,7 +147,7 @@ def test_caption_accuracy(runs, monkeypatch):
             assert -1 <= images.min() < -0.9 < 0.9 < images.max() <= 1
             return seen.expand(len(images), -1)
 
-    scenes = np.array([names_in(scene("test", number).caption) for number in range(5)])
+    scenes = np.array([objects_named(scene("test", number).caption) for number in range(5)])
     scenes[0] = False
     monkeypatch.setattr(networks, "scenes_classifier", lambda state: (Sees(), scenes))
     found = measured(runs, None, metrics=("caption_accuracy",))

@@ -7,7 +7,7 @@ from PIL import Image
 
 from eval.segment.confusion import cells_of, cells_of_values
 from eval.segment.label_maps import best_classes, crf_label_maps, label_maps, matched_label_maps
-from eval.segment.methods import Rule, Scores
+from eval.segment.methods import BackgroundRule, Scores
 
 
 G = torch.Generator().manual_seed(0)
@@ -18,7 +18,7 @@ SCORES = Scores(MAPS, (3, 7), ENTITY)
 @pytest.mark.parametrize("kind", ["offset", "constant", "max", "square"])
 def test_rules_pixel_by_pixel(kind):
     values = (0.1, 0.4, 0.7)
-    found = label_maps(SCORES, Rule(kind, values), 0, (4, 5))
+    found = label_maps(SCORES, BackgroundRule(kind, values), 0, (4, 5))
     for value, labels in zip(values, found, strict=True):
         for y in range(4):
             for x in range(5):
@@ -43,7 +43,7 @@ def test_scores_are_resized_not_labels():
 
 
 def test_stretched_scores_reach_from_0_to_1_at_the_pictures_size():
-    (labels,) = label_maps(SCORES, Rule("constant", (0.5,)), 0, (16, 20), stretched=True)
+    (labels,) = label_maps(SCORES, BackgroundRule("constant", (0.5,)), 0, (16, 20), stretched=True)
     big = torch.nn.functional.interpolate(MAPS[None], (16, 20), mode="bilinear")[0].numpy()
     low, high = big.min((1, 2), keepdims=True), big.max((1, 2), keepdims=True)
     big = (big - low) / (high - low)
@@ -52,7 +52,7 @@ def test_stretched_scores_reach_from_0_to_1_at_the_pictures_size():
 
 
 def test_nothing_asked_for_is_background():
-    found = label_maps(Scores(), Rule("constant", (0.5, 0.6)), 4, (2, 3))
+    found = label_maps(Scores(), BackgroundRule("constant", (0.5, 0.6)), 4, (2, 3))
     assert [labels.tolist() for labels in found] == [[[4] * 3] * 2] * 2
 
 
@@ -76,7 +76,7 @@ def test_segments_get_the_classes_that_suit_them():
 
 @pytest.mark.parametrize("kind", ["offset", "constant", "max", "square"])
 def test_all_values_are_counted_as_their_label_maps_are(kind):
-    rule = Rule(kind, (0.1, 0.2, 0.4, 0.7))
+    rule = BackgroundRule(kind, (0.1, 0.2, 0.4, 0.7))
     truth = torch.randint(8, (16, 20), generator=torch.Generator().manual_seed(2))
     truth[:3] = 255
     labels, kept = best_classes(SCORES, rule, 0, (16, 20))
@@ -89,10 +89,10 @@ def test_all_values_are_counted_as_their_label_maps_are(kind):
 def test_a_crf_sees_the_background_of_each_value():
     picture = Image.fromarray(np.zeros((12, 12, 3), np.uint8))
     scores = Scores(torch.full((1, 12, 12), 0.5), (3,), torch.zeros(12, 12))
-    low, high = crf_label_maps(scores, Rule("constant", (0.1, 0.9)), 0, picture)
+    low, high = crf_label_maps(scores, BackgroundRule("constant", (0.1, 0.9)), 0, picture)
     assert (low == 3).all()
     assert (high == 0).all()
-    assert crf_label_maps(Scores(), Rule("constant", (0.1, 0.9)), 0, picture).shape == (2, 12, 12)
+    assert crf_label_maps(Scores(), BackgroundRule("constant", (0.1, 0.9)), 0, picture).shape == (2, 12, 12)
 
 
 @pytest.mark.parametrize(
@@ -100,4 +100,4 @@ def test_a_crf_sees_the_background_of_each_value():
 )
 def test_bad_rules(kind, values):
     with pytest.raises(ValueError, match="background rule among"):
-        Rule(kind, values)
+        BackgroundRule(kind, values)
