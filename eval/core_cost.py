@@ -52,8 +52,8 @@ def capture_to(path: Path, family: str, size: int, device: str, dtype: str) -> N
 
 def regions(step: Step, form: str) -> tuple:
     """What is measured: a segmentor that reads everything, and its regions."""
-    reader = FORMS[form](step, GoCAConfig())
-    return reader, reader.regions(step.latent)
+    found = FORMS[form](step, GoCAConfig())
+    return found, found.regions(step.latent)
 
 
 def measure(path: Path, device: str, form: str, repeats: int) -> dict:
@@ -75,8 +75,8 @@ def measure(path: Path, device: str, form: str, repeats: int) -> dict:
 def exact(path: Path, device: str) -> dict:
     """What the naive form finds in float64."""
     step = torch.load(path, map_location=device, weights_only=False)
-    reader = step.naive(GoCAConfig(), torch.float64)
-    return {"scores": reader.scores().cpu().numpy(), "masks": reader.regions(step.latent).masks.cpu().numpy()}
+    found = step.naive(GoCAConfig(), torch.float64)
+    return {"scores": found.scores().cpu().numpy(), "masks": found.regions(step.latent).masks.cpu().numpy()}
 
 
 def profile(path: Path, device: str, repeats: int) -> dict[str, float]:

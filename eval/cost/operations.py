@@ -3,11 +3,11 @@
 One step is both predictions of one image. The stock step is counted on "meta" tensors. What is added is counted layer by
 layer from the sizes of the attention calls, each product and each probability once:
 
-- heads: z M for each cross layer (M = W W^T is built once a call), where the preset weights heads;
-- cross: the probabilities of the text maps; in joint attention they are among the agreement's, and count there;
+- heads: z M for each text layer (M = W W^T is built once a call), where the preset weights heads;
+- cross: the probabilities of the text layers' words; in joint attention they are among the agreement's, and count there;
 - reference: the affinity of the reference layer;
 - agreement: the probabilities of the query rows that the resize to the reference grid reads, and their sum with it;
-- refinement: the other rows of the fine layers, summed to one p x p affinity, which is then applied `order` times.
+- refinement: the other rows of the refining layers, summed to one p x p affinity, which is then applied `order` times.
   Recomputed refinement is the other way: fused attention for every application and layer, in place of all of that.
 
 Elementwise work (sums over heads, resizing, blurs, the rate) is not counted, and tensors are in half precision.

@@ -20,9 +20,9 @@ from goca_guidance.method.records import AttentionRecord, TokenLayout
 class DiffSegmenter:
     """DiffSegmenter (arXiv 2309.02773; constants of its released code).
 
-    Head-mean cross maps, averaged over the layers of each grid, resized to the finest grid, min-max, and summed with weights
-    by grid; multiplied once by the mean self-attention of the finest grid's layers; min-max per class. The paper applies the
-    last min-max after resizing to the picture.
+    Head-mean maps of the text layers, averaged over those of each grid, resized to the finest grid, min-max, and summed with
+    weights by grid; multiplied once by the mean self-attention of the finest grid's layers; min-max per class. The paper
+    applies the last min-max after resizing to the picture.
 
     The paper's grids are 8, 16, 32 and 64, of Stable Diffusion at 512 pixels. Elsewhere (ours) the weights go to the grids in
     the same order, from the coarsest; grids beyond the fourth weigh as it does; and the weights are divided by their sum.
@@ -67,7 +67,7 @@ class DiffSegmenter:
 class FTTM:
     """From Text to Mask (arXiv 2309.04109; constants of its released code for Pascal VOC). Not GoCA's "FTTM" row.
 
-    Head-mean cross maps of the middle layers, resized to the grid of one self-attention layer, averaged, min-max; class
+    Head-mean maps of the middle text layers, resized to the grid of one self-attention layer, averaged, min-max; class
     activation refinement: the map, kept inside the boxes around its parts above `box_threshold`, is multiplied by that layer's
     self-attention, `power` times as in the released code; min-max. The background's score is (2 threshold - highest score)^2,
     which is the caller's business.

@@ -15,8 +15,8 @@ from goca_guidance.method.records import AttentionRecord, Regions, TokenLayout
 class SCFGSegmentor:
     """The segmentor of S-CFG itself (arXiv 2404.05384, section 3; constants of its released code).
 
-    Head-mean cross maps of the two coarsest grids that a step has (16x16 and 8x8 for Stable Diffusion at 512 pixels),
-    refined by (S + 3 S^2) / 4 of the sibling self-attention S, smoothed, divided by their spatial mean, averaged over
+    Head-mean maps of the text layers of the two coarsest grids that a step has (16x16 and 8x8 for Stable Diffusion at 512
+    pixels), refined by (S + 3 S^2) / 4 of the sibling self-attention S, smoothed, divided by their spatial mean, averaged over
     layers. The argmax runs over the layout's regions: all single tokens, unless the caller named some. The foreground is
     where, in the prediction that the sink token belongs to (see `GoCASegmentor`), it is not the larger of itself and the
     sum of all other tokens. `config` is not read: it has no choice that this method leaves open.

@@ -1,13 +1,16 @@
-"""`SCFGConfig.every`: regions are found at some steps and reused between, and nothing is observed there."""
+"""The guided call: its rule, its segmentors, its thread; and `SCFGConfig.every`, by which regions are reused between steps."""
 
+import inspect
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from eval.cost.captured_step import sharpen
 from goca_guidance import GoCAConfig, GoCAGuidance, GoCASCFGPipeline, SCFGConfig
-from goca_guidance.hooks.guided import GuidedCall
+from goca_guidance.hooks.guided import SEGMENTORS, GuidedCall
+from goca_guidance.method.segmentor import GuidingSegmentor
 from tests.helpers.attention import PROMPTS, same
 from tests.helpers.families import FAMILIES, run, stock_pipeline
 from tests.helpers.guided import every_family, guided
@@ -144,3 +147,49 @@ def test_a_batch_equals_its_images_alone(name):
         assert (both.images[i] - alone.images[0]).norm() < 1e-3 * alone.images.norm()
         masks = both.regions[0].masks[i : i + 1]
         assert torch.equal(masks[:, : len(alone.regions[0].labels[0])], alone.regions[0].masks)
+
+
+# ---- seams -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SEGMENTORS)
+def test_every_segmentor_can_be_chosen_and_is_made_alike(name):
+    assert SCFGConfig(segmentor=name)
+    parameters = list(inspect.signature(SEGMENTORS[name][0]).parameters)
+    assert parameters == list(inspect.signature(GuidingSegmentor.__init__).parameters)[1:]
+
+
+def test_no_other_segmentor_can_be_chosen():
+    with pytest.raises(ValueError, match=", ".join(map(repr, SEGMENTORS))):
+        SCFGConfig(segmentor="another")
+
+
+def test_a_rule_of_ones_own(monkeypatch):
+    """It is given the difference, the regions and the scale of each step, and its rate guides."""
+    seen, twice = [], lambda delta, *others: torch.full_like(delta[:, :1], 2.0)
+    pipe, init = guided(stock_pipeline("sd")), GuidedCall.__init__
+
+    def rule(delta, regions, scale, config):
+        seen.append((delta.shape, regions.masks.shape[-2:], scale, config))
+        return twice(delta)
+
+    monkeypatch.setattr(GuidedCall, "__init__", lambda self, *args, **kwargs: init(self, *args, **kwargs, rule=rule))
+    output = run(pipe, "sd", scfg=SCFGConfig(), output_regions=True)
+    assert seen == [((1, 4, 16, 16), (16, 16), 5.0, SCFGConfig())] * 2
+    assert (output.guidance_maps == 10.0).all()
+    stock = run(stock_pipeline("sd"), "sd", guidance_scale=10.0)
+    assert torch.allclose(output.images, stock.images, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_denoiser_in_another_thread_is_told(name):
+    """Its hooks heed their own thread: nothing would be guided, and nobody would know."""
+    pipe = guided(stock_pipeline(name))
+    denoiser = getattr(pipe, FAMILIES[name].denoiser)
+    stock = type(denoiser)
+
+    class Elsewhere(stock):
+        def __call__(self, *args, **kwargs):
+            return threads.submit(torch.no_grad()(stock.__call__), self, *args, **kwargs).result()
+
+    denoiser.__class__ = Elsewhere
+    with ThreadPoolExecutor(1) as threads, pytest.raises(RuntimeError, match="in the thread that watches it"):
+        run(pipe, name)

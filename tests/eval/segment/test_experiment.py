@@ -42,6 +42,11 @@ def test_only_some_methods():
         both.only(["gocha"])
 
 
+def test_an_unknown_benchmark_is_named():
+    with pytest.raises(ValueError, match=r"a benchmark among voc, .*, but got 'vox'"):
+        Experiment(methods={"goca": {}}, benchmark="vox")
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 def has_background(experiment):
     return experiment.protocol == "goca" or experiment.benchmark in ("voc", "context", "coco-object")
