@@ -4,10 +4,16 @@ import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from eval.datasets.folders import VOID, Dataset, Layout, existing_file, existing_folder, indexed, names_in
+from eval.datasets.folders import (
+    VOID,
+    Dataset,
+    Layout,
+    existing_file,
+    existing_folder,
+    indexed,
+    names_in,
+    packed_colours,
+)
 
 
 # COCO-Stuff (Caesar, Uijlings and Ferrari, CVPR 2018), labels.txt: ids 1..182, in its files one less, 255 unlabelled.
@@ -120,11 +126,7 @@ def coco_stuff(root: Path, split: str, coarse: bool = False) -> Layout:
 
 
 def _panoptic(segments, id, path):
-    with Image.open(path) as file:
-        values = np.asarray(file)
-    if values.ndim != 3 or values.shape[2] != 3:
-        raise ValueError(f"expected a panoptic mask of three channels, but got an array of shape {values.shape}")
-    ids = values.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    ids = packed_colours(path)
     known = COCO_OBJECT_LABELS
     return ids, {0: 0, **{s["id"]: known[s["category_id"]] for s in segments[id] if s["category_id"] in known}}
 

@@ -29,7 +29,7 @@ class Layout:
         classes: names as one would write them in a prompt, "background" the first where the labels have one.
         files: image and mask by id.
         decode: (id, path of a mask) to the ids that it holds, [H W], and what these mean: {id: index of a class, or VOID}.
-            What that lacks is no id of the dataset.
+            What that lacks is no id of the dataset. ValueError ("expected ..., but got ...") for a mask of another form.
     """
 
     classes: tuple[str, ...]
@@ -67,6 +67,15 @@ def one_channel(path: Path) -> np.ndarray:
     if values.ndim != 2:
         raise ValueError(f"expected one channel of label ids, but got {values.shape[2]} channels")
     return values
+
+
+def packed_colours(path: Path) -> np.ndarray:
+    """R + 256 G + 65536 B of a mask in colours, [H W] int32."""
+    with Image.open(path) as file:
+        values = np.asarray(file)
+    if values.ndim != 3 or values.shape[2] != 3:
+        raise ValueError(f"expected a mask of three channels, but got an array of shape {values.shape}")
+    return values.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
 
 
 def indexed(labels: Mapping[int, int]) -> Callable[[str, Path], tuple[np.ndarray, Mapping[int, int]]]:
