@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from eval import report
 from eval.common import files
+from tests.helpers.places import ROOT
 
 
 def test_tables_are_filled_in(tmp_path):
@@ -29,3 +32,17 @@ def test_documents_are_filled(tmp_path):
     assert "old" not in text
     assert "`python -m eval.image_quality a`" in text
     assert report.fill(text, tmp_path) == text
+
+
+def test_committed_documents_say_what_the_results_hold():
+    """Else run `make report`."""
+    documents = [path for pattern in report.DOCUMENTS for path in sorted(ROOT.glob(pattern))]
+    assert len(documents) > 5
+    for path in documents:
+        assert path.read_text() == report.fill(path.read_text(), ROOT / "results"), path
+
+
+def test_outside_of_the_repository_there_is_nothing_to_fill(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="in the repository's root"):
+        report.main([])
