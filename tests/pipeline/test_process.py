@@ -6,18 +6,17 @@ from copy import deepcopy
 import pytest
 import torch
 
-from goca_guidance import GoCASCFGPipeline, SCFGConfig
 from goca_guidance.method import maps
-from tests.helpers.families import FAMILIES, run, stock_pipeline
+from tests.helpers.families import run, stock_pipeline
+from tests.helpers.guided import NEUTRAL, every_family, guided, pair
 
 
-def twin(stock, guided: bool):
+def twin(stock, ours: bool):
     """A pipeline on the same modules, with a scheduler and tokenizers of its own: those keep state."""
     own = {name: deepcopy(part) for name, part in stock.components.items() if "token" in name or name == "scheduler"}
     pipe = type(stock)(**{**stock.components, **own})
-    pipe = GoCASCFGPipeline.from_pipe(pipe) if guided else pipe
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return guided(pipe) if ours else pipe
 
 
 @pytest.mark.parametrize(
@@ -44,11 +43,10 @@ def test_every_call_equals_the_call_alone(name, kinds):
         assert all(torch.equal(a, b) for a, b in zip(images, alone[kind], strict=True))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_another_default_dtype_is_of_no_consequence(name):
     """Another thread may set it while it loads a model; nothing that was made meanwhile is kept in it."""
-    pipe = GoCASCFGPipeline.from_pipe(stock_pipeline(name))
-    pipe.set_progress_bar_config(disable=True)
+    _, pipe = pair(name)
     expected = run(pipe, name).images
     for constant in (
         maps._gaussian,
@@ -61,7 +59,7 @@ def test_another_default_dtype_is_of_no_consequence(name):
         constant.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        neutral = run(pipe, name, scfg=SCFGConfig(rate_min=1.0, rate_max=1.0)).images
+        neutral = run(pipe, name, scfg=NEUTRAL).images
         assert torch.equal(neutral, run(pipe, name, use_scfg=False).images)
         assert run(pipe, name).images.isfinite().all()
     finally:
