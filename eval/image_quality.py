@@ -31,7 +31,7 @@ from eval.common.processes import processes
 from eval.common.programs import run as run_program
 from eval.common.provenance import command, commit, versions
 from eval.generation.distances import FeatureSpace, Reference, read_reference
-from eval.generation.metrics import METRICS, Number
+from eval.generation.metrics import METRICS, Number, tidy
 from eval.generation.networks import INCEPTION_FILE, NETWORKS, PREPROCESSINGS
 from eval.generation.run_folder import FinishedRun, base_of, read_run
 from eval.generation.scales import by_scale
@@ -136,13 +136,6 @@ def row_of(measurement: Measurement, run: FinishedRun, measured: tuple[Numbers, 
             noise.append(found["within_noise"])
             row |= {f"{name}_{key}": tidy(each) for key, each in found.items()}
     return row | facts | ({"within_noise": all(noise)} if noise else {})
-
-
-def tidy(value):
-    """Numbers of six digits."""
-    if isinstance(value, tuple):
-        return [tidy(each) for each in value]
-    return value if isinstance(value, bool) else float(f"{value:.6g}")
 
 
 def result_of(measurement: Measurement, runs: Sequence[FinishedRun]) -> dict:

@@ -46,6 +46,13 @@ class Metric:
     facts: Callable[["Backbone"], dict] = lambda backbone: {}
 
 
+def tidy(value):
+    """Numbers of six digits."""
+    if isinstance(value, tuple):
+        return [tidy(each) for each in value]
+    return value if isinstance(value, bool) else float(f"{value:.6g}")
+
+
 def frechet_distance(space: "FeatureSpace", run: FinishedRun, rows: np.ndarray, weights: np.ndarray):
     """Squared Frechet distance from the reference, and whether images are few for it."""
     from eval.common.processes import slices
@@ -54,7 +61,7 @@ def frechet_distance(space: "FeatureSpace", run: FinishedRun, rows: np.ndarray, 
     found = statistics(slices(rows, BLOCK))
     draws = frechet_draws(space.statistics, rows, left_out(len(rows)), space.device)
     few = found.rank_deficient or space.statistics.rank_deficient
-    facts = {"covariance_rank_deficient": few, "images_per_feature": float(f"{len(rows) / rows.shape[1]:.6g}")}
+    facts = {"covariance_rank_deficient": few, "images_per_feature": tidy(len(rows) / rows.shape[1])}
     return [(frechet(space.statistics, found), draws)], facts
 
 
@@ -99,9 +106,7 @@ def of_scenes_themselves(backbone: "Backbone") -> dict:
     named = np.array([objects_named(scene("test", number).caption) for number in range(len(shown))])
     values = accuracy(shown, named, np.ones((1, len(shown))))
     names = METRICS["caption_accuracy"].numbers
-    return {
-        "of_scenes_themselves": {name: float(f"{value:.6g}") for name, (value, _) in zip(names, values, strict=True)}
-    }
+    return {"of_scenes_themselves": {name: tidy(value) for name, (value, _) in zip(names, values, strict=True)}}
 
 
 def objects_of_captions(run: FinishedRun) -> np.ndarray:
