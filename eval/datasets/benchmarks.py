@@ -54,6 +54,13 @@ class Benchmark:
         return self.classes.index("background") if "background" in self.classes else None
 
 
+def dataset_of(name: str) -> Dataset:
+    """The dataset of a benchmark's name; ValueError for an unknown one."""
+    if name not in DATASETS:
+        raise ValueError(f"Expected a benchmark among {', '.join(DATASETS)}, but got {name!r}.")
+    return DATASETS[name]
+
+
 def benchmark(
     name: str, root: Path | None = None, split: str | None = None, ids: Sequence[str] | None = None
 ) -> Benchmark:
@@ -62,11 +69,9 @@ def benchmark(
     `split`: the dataset's own where none is given. `ids` keeps some: with or without the image file's ending.
     ValueError: unknown name, missing root, split folder or list, ids twice, ids without an image, no image at all.
     """
-    if name not in DATASETS:
-        raise ValueError(f"Expected a benchmark among {', '.join(DATASETS)}, but got {name!r}.")
+    dataset = dataset_of(name)
     if isinstance(ids, str):
         raise TypeError(f"Expected a sequence of ids, but got the string {ids!r}. Put it into a list.")
-    dataset = DATASETS[name]
     if dataset.layout is None:
         return _scenes(root, split or dataset.split, ids)
     if root is None or not Path(root).is_dir():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from eval.datasets.benchmarks import DATASETS, Benchmark
+from eval.datasets.benchmarks import Benchmark, dataset_of
 from eval.datasets.folders import VOID
 
 
@@ -31,12 +31,12 @@ class Protocol:
 
     def split(self, benchmark: str) -> str:
         """The split that is evaluated."""
-        dataset = DATASETS[benchmark]
+        dataset = dataset_of(benchmark)
         return (self.released and dataset.released_split) or dataset.split
 
     def merged(self, benchmark: str) -> Mapping[str, str]:
         """Classes that count as another one."""
-        return DATASETS[benchmark].merged if self.released else {}
+        return dataset_of(benchmark).merged if self.released else {}
 
     def asked(self, benchmark: str, name: str) -> str:
         """The class that counts where a prompt's words stand for `name`."""

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from eval.datasets.benchmarks import DATASETS
+from eval.datasets.benchmarks import dataset_of
 
 
 LONGEST = 4  # words in a phrase of a caption; more are a sentence, not a noun
@@ -215,7 +215,7 @@ def class_names(classes: Sequence[str]) -> tuple[str, ...]:
 def aliases_of(benchmark: str, classes: Sequence[str]) -> dict[str, str]:
     """Our words for a benchmark's classes: phrase -> class. No class's own name, singular or plural, is among the words."""
     index, names, found = name_index(classes, {}), class_names(classes), {}
-    for line in (DATASETS[benchmark].phrases + _WORDS).strip().splitlines():
+    for line in (dataset_of(benchmark).phrases + _WORDS).strip().splitlines():
         owners = [index[key] for name in line.split(":")[0].split(",") if (key := tuple(clean(name).split())) in index]
         for word in map(clean, line.replace(":", ",").split(",")) if owners else ():
             *first, last = word.split()

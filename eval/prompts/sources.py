@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.datasets.benchmarks import DATASETS, bare
+from eval.datasets.benchmarks import bare, dataset_of
 from eval.prompts.phrases import BACKGROUND, caption_groups, class_names, clean, name_index, named
 
 
@@ -149,7 +149,7 @@ def merged(groups: Sequence[tuple[tuple[str, ...], int | None]]) -> list[Entity]
 
 def release(benchmark: str) -> dict:
     """What the released code of GoCA does with a benchmark's captions, as arguments of `Captions` and `Endpoint`."""
-    dataset = DATASETS[benchmark]
+    dataset = dataset_of(benchmark)
     return {"append_missing": dataset.append_missing, "background": dataset.background_words}
 
 

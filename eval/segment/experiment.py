@@ -10,7 +10,7 @@ from eval.common.configs import check_keys, from_mapping, read_toml
 from eval.common.files import file_digest
 from eval.common.load import DTYPES
 from eval.common.provenance import weights_digest
-from eval.datasets.benchmarks import DATASETS, Benchmark, benchmark
+from eval.datasets.benchmarks import Benchmark, benchmark, dataset_of
 from eval.datasets.protocols import PROTOCOLS, Protocol
 from eval.prompts.endpoint import Endpoint
 from eval.prompts.phrases import aliases_of
@@ -77,8 +77,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self):
-        if self.benchmark not in DATASETS:
-            raise ValueError(f"Expected a benchmark among {', '.join(DATASETS)}, but got {self.benchmark!r}.")
+        dataset_of(self.benchmark)
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"Expected a protocol among {', '.join(PROTOCOLS)}, but got {self.protocol!r}.")
         if not self.methods and not self.grid:
