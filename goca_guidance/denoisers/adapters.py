@@ -57,15 +57,18 @@ class UNetFamily(Family):
         return LayerPreset(text, self_attention_beside(text), reference, self_attention_beside(refine))
 
     def _generic_preset(self) -> LayerPreset:
-        """Ours: the finest grid refines, and its middle layer is the reference.
+        """Ours: the finest grid refines, and the reference is the middle layer of half the latent's grid.
 
-        Grids may lie further apart than Stable Diffusion's, so rows are normalised: else the coarsest layers win. Order and
-        timestep are those that served the embedded model best on validation scenes.
+        Stable Diffusion's and XL's presets have their reference there; a reference of the finest grid agrees with itself more
+        than with what localises; it is taken where no layer has that grid. Grids may lie further apart than Stable
+        Diffusion's, so rows are normalised: else the coarsest layers win. Order and timestep are those that served the
+        embedded model best on validation scenes.
         """
         text = self._text_layers()
-        finest = min(map(self._level, text))
-        names = [name for name in text if self._level(name) == finest]
-        refine, reference = self_attention_beside(names[: max(1, len(text) // 3)]), names[len(names) // 2]
+        level = min(map(self._level, text))
+        finest = [name for name in text if self._level(name) == level]
+        halved = [name for name in text if self._level(name) == 1] or finest
+        refine, reference = self_attention_beside(finest[: max(1, len(text) // 3)]), halved[len(halved) // 2]
         beside = self_attention_beside(text)
         return LayerPreset(text, beside, reference, refine, order=1, timestep=50, row_normalise=True)
 

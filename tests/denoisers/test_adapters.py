@@ -247,11 +247,36 @@ def test_packing_is_the_stock_pipelines(pipe, name):
     assert torch.equal(family.unpack(packed, DenoiserCall(2, (6, 10), 24)), maps)
 
 
-def test_generic_preset_reads_the_finest_grid():
-    preset = family_of(tiny_components()["unet"]).preset
-    assert preset.reference.startswith("up_blocks.1.")
+def test_generic_preset_refines_on_the_finest_grid_and_compares_on_half_the_latents():
+    unet = tiny_components()["unet"]  # two levels
+    preset = family_of(unet).preset
+    assert family_of(unet)._level(preset.reference) == 1
     assert {name.split(".attentions")[0] for name in preset.refine} <= {"down_blocks.0", "up_blocks.1"}
     assert (preset.order, preset.timestep, preset.row_normalise) == (1, 50, True)
+
+
+@pytest.mark.parametrize(
+    ("levels", "reference"),
+    [
+        ((0, 1, 2), "up_blocks.1.attentions.0"),  # Stable Diffusion's grids
+        ((1, 2), "up_blocks.1.attentions.0"),  # XL's: the finest one is half the latent's
+        ((0, 2), "up_blocks.2.attentions.0"),  # none is half the latent's
+        ((2,), "up_blocks.0.attentions.0"),
+    ],
+)
+def test_the_reference_of_a_generic_unet_has_half_the_latents_grid(levels, reference):
+    down = [("DownBlock2D", "CrossAttnDownBlock2D")[level in levels] for level in range(3)]
+    up = [("UpBlock2D", "CrossAttnUpBlock2D")[level in levels] for level in (2, 1, 0)]
+    unet = UNet2DConditionModel(
+        block_out_channels=(4, 4, 4),
+        down_block_types=down,
+        up_block_types=up,
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=4,
+        attention_head_dim=2,
+    )
+    assert family_of(unet).preset.reference == f"{reference}.transformer_blocks.0.attn2"
 
 
 @pytest.mark.parametrize(
