@@ -2,7 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from typing import Annotated, Literal
+
+from goca_guidance.schema import ODD, above, at_least, checked, read
+
+
+Count = Annotated[int, at_least(1)]
+Size = Annotated[int, ODD, at_least(1)]
+Positive = Annotated[float, above(0)]
+Weighing = Literal["contribution", "uniform"]
 
 
 # English function words that a prompt's regions may leave out (GoCA, per-pixel rescaling: content tokens).
@@ -12,6 +20,7 @@ STOP_WORDS = frozenset(
 )
 
 
+@checked
 @dataclass(frozen=True)
 class GoCAConfig:
     """How attention becomes regions (GoCA, arXiv 2603.06178). The defaults are the paper's method.
@@ -35,32 +44,17 @@ class GoCAConfig:
             refined, and at whose pixels alone self-attention is asked; None keeps the finest grid. Error: docs/speed.md.
     """
 
-    heads: str | None = None
-    layers: str = "agreement"
+    heads: Weighing | None = None
+    layers: Literal["agreement", "uniform", "manual"] = "agreement"
     row_normalise: bool | None = None
-    reference_channels: int | None = None
+    reference_channels: Count | None = None
     rescale: bool = True
     drop_stop_words: bool = True
-    refine_order: int | None = None
-    blur_size: int = 5
-    blur_sigma: float = 1.1
-    agreement_rows: int | None = None
-    working_size: int | None = None
-
-    def __post_init__(self):
-        _among("heads", self.heads, (None, "contribution", "uniform"))
-        _among("layers", self.layers, ("agreement", "uniform", "manual"))
-        if self.blur_size % 2 == 0 or self.blur_size < 1 or self.blur_sigma <= 0:
-            raise ValueError(
-                "Expected an odd, positive `blur_size` and a positive `blur_sigma`, but got "
-                f"{self.blur_size} and {self.blur_sigma}."
-            )
-        if self.refine_order is not None and self.refine_order < 0:
-            raise ValueError(f"Expected `refine_order` to be None or at least 0, but got {self.refine_order}.")
-        for name in ("reference_channels", "agreement_rows", "working_size"):
-            value = getattr(self, name)
-            if value is not None:
-                _whole(name, value)
+    refine_order: Annotated[int, at_least(0)] | None = None
+    blur_size: Size = 5
+    blur_sigma: Positive = 1.1
+    agreement_rows: Count | None = None
+    working_size: Count | None = None
 
     @classmethod
     def vanilla(cls, **changes) -> "GoCAConfig":
@@ -73,6 +67,7 @@ class GoCAConfig:
         return replace(cls(row_normalise=False, reference_channels=1, drop_stop_words=False), **changes)
 
 
+@checked
 @dataclass(frozen=True)
 class SCFGConfig:
     """How regions become a guidance map (S-CFG, arXiv 2404.05384).
@@ -89,30 +84,23 @@ class SCFGConfig:
             docs/speed.md.
     """
 
-    rate_min: float = 0.8
-    rate_max: float = 3.0
-    ceiling: float = 15.0
-    smooth_size: int = 3
-    smooth_sigma: float = 0.5**0.5
-    segmentor: str = "goca"
+    rate_min: Positive = 0.8
+    rate_max: Positive = 3.0
+    ceiling: Positive = 15.0
+    smooth_size: Size = 3
+    smooth_sigma: Positive = 0.5**0.5
+    segmentor: Literal["goca", "s-cfg"] = "goca"
     variance_channels: bool = False
-    every: int = 1
+    every: Count = 1
 
     def __post_init__(self):
-        _among("segmentor", self.segmentor, ("goca", "s-cfg"))
-        if not 0 < self.rate_min <= self.rate_max or self.ceiling <= 0:
+        if self.rate_min > self.rate_max:
             raise ValueError(
-                "Expected 0 < `rate_min` <= `rate_max` and a positive `ceiling`, but got "
-                f"{self.rate_min}, {self.rate_max} and {self.ceiling}."
-            )
-        _whole("every", self.every)
-        if self.smooth_size % 2 == 0 or self.smooth_size < 1 or self.smooth_sigma <= 0:
-            raise ValueError(
-                "Expected an odd, positive `smooth_size` and a positive `smooth_sigma`, but got "
-                f"{self.smooth_size} and {self.smooth_sigma}."
+                f"Expected `rate_min` to be at most `rate_max`, but got {self.rate_min} and {self.rate_max}."
             )
 
 
+@checked
 @dataclass(frozen=True)
 class Background:
     """The score that the classes of a segmentation must beat (method of the GoCA benchmarks).
@@ -128,25 +116,19 @@ class Background:
     offset: float = 0.2
 
     def __post_init__(self):
-        if isinstance(self.entities, str):
-            raise TypeError(f"Expected names of background entities, but got the string {self.entities!r}: use [...].")
         if not self.entities and self.threshold is None:
             raise ValueError("Expected a `threshold`, `entities`, or both for the background, but got neither.")
 
     @classmethod
     def of(cls, value: "float | Sequence[str] | Background") -> "Background":
         """A number is a constant threshold; names are background entities."""
+        value = read("background", value, float | Sequence[str] | Background)
         if isinstance(value, Background):
             return value
-        if isinstance(value, (int, float, Real)):
-            return cls(threshold=float(value))
-        if isinstance(value, str):
-            raise TypeError(
-                f"Expected a number, names or a Background, but got the string {value!r}: use [{value!r}]."
-            )
-        return cls(entities=tuple(value))
+        return cls(threshold=value) if isinstance(value, float | int) else cls(entities=tuple(value))
 
 
+@checked
 @dataclass(frozen=True)
 class LayerPreset:
     """Which layers of a denoiser GoCA reads (method, presets), by full module name.
@@ -167,10 +149,10 @@ class LayerPreset:
     self_attention: tuple[str, ...]
     reference: str
     refine: tuple[str, ...]
-    order: int = 2
-    timestep: int = 100
-    heads: str = "contribution"
-    features: str = "query"
+    order: Annotated[int, at_least(0)] = 2
+    timestep: Annotated[int, at_least(0)] = 100
+    heads: Weighing = "contribution"
+    features: Literal["query", "output"] = "query"
     row_normalise: bool = False
 
     @property
@@ -184,13 +166,3 @@ class LayerPreset:
     def layers(self) -> frozenset[str]:
         """Every layer that may be read."""
         return frozenset((*self.text, *self.self_attention, *self.refine, self.reference))
-
-
-def _whole(name, value):
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"Expected `{name}` to be a whole number of at least 1, but got {value!r}.")
-
-
-def _among(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")

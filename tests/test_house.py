@@ -14,6 +14,7 @@ from tests.helpers.places import ROOT
 
 
 LIBRARY = [  # rooms of goca_guidance by floor: one imports itself and lower floors
+    {"schema"},
     {"config"},
     {"method"},
     {"denoisers", "pictures"},

@@ -11,7 +11,7 @@ import torch
 
 from eval.cost.captured_step import Step
 from eval.cost.naive import NaiveSegmentor
-from goca_guidance import GoCAConfig, SCFGConfig
+from goca_guidance import GoCAConfig
 from goca_guidance.config import LayerPreset
 from goca_guidance.method import segmentor
 from goca_guidance.method.maps import coarser
@@ -206,12 +206,3 @@ def test_queues_change_nothing(name, monkeypatch):
     assert torch.allclose(apart[0], together[0], rtol=0, atol=1e-6)
     assert torch.allclose(apart[1], together[1], rtol=0, atol=1e-6)
     assert (apart[2].masks == together[2].masks).all(1).float().mean() >= 0.999
-
-
-@pytest.mark.parametrize("value", [0, -1, True])
-@pytest.mark.parametrize("name", ["agreement_rows", "working_size"])
-def test_bad_values(name, value):
-    with pytest.raises(ValueError, match=f"Expected `{name}` to be a whole number of at least 1, but got {value}"):
-        GoCAConfig(**{name: value})
-    with pytest.raises(ValueError, match=f"Expected `every` to be a whole number of at least 1, but got {value}"):
-        SCFGConfig(every=value)
