@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from goca_guidance.schema import ODD, above, at_least, checked, read
+from goca_guidance.schema import FILLED, ODD, above, at_least, checked, read
 
 
 Count = Annotated[int, at_least(1)]
@@ -29,7 +30,8 @@ class GoCAConfig:
         heads: "contribution" weights each head by its share of the layer's output; "uniform" is the plain mean. None takes
             the family's preset: "uniform" for Flux and HunyuanDiT, as released, else "contribution".
         layers: "agreement" weights each layer by its likeness to the pseudo self-attention; "uniform" is the plain mean;
-            "manual" the mean of the middle half of the layers, which for Stable Diffusion 1.x are those picked by hand.
+            "manual" the mean of those that the papers pick by hand, of Stable Diffusion 1.x alone; names give the mean of
+            these, as in `layers=["mid_block", "up_blocks.1.attentions.0"]`.
         row_normalise: let every resized self-attention row sum to one before the layers are compared. Off in the
             released code, where a coarse layer of r x r weighs (R / r)^2 more. None takes the family's preset.
         reference_channels: keep the first few channels of the dense features; 1 is what the released benchmark code does.
@@ -45,7 +47,7 @@ class GoCAConfig:
     """
 
     heads: Weighing | None = None
-    layers: Literal["agreement", "uniform", "manual"] = "agreement"
+    layers: Literal["agreement", "uniform", "manual"] | Annotated[tuple[str, ...], FILLED] = "agreement"
     row_normalise: bool | None = None
     reference_channels: Count | None = None
     rescale: bool = True
@@ -143,6 +145,7 @@ class LayerPreset:
         heads, row_normalise: see `GoCAConfig`.
         features: what of the reference layer is dense features, heads side by side: "query" (before norm and rotary
             embeddings) or "output" (before the projection).
+        manual: of the text layers those that are picked by hand in the papers; none where they pick none.
     """
 
     text: tuple[str, ...]
@@ -154,15 +157,41 @@ class LayerPreset:
     heads: Weighing = "contribution"
     features: Literal["query", "output"] = "query"
     row_normalise: bool = False
+    manual: tuple[str, ...] = ()
 
-    @property
-    def middle(self) -> "LayerPreset":
-        """The middle half of the text layers only: of the 16 of Stable Diffusion 1.x the 8 that are picked by hand."""
-        count = len(self.text)
-        half = slice(count // 4, -(-3 * count // 4))
-        return replace(self, text=self.text[half], self_attention=self.self_attention[half])
+    def reading(self, layers: str | Sequence[str]) -> "LayerPreset":
+        """With the text layers alone that `GoCAConfig.layers` asks for, and the self-attention beside them."""
+        if layers in ("agreement", "uniform"):
+            return self
+        names = self.manual if layers == "manual" else layers
+        if not names:
+            raise ValueError(
+                "Expected a model whose layers the papers pick by hand (Stable Diffusion 1.x), but nobody did for this one: "
+                "name them, as in layers=[\"mid_block\"], or use 'uniform'."
+            )
+        text, beside = layers_named(names, self.text), dict(zip(self.text, self.self_attention, strict=True))
+        return replace(self, text=text, self_attention=tuple(beside[name] for name in text))
 
     @property
     def layers(self) -> frozenset[str]:
         """Every layer that may be read."""
         return frozenset((*self.text, *self.self_attention, *self.refine, self.reference))
+
+
+def layers_named(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The known layers that some names stand for, in network order: a full name, or one that several begin with.
+
+    ValueError, with the nearest ones, for a name that no layer has.
+    """
+    for name in names:
+        if not any(_stands_for(name, layer) for layer in known):
+            parts = {layer.rsplit(".", n)[0] for layer in known for n in range(layer.count(".") + 1)}
+            near = get_close_matches(str(name), sorted(parts), 3, cutoff=0)
+            raise ValueError(
+                f"Expected names of this model's layers, but got {name!r}: the nearest are {', '.join(near)}."
+            )
+    return tuple(layer for layer in known if any(_stands_for(name, layer) for name in names))
+
+
+def _stands_for(name, layer):
+    return f"{layer}.".startswith(f"{name}.")

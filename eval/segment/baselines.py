@@ -5,12 +5,13 @@ Neither reads `config` or the unconditional prediction: the methods leave no suc
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from goca_guidance.config import GoCAConfig, LayerPreset
+from goca_guidance.config import GoCAConfig, LayerPreset, layers_named
 from goca_guidance.method.attention import affinity_product, token_maps
 from goca_guidance.method.goca import refine
 from goca_guidance.method.maps import as_maps, min_max, resize
@@ -24,17 +25,26 @@ class DiffSegmenter:
     weights by grid; multiplied once by the mean self-attention of the finest grid's layers; min-max per class. The paper
     applies the last min-max after resizing to the picture.
 
-    The paper's grids are 8, 16, 32 and 64, of Stable Diffusion at 512 pixels. Elsewhere (ours) the weights go to the grids in
-    the same order, from the coarsest; grids beyond the fourth weigh as it does; and the weights are divided by their sum.
-    Families with one grid have one weight, 1.
-
     The paper runs the network once for each class, with a prompt of its own for it.
+
+    Args:
+        grid_weights: one for each grid, from the coarsest to the finest; divided by their sum. None takes the paper's, of the
+            grids 8, 16, 32 and 64 of Stable Diffusion 1.x at 512 pixels, and no other model.
     """
 
-    grid_weights = (0.3, 0.5, 0.1, 0.1)  # from the coarsest grid to the finest
     projected: frozenset[str] = frozenset()  # heads are not weighted
 
-    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
+    def __init__(
+        self,
+        config: GoCAConfig,
+        preset: LayerPreset,
+        layout: TokenLayout,
+        unconditional_sink: bool = False,
+        grid_weights: Sequence[float] | None = None,
+    ):
+        if grid_weights is None:
+            check_known(preset, "DiffSegmenter", "`grid_weights`")
+        self.grid_weights = (0.3, 0.5, 0.1, 0.1) if grid_weights is None else tuple(grid_weights)
         self.preset, self.layout = preset, layout
         self.layers = frozenset((*preset.text, *preset.self_attention))
         self._maps: dict[tuple[int, int], list[Tensor]] = {}  # of the text layers, by grid
@@ -54,9 +64,13 @@ class DiffSegmenter:
 
     def scores(self) -> Float[Tensor, "b k H W"]:
         """One map in [0, 1] for each region of the layout, at the finest grid; a constant map is zero."""
-        grids = sorted(self._maps, key=math.prod)
+        grids, weights = sorted(self._maps, key=math.prod), self.grid_weights
+        if len(weights) != len(grids) or min(weights) < 0 or not sum(weights):
+            raise ValueError(
+                f"Expected a `grid_weights` for each of the {len(grids)} grids {grids}, at least 0 and one above, but got "
+                f"{list(weights)}."
+            )
         maps = [min_max(resize(torch.stack(self._maps[grid]).mean(0), grids[-1])) for grid in grids]
-        weights = [self.grid_weights[min(rank, len(self.grid_weights) - 1)] for rank in range(len(grids))]
         merged = torch.stack([weight * m for weight, m in zip(weights, maps, strict=True)]).sum(0) / sum(weights)
         return refine(merged, self._attend, 1, self._finest[0].view.joint)
 
@@ -72,22 +86,30 @@ class FTTM:
     self-attention, `power` times as in the released code; min-max. The background's score is (2 threshold - highest score)^2,
     which is the caller's business.
 
-    Of the 16 layers of Stable Diffusion the paper reads the cross layers 4 to 8 and the self layer 11, counted from 0. For
-    another number of layers (ours) these are the layers in the same fractions of the preset's: 4/16 to 9/16, and at 11/16.
+    Args:
+        text_layers, self_layer: names of the layers. None takes the paper's: of the 16 layers of Stable Diffusion 1.x, and no
+            other model's, the cross layers 4 to 8 and the self layer 11, counted from 0.
     """
 
-    text_layers = (4, 9)  # first one, and the one after the last, of 16
-    self_attention_layer = 11  # of 16
     box_threshold = 0.2  # of the map's maximum; the paper has 0.5 for COCO
     power = 2
     projected: frozenset[str] = frozenset()  # heads are not weighted
 
-    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
-        picked = (*self.text_layers, self.self_attention_layer)
-        first, last, refining = (index * len(preset.text) // 16 for index in picked)
+    def __init__(
+        self,
+        config: GoCAConfig,
+        preset: LayerPreset,
+        layout: TokenLayout,
+        unconditional_sink: bool = False,
+        text_layers: Sequence[str] | None = None,
+        self_layer: str | None = None,
+    ):
+        if not text_layers or not self_layer:
+            check_known(preset, "FTTM", "`text_layers` and `self_layer`")
         self.layout = layout
-        self.text = frozenset(preset.text[first : max(last, first + 1)])
-        self.self_attention = preset.self_attention[refining]
+        self.text = frozenset(layers_named(text_layers, preset.text) if text_layers else preset.text[4:9])
+        own = layers_named([self_layer], preset.self_attention) if self_layer else preset.self_attention[11:12]
+        self.self_attention = own[-1]
         self.layers = self.text | {self.self_attention}
         self._maps: list[Tensor] = []
         self._refining: AttentionRecord  # of the self-attention layer, once it was seen
@@ -108,6 +130,15 @@ class FTTM:
         maps = min_max(torch.stack([resize(maps, grid) for maps in self._maps]).mean(0))
         inside = maps * boxes(maps, self.box_threshold)
         return refine(inside, lambda x, _: affinity_product(refining, x), self.power, refining.view.joint)
+
+
+def check_known(preset: LayerPreset, paper: str, settings: str) -> None:
+    """ValueError for a model that a paper's choice of layers says nothing about."""
+    if not preset.manual:
+        raise ValueError(
+            f"Expected Stable Diffusion 1.x, for which {paper} names its layers, but got another model: give the row "
+            f"{settings}, chosen for this one."
+        )
 
 
 def boxes(maps: Float[Tensor, "b k H W"], threshold: float) -> Bool[Tensor, "b k H W"]:

@@ -15,6 +15,7 @@ from scipy import ndimage, sparse
 
 Filter = Callable[[np.ndarray], np.ndarray]  # [N k] -> [N k]: sums over all pixels, weighted by a kernel
 
+SIDE = 500  # pixels on the longer side of Pascal VOC's pictures, on which the papers' theta_alpha is given
 LEAST = 1e-5  # scores are clipped to it before the logarithm
 REACH = 5  # standard deviations to which the spatial kernel is summed: beyond, it is below 4e-6
 
@@ -24,8 +25,8 @@ class CRF:
     """Constants of the energy, by the paper's symbols (its equation 3); the defaults are those that FTTM and GoCA use.
 
     Args:
-        w1, theta_alpha, theta_beta: weight of the bilateral kernel; its standard deviation in pixels, and in grey levels (0 to
-            255) of each colour.
+        w1, theta_alpha, theta_beta: weight of the bilateral kernel; its standard deviation in pixels of a picture of 500 on
+            the longer side, as Pascal VOC's are (of others in proportion), and in grey levels (0 to 255) of each colour.
         w2, theta_gamma: weight of the spatial kernel; its standard deviation in pixels.
         iterations: of mean-field.
     """
@@ -103,7 +104,7 @@ def spatial(size: tuple[int, int], theta: float) -> Filter:
 
 def bilateral_features(image: np.ndarray, crf: CRF) -> np.ndarray:
     """[N 5]: column, row and colours of each pixel, in standard deviations of the bilateral kernel."""
-    rows, columns = np.indices(image.shape[:2]) / crf.theta_alpha
+    rows, columns = np.indices(image.shape[:2]) / (crf.theta_alpha * max(image.shape[:2]) / SIDE)
     return np.concatenate([columns[..., None], rows[..., None], image / crf.theta_beta], -1).reshape(-1, 5)
 
 

@@ -17,6 +17,7 @@ from eval.prompts.phrases import aliases_of
 from eval.prompts.prompt_file import Written
 from eval.prompts.sources import Captions, Source, Tags, Vocabulary, read_captions, release
 from eval.prompts.tagger import Tagger
+from eval.segment.crf import CRF
 from eval.segment.methods import METHODS, BackgroundRule, Method
 from goca_guidance import TINY_SD, GoCAConfig
 
@@ -103,7 +104,9 @@ class Experiment:
         combinations = (
             [dict(zip(names, values, strict=True)) for values in product(*self.grid.values())] if names else []
         )
-        named = {", ".join(f"{k} {v}" for k, v in row.items()): {"base": "goca", **row} for row in combinations}
+        named = {
+            ", ".join(f"{k} {_in_words(v)}" for k, v in row.items()): {"base": "goca", **row} for row in combinations
+        }
         return self.methods | named
 
     @property
@@ -182,11 +185,24 @@ def method_of(name: str, settings: Mapping[str, Any]) -> Method:
     method = METHODS[base_of(name, settings)]
     config = {key: value for key, value in settings.items() if key not in (*NOT_GOCA, *method.extra)}
     check_keys(GoCAConfig, config, (*NOT_GOCA, *method.extra))
-    changes = {key: settings[key] for key in ("timestep", "num_noises", "crf") if key in settings}
+    changes = {key: settings[key] for key in ("timestep", "num_noises") if key in settings}
+    if "crf" in settings:
+        changes["crf"] = crf_from(settings["crf"])
     if "background" in settings:
         changes["rule"] = rule_from(settings["background"])
     changes["extra"] = {key: settings.get(key, value) for key, value in method.extra.items()}
     return replace(method, config=replace(method.config, **config), **changes)
+
+
+def crf_from(settings: bool | Mapping[str, Any]) -> CRF | None:
+    """A CRF as a TOML file has it: true, false, or a table of the constants that differ from FTTM's."""
+    if isinstance(settings, bool):
+        return CRF() if settings else None
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            f"Expected `crf` to be true, false or a table such as {{theta_beta = 10}}, but got {settings!r}."
+        )
+    return from_mapping(CRF, settings)
 
 
 def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> BackgroundRule | None:
@@ -209,3 +225,7 @@ def rule_from(settings: Mapping[str, Any]) -> BackgroundRule:
             f'Expected a background such as {{kind = "offset", values = [0.2]}}, but got {dict(settings)}.'
         )
     return BackgroundRule(settings["kind"], tuple(map(float, settings["values"])))
+
+
+def _in_words(value) -> str:
+    return " + ".join(value) if isinstance(value, list) else str(value)

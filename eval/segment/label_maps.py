@@ -43,7 +43,11 @@ def label_maps(
 
 
 def crf_label_maps(
-    scores: Scores, rule: BackgroundRule | None, background: int | None, picture: Image.Image
+    scores: Scores,
+    rule: BackgroundRule | None,
+    background: int | None,
+    picture: Image.Image,
+    parameters: crf.CRF | None = None,
 ) -> Int[Tensor, "v H W"]:
     """Label maps by a dense CRF on the picture, one for each value of the rule (one in all without a rule)."""
     size = picture.height, picture.width
@@ -52,10 +56,11 @@ def crf_label_maps(
     classes = _class_scores(scores, size)
     labels, highest = torch.tensor(scores.labels), classes.amax(0)
     if rule is None:
-        return _by_crf(classes, labels, picture)[None]
+        return _by_crf(classes, labels, picture, parameters)[None]
     entity, both = _resized(scores.background[None], size)[0], torch.cat([labels, torch.tensor([background])])
     backgrounds = [rule.score(value, entity, highest).clamp(0, 1) for value in rule.values]
-    return torch.stack([_by_crf(torch.cat([classes, score[None]]), both, picture) for score in backgrounds])
+    every = (torch.cat([classes, score[None]]) for score in backgrounds)
+    return torch.stack([_by_crf(scores, both, picture, parameters) for scores in every])
 
 
 def matched_label_maps(
@@ -74,7 +79,7 @@ def _class_scores(scores, size, stretched=False) -> Float[Tensor, "k Y X"]:
     return min_max(maps[None])[0] if stretched else maps
 
 
-def _by_crf(scores, labels, picture):
+def _by_crf(scores, labels, picture, parameters):
     shares = scores.clamp(min=1e-5)
-    found = crf.refine((shares / shares.sum(0)).cpu().numpy(), np.asarray(picture))
+    found = crf.refine((shares / shares.sum(0)).cpu().numpy(), np.asarray(picture), parameters)
     return labels[torch.from_numpy(np.ascontiguousarray(found)).argmax(0)]

@@ -2,7 +2,7 @@
 
 goca           auto aggregation over heads and layers, per-pixel rescaling (arXiv 2603.06178)
 vanilla        plain means over heads and layers, min-max only
-manual         vanilla on the layers picked by hand
+manual         vanilla on the layers picked by hand: the paper's for Stable Diffusion 1.x, elsewhere those that a row names
 fttm           as GoCA re-implements it: manual, then a dense CRF
 fttm-paper     FTTM's own definition (arXiv 2309.04109): its layers, boxes, background rule and noises, then a dense CRF
 diffsegmenter  one pass per class, weights by resolution, one refinement (arXiv 2309.02773)
@@ -11,6 +11,7 @@ diffcut        segments without names, given the best ones by Hungarian matching
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from eval.common.processes import slices
 from eval.prompts.sources import Entity, Prompt
 from eval.segment.baselines import FTTM, DiffSegmenter
+from eval.segment.crf import CRF
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
 
 
@@ -106,7 +108,7 @@ class Method:
         config: how attention becomes maps.
         nameless: it answers with segments.
         stretched: each class's scores reach from 0 to 1 at the picture's size.
-        crf: the label map is refined by a dense CRF.
+        crf: constants of the dense CRF that refines the label map, where one does.
         timestep, num_noises: None leaves the experiment's.
         rule: the method's background rule; None leaves the experiment's.
         extra: settings of `answer` that no other method has.
@@ -116,7 +118,7 @@ class Method:
     config: GoCAConfig = field(default_factory=GoCAConfig)
     nameless: bool = False
     stretched: bool = False
-    crf: bool = False
+    crf: CRF | None = None
     timestep: int | None = None
     num_noises: int | None = None
     rule: BackgroundRule | None = None
@@ -132,7 +134,13 @@ def by_words(pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int
 
 
 def by_class(
-    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, template: str, **settings: Any
+    pipe: GoCASCFGPipeline,
+    batch: Batch,
+    config: GoCAConfig,
+    size: int,
+    template: str,
+    grid_weights: Sequence[float] | None,
+    **settings: Any,
 ) -> list[Scores]:
     """DiffSegmenter: a forward for each class, whose name stands in the `template` at {}."""
     asked = []
@@ -140,17 +148,26 @@ def by_class(
         for label in sorted(labels_asked(prompts)):
             name = batch.classes[label]
             asked.append((image, Prompt(template.format(name), (Entity(name, label),))))
-    return _answers(pipe, batch, asked, size, goca=config, segmentor=DiffSegmenter, **settings)
+    segmentor = partial(DiffSegmenter, grid_weights=grid_weights)
+    return _answers(pipe, batch, asked, size, goca=config, segmentor=segmentor, **settings)
 
 
 def by_sentence(
-    pipe: GoCASCFGPipeline, batch: Batch, config: GoCAConfig, size: int, template: str, **settings: Any
+    pipe: GoCASCFGPipeline,
+    batch: Batch,
+    config: GoCAConfig,
+    size: int,
+    template: str,
+    text_layers: Sequence[str] | None,
+    self_layer: str | None,
+    **settings: Any,
 ) -> list[Scores]:
     """FTTM: the list of all entities stands in the `template` at {}."""
     sentences = [
         [replace(prompt, text=template.format(prompt.text)) for prompt in prompts] for prompts in batch.prompts
     ]
-    return by_words(pipe, replace(batch, prompts=sentences), config, size, segmentor=FTTM, **settings)
+    segmentor = partial(FTTM, text_layers=text_layers, self_layer=self_layer)
+    return by_words(pipe, replace(batch, prompts=sentences), config, size, segmentor=segmentor, **settings)
 
 
 def by_cut(
@@ -200,14 +217,14 @@ METHODS = {
     "goca": Method(by_words),
     "vanilla": Method(by_words, GoCAConfig.vanilla()),
     "manual": Method(by_words, GoCAConfig.vanilla(layers="manual")),
-    "fttm": Method(by_words, GoCAConfig.vanilla(layers="manual"), crf=True),
+    "fttm": Method(by_words, GoCAConfig.vanilla(layers="manual"), crf=CRF()),
     "fttm-paper": Method(
-        by_sentence, crf=True, timestep=150, num_noises=10, rule=BackgroundRule("square", (0.5,)),
-        extra={"template": "a photo including {}."},
+        by_sentence, crf=CRF(), timestep=150, num_noises=10, rule=BackgroundRule("square", (0.5,)),
+        extra={"template": "a photo including {}.", "text_layers": None, "self_layer": None},
     ),
     "diffsegmenter": Method(
         by_class, stretched=True, rule=BackgroundRule("constant", tuple(round(0.3 + 0.01 * i, 2) for i in range(45))),
-        extra={"template": "a photograph of {}"},
+        extra={"template": "a photograph of {}", "grid_weights": None},
     ),
-    "diffcut": Method(by_cut, nameless=True, timestep=50, extra={"threshold": 0.5, "alpha": 10.0}),
+    "diffcut": Method(by_cut, nameless=True, timestep=50, extra={"threshold": 0.5, "alpha": 10.0, "layer": None}),
 }  # fmt: skip

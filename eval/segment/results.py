@@ -1,5 +1,6 @@
 """Counts to the rows of a result, and what a result says of how it was made."""
 
+import json
 from dataclasses import asdict, dataclass
 
 from eval.common.provenance import PACKAGES, command, commit, model_name, versions
@@ -66,11 +67,12 @@ def effective(experiment: Experiment, name: str, images: Benchmark) -> dict:
     settings = {
         "timestep": experiment.timestep,
         "num_noises": experiment.num_noises,
-        "crf": method.crf,
+        "crf": method.crf and asdict(method.crf),
         **method.extra,
     }
     settings |= {key: value for key in ("timestep", "num_noises") if (value := getattr(method, key)) is not None}
-    return settings | {"background": None if rule is None else rule.kind, "goca": asdict(method.config)}
+    settings |= {"background": None if rule is None else rule.kind, "goca": asdict(method.config)}
+    return json.loads(json.dumps(settings))  # tuples are lists in the file
 
 
 def difference(experiment: Experiment, images: Benchmark, measured: Measured, base: Measured) -> dict:

@@ -192,7 +192,7 @@ class Counting:
         if scores.segments is not None:
             return matched_label_maps(scores, mask, len(self.run.images.classes), background)
         if self.method.crf:
-            return crf_label_maps(scores, self.rule, background, image)
+            return crf_label_maps(scores, self.rule, background, image, self.method.crf)
         return label_maps(scores, self.rule, background, mask.shape, self.method.stretched)
 
     def count(self, image_id: str, scores: Scores, image: Image.Image, mask: np.ndarray) -> None:

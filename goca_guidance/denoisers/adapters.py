@@ -1,6 +1,7 @@
 """What differs between denoisers: names of attention layers, token order, token grid, presets. Nothing else knows families."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -49,7 +50,8 @@ class UNetFamily(Family):
         """Stable Diffusion's by its layout, else a preset that is fitted to the U-Net's grids."""
         if self._text_layers() != tuple(f"{block}.transformer_blocks.0.attn2" for block in _SD_BLOCKS):
             return self._generic_preset()
-        return self._named_preset("up_blocks.2.attentions.1.0", _SD_FINE)
+        named = self._named_preset("up_blocks.2.attentions.1.0", _SD_FINE)
+        return replace(named, manual=named.text[4:12])  # down_blocks.2 to up_blocks.2.attentions.1
 
     def _named_preset(self, reference, refine):
         text = self._text_layers()

@@ -112,7 +112,7 @@ class GoCASegmentor:
 
     def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
         self.config, self.layout, self.unconditional_sink = config, layout, unconditional_sink
-        self.preset = preset = preset.middle if config.layers == "manual" else preset
+        self.preset = preset = preset.reading(config.layers)
         self.heads = config.heads or preset.heads
         self.order = preset.order if config.refine_order is None else config.refine_order
         self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise

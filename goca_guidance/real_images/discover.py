@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from goca_guidance.config import layers_named
 from goca_guidance.denoisers.base import Family
 from goca_guidance.method.diffcut import cut
 from goca_guidance.method.maps import nearest_index
@@ -28,10 +29,11 @@ def discover(
     height: int | None = None,
     width: int | None = None,
     size: int = 128,
+    layer: str | None = None,
 ) -> list[Int[Tensor, "_ _"]]:
     """Segment real images without names (DiffCut, arXiv 2406.02842): recursive normalised cut of dense features.
 
-    The features are what the last self-attention layer of the U-Net's encoder puts out, for an empty prompt.
+    The features are what a self-attention layer puts out, for an empty prompt: the last one of the U-Net's encoder.
 
     Args:
         pipe, stock, images, generator, height, width: see [`goca_guidance.real_images.segment.segment`].
@@ -39,12 +41,13 @@ def discover(
         alpha: exponent of the affinity.
         timestep: at which the image is noised, of the scheduler's training steps; None is the paper's, 50.
         size: side of the map on which pixels choose the nearest segment.
+        layer: name of another self-attention layer, such as "down_blocks.1.attentions.0".
 
     Returns:
         One H W int64 map for each image, at its own size: numbers of segments, which mean nothing beyond the image.
     """
     noisy = noised(pipe, images, 50 if timestep is None else timestep, 1, generator, height, width)
-    forwards = EncoderFeatures(pipe, noisy.family)
+    forwards = Features(pipe, noisy.family, layer)
     features = forwards.run(stock, [""] * len(noisy.pictures), noisy.samples)
     labels = cut(features, (size, size), threshold, alpha).cpu()
     sizes = [picture.size[::-1] for picture in noisy.pictures]
@@ -54,18 +57,19 @@ def discover(
     ]
 
 
-class EncoderFeatures(Forwards):
-    """Output of the last self-attention layer of a U-Net's encoder, [b c H W]."""
+class Features(Forwards):
+    """Output of one self-attention layer, [b c H W]: the one of this name, or the last one of a U-Net's encoder."""
 
-    def __init__(self, pipe: DiffusionPipeline, family: Family):
+    def __init__(self, pipe: DiffusionPipeline, family: Family, layer: str | None = None):
         super().__init__(pipe, family)
-        names = [name for name in family.preset.self_attention if name.startswith("down_blocks.")]
-        if not names:
+        known = family.preset.self_attention
+        encoder = [name for name in known if name.startswith("down_blocks.")]
+        if not encoder:
             raise ValueError(
                 "Expected a U-Net, whose encoder has attention layers, but got "
                 f"{type(family.denoiser).__name__}: DiffCut is defined for U-Nets."
             )
-        self.layer = names[-1]
+        self.layer = (encoder if layer is None else layers_named([layer], known))[-1]
         self._features: Any = None  # of the forward in progress
 
     def run(self, stock, prompts: Sequence[str], samples) -> Float[Tensor, "b c H W"]:

@@ -70,6 +70,14 @@ SD = {
     "text": 16,
     "reference": "up_blocks.2.attentions.1.transformer_blocks.0.attn2",
     "refine": unet_blocks("down_blocks.0.1.0", "up_blocks.3.0.0", "up_blocks.3.1.0"),
+    "manual": tuple(  # the list of the released configuration
+        f"{block}.transformer_blocks.0.attn2"
+        for block in (
+            *("down_blocks.2.attentions.0", "down_blocks.2.attentions.1", "mid_block.attentions.0"),
+            *("up_blocks.1.attentions.0", "up_blocks.1.attentions.1", "up_blocks.1.attentions.2"),
+            *("up_blocks.2.attentions.0", "up_blocks.2.attentions.1"),
+        )
+    ),
 }
 SD3 = {
     "text": 24,
@@ -112,7 +120,7 @@ EXPECTED = {
     "sd3": SD3,
     "sd3.5": SD3,
 }
-DEFAULTS = {"order": 2, "timestep": 100, "heads": "contribution", "features": "query"}
+DEFAULTS = {"order": 2, "timestep": 100, "heads": "contribution", "features": "query", "manual": ()}
 
 
 @pytest.fixture(params=[*((name, "defaults") for name in FULL_SIZE), *((name, "real") for name in REAL)], ids="-".join)

@@ -23,14 +23,15 @@ def test_a_low_threshold_cuts_nothing(pipe, image):
     assert len(pipe.discover(image, threshold=2.0)[0].unique()) > 10
 
 
-def test_features_are_the_last_encoder_self_attentions(pipe, image, monkeypatch):
-    """Against a forward by hand: encode, add noise, empty prompt, and what the module puts out."""
+@pytest.mark.parametrize(("layer", "side"), [(None, 8), ("up_blocks.1.attentions.0", 16)])
+def test_features_are_a_self_attentions_output(pipe, image, monkeypatch, layer, side):
+    """The last one's of the encoder, or the named one's, against a forward by hand: encode, add noise, empty prompt."""
     seen, found = [], []
     monkeypatch.setattr(
         discover, "cut", lambda features, *rest: seen.append(features) or torch.zeros(1, 128, 128).long()
     )
-    pipe.discover(image, generator=torch.Generator().manual_seed(3))
-    module = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
+    pipe.discover(image, generator=torch.Generator().manual_seed(3), layer=layer)
+    module = pipe.unet.get_submodule(f"{layer or 'down_blocks.1.attentions.0'}.transformer_blocks.0.attn1")
     handle = module.register_forward_hook(lambda m, a, output: found.append(output))
     with torch.no_grad():
         latent = pipe.vae.encode(pipe.image_processor.preprocess(image, height=32, width=32)).latent_dist.mode()
@@ -42,7 +43,13 @@ def test_features_are_the_last_encoder_self_attentions(pipe, image, monkeypatch)
         pipe.unet(noisy, 50, pipe.text_encoder(empty.input_ids)[0])
     handle.remove()
     assert torch.allclose(seen[0].flatten(2).mT, found[0], atol=1e-5)
-    assert seen[0].shape[-2:] == (8, 8)
+    assert seen[0].shape[-2:] == (side, side)
+
+
+def test_a_layer_that_is_not_there(pipe, image):
+    with pytest.raises(ValueError, match=r"'down_block.1': the nearest are down_blocks.1, "):
+        pipe.discover(image, layer="down_block.1")
+    assert hooks_of(pipe.unet) == 0
 
 
 def test_a_transformer_has_no_encoder(image):

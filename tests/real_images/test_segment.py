@@ -165,21 +165,40 @@ def test_a_segmentor_of_ones_own(pipe, image):
     assert (result.scores == 0.5).all()
 
 
-def test_layers_picked_by_hand(pipe, image):
-    """The plain mean over the middle half: as uniform weights give it where the other layers do not exist."""
+@pytest.mark.parametrize("layers", [["up_blocks.0.attentions.0", "mid_block"], "manual"])
+def test_layers_picked_by_hand(pipe, image, layers):
+    """The plain mean over some layers: as uniform weights give it where the other layers do not exist."""
     preset = family_of(pipe.unet).preset
+    text = ("mid_block.attentions.0.transformer_blocks.0.attn2", "up_blocks.0.attentions.0.transformer_blocks.0.attn2")
+    beside = tuple(name.replace("attn2", "attn1") for name in text)
 
-    class Middle(GoCASegmentor):
+    class Picked(GoCASegmentor):
         def __init__(self, config, preset, layout):
-            count = len(preset.text)
-            half = slice(count // 4, -(-3 * count // 4))
-            picked = dataclasses.replace(preset, text=preset.text[half], self_attention=preset.self_attention[half])
-            super().__init__(GoCAConfig.vanilla(), picked, layout)
+            super().__init__(config, dataclasses.replace(preset, text=text, self_attention=beside), layout)
 
-    manual = pipe.segment(image, CLASSES, goca=GoCAConfig.vanilla(layers="manual")).scores
-    assert torch.equal(manual, pipe.segment(image, CLASSES, segmentor=Middle).scores)
-    assert 0 < len(preset.middle.text) < len(preset.text)
-    assert manual.shape == (1, 3, 16, 16)
+    class Known(GoCASegmentor):
+        def __init__(self, config, preset, layout):
+            super().__init__(config, dataclasses.replace(preset, manual=text), layout)
+
+    manual = pipe.segment(image, CLASSES, goca=GoCAConfig.vanilla(layers=layers), segmentor=Known).scores
+    assert torch.equal(manual, pipe.segment(image, CLASSES, goca=GoCAConfig.vanilla(), segmentor=Picked).scores)
+    assert not torch.equal(manual, pipe.segment(image, CLASSES, goca=GoCAConfig.vanilla()).scores)
+    assert {*text} < {*preset.text}
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("manual", r"nobody did for this one: name them, as in layers=\["),
+        (["up_block.0.attention.0"], "'up_block.0.attention.0': the nearest are up_blocks.0.attentions.0, "),
+        (["mid"], "'mid': the nearest are mid_block"),
+    ],
+)
+def test_layers_that_are_not_there(pipe, image, layers, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe.segment(image, CLASSES, goca=GoCAConfig.vanilla(layers=layers))
+    assert "\n" not in str(caught.value)
+    assert hooks_of(pipe.unet) == 0
 
 
 def test_labels_are_the_argmax_at_the_images_size(pipe, image):

@@ -36,8 +36,24 @@ def scenes(limit=4, batch=3, **changes):
     return Experiment(**{"methods": {"vanilla": {}, "goca": {}}, "limit": limit, "batch": batch} | changes)
 
 
+UP = ["up_blocks.1"]
+NAMED = {  # what the papers choose for Stable Diffusion alone
+    "manual": {"layers": UP},
+    "fttm": {"layers": UP},
+    "fttm-paper": {"num_noises": 1, "text_layers": UP, "self_layer": "up_blocks.2.attentions.0"},
+    "diffsegmenter": {"grid_weights": [0.3, 0.5, 0.1]},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_row_names_the_layers_of_a_model_that_its_paper_does_not_know(name):
+    with pytest.raises(ValueError, match=r"Expected a model whose layers|Expected Stable Diffusion 1\.x") as caught:
+        running.result(scenes(methods={name: {}}))
+    assert "\n" not in str(caught.value)
+
+
 def test_every_method_has_a_row():
-    found = running.result(scenes(methods={name: {} for name in methods.METHODS} | {"fttm-paper": {"num_noises": 1}}))
+    found = running.result(scenes(methods={name: {} for name in methods.METHODS} | NAMED))
     rows = {row["method"]: row for row in found["rows"]}
     assert set(rows) == set(methods.METHODS)
     assert all(0.1 < row["miou"] <= 1 and row["images"] == 4 for row in rows.values())
@@ -51,7 +67,8 @@ def test_every_method_has_a_row():
 def test_settings_that_a_method_has_of_its_own(tiny):
     """DiffSegmenter's sentence: the model reads it, class by class."""
     read, real = [], type(tiny).segment
-    changed = experiment.method_of("diffsegmenter", {"template": "an image of {} there"})
+    weights = NAMED["diffsegmenter"]
+    changed = experiment.method_of("diffsegmenter", {"template": "an image of {} there", **weights})
     prompts = [[Prompt("cat, grass", (Entity("cat", 2), Entity("grass", 16)))]]
     image = experiment.images_of(scenes()).read("000000")[0]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,7 @@
 """DiffSegmenter and FTTM against their papers' words in float64, with every attention map materialised."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from tests.helpers.attention import IMAGE_FIRST, TEXT_FIRST, joint_record, recor
 
 
 KEYS = 6
+SD = (16, 16, 8, 8, 4, 4, 2, 4, 4, 4, 8, 8, 8, 16, 16, 16)  # Stable Diffusion's 16 layers, on grids a quarter as wide
+NAMED = {  # for networks that are not Stable Diffusion's
+    DiffSegmenter: lambda grids: partial(DiffSegmenter, grid_weights=[0.3, 0.7][:grids]),
+    FTTM: lambda grids: partial(FTTM, text_layers=["0"], self_layer="0"),
+}
 GROUPS = torch.tensor([[0.5, 0, 0], [0.5, 0, 0], [0, 1, 0], [0, 0, 1]])  # a word of two tokens, two of one
 COLUMNS = [[1, 2, 4, 5], [3, 5, 0, 1]]  # other tokens in the second image
 
@@ -33,7 +39,7 @@ def network(sides, sharp=2.0):
         for name, keys in ((own[i], None), (cross[i], KEYS)):
             r = record(name, 2, grid=(side, side), keys=keys, seed=len(records))
             records.append(replace(r, query=sharp * r.query))
-    return records, LayerPreset(cross, own, cross[0], own[:1])
+    return records, LayerPreset(cross, own, cross[0], own[:1], manual=cross[4:12] if len(sides) == 16 else ())
 
 
 def scores(segmentor, records, branches=(1,)):
@@ -112,18 +118,18 @@ def naive_fttm(records, cross, own, side, threshold=0.2):
 
 # ---- DiffSegmenter ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("sides", "weights"),
+    ("sides", "given", "weights"),
     [
-        ((8, 4, 2, 4, 8), (0.3 / 0.9, 0.5 / 0.9, 0.1 / 0.9)),
-        ((16, 8, 4, 2, 4, 8, 16), (0.3, 0.5, 0.1, 0.1)),  # the paper's
-        ((4, 8), (0.375, 0.625)),
-        ((4, 4), (1.0,)),
-        ((2, 3, 4, 5, 6), (0.3 / 1.1, 0.5 / 1.1, 0.1 / 1.1, 0.1 / 1.1, 0.1 / 1.1)),
+        (SD, None, (0.3, 0.5, 0.1, 0.1)),  # the paper's
+        ((8, 4, 2, 4, 8), [0.3, 0.5, 0.1], (0.3 / 0.9, 0.5 / 0.9, 0.1 / 0.9)),
+        ((4, 8), [3, 5], (0.375, 0.625)),
+        ((4, 8), [0, 2], (0.0, 1.0)),
+        ((4, 4), [7], (1.0,)),
     ],
 )
-def test_diffsegmenter_equals_the_naive_form(sides, weights):
+def test_diffsegmenter_equals_the_naive_form(sides, given, weights):
     records, preset = network(sides)
-    found = scores(DiffSegmenter(GoCAConfig(), preset, layout()), records)
+    found = scores(DiffSegmenter(GoCAConfig(), preset, layout(), grid_weights=given), records)
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), naive_diffsegmenter(records, sides, weights), atol=1e-4)
 
@@ -131,7 +137,7 @@ def test_diffsegmenter_equals_the_naive_form(sides, weights):
 @pytest.mark.parametrize("view", [TEXT_FIRST, IMAGE_FIRST])
 @pytest.mark.parametrize("method", [DiffSegmenter, FTTM])
 def test_joint_attention_reads_words_and_pixels_of_one_softmax(method, view):
-    one = joint_record(view, name="a")
+    one = joint_record(view, name="0")
     whole = probs(one)
     own, columns = whole[..., view.image], whole[..., view.text]
     for region, tokens in enumerate(words()):
@@ -141,14 +147,11 @@ def test_joint_attention_reads_words_and_pixels_of_one_softmax(method, view):
         expected = x.flatten(2).mT
         for _ in range(2 if method is FTTM else 1):
             expected = own @ expected
-        found = scores(method(GoCAConfig(), LayerPreset(("a",), ("a",), "a", ("a",)), layout()), [one])
+        found = scores(NAMED[method](1)(GoCAConfig(), LayerPreset(("0",), ("0",), "0", ("0",)), layout()), [one])
         assert torch.allclose(found[:, region : region + 1].double(), unit(expected.mT.reshape(2, 1, 4, 4)), atol=1e-4)
 
 
 # ---- FTTM ------------------------------------------------------------------------------------------------------------
-SD = (16, 16, 8, 8, 4, 4, 2, 4, 4, 4, 8, 8, 8, 16, 16, 16)  # Stable Diffusion's 16 layers, on grids a quarter as wide
-
-
 @pytest.mark.parametrize("threshold", [0.2, 0.7])
 def test_fttm_equals_the_naive_form(threshold, monkeypatch):
     """The map is inside of boxes that do not cover all of it."""
@@ -162,10 +165,33 @@ def test_fttm_equals_the_naive_form(threshold, monkeypatch):
     assert threshold == 0.2 or (everywhere - expected).abs().max() > 0.05
 
 
-@pytest.mark.parametrize(("layers", "cross", "own"), [(28, range(7, 15), 19), (10, range(2, 5), 6), (1, range(1), 0)])
-def test_fttm_reads_the_same_fractions_of_other_networks(layers, cross, own):
-    preset = network([1] * layers)[1]
-    assert FTTM(GoCAConfig(), preset, layout()).layers == {*(f"{i}.attn2" for i in cross), f"{own}.attn1"}
+def test_fttm_reads_the_layers_that_a_row_names():
+    records, preset = network((4, 8, 4, 8))
+    segmentor = FTTM(GoCAConfig(), preset, layout(), text_layers=["3", "1.attn2"], self_layer="2")
+    assert segmentor.layers == {"1.attn2", "3.attn2", "2.attn1"}
+    expected = naive_fttm(records, (1, 3), 2, 4)
+    assert torch.allclose(scores(segmentor, records).double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        (FTTM, {}, "1.x, for which FTTM names its layers, .* `text_layers` and `self_layer`"),
+        (FTTM, {"text_layers": ["1"]}, "FTTM names its layers"),
+        (FTTM, {"self_layer": "1"}, "FTTM names its layers"),
+        (FTTM, {"text_layers": ["10"], "self_layer": "1"}, "but got '10': the nearest are"),
+        (FTTM, {"text_layers": ["1"], "self_layer": "1.attn2"}, "but got '1.attn2': the nearest are 1.attn1"),
+        (DiffSegmenter, {}, "1.x, for which DiffSegmenter names its layers, .* `grid_weights`"),
+        (DiffSegmenter, {"grid_weights": [1.0]}, r"each of the 2 grids \[\(4, 4\), \(8, 8\)\]"),
+        (DiffSegmenter, {"grid_weights": [0.0, 0.0]}, "at least 0 and one above"),
+        (DiffSegmenter, {"grid_weights": [-1.0, 2.0]}, "at least 0 and one above"),
+    ],
+)
+def test_no_layer_is_taken_because_it_happens_to_exist(method, given, message):
+    """Ten layers are not Stable Diffusion's: what the paper reads has no place among them."""
+    records, preset = network((4, 8) * 5)
+    with pytest.raises(ValueError, match=message):
+        scores(method(GoCAConfig(), preset, layout(), **given), records)
 
 
 def test_boxes_by_hand():
@@ -190,10 +216,10 @@ def test_missing_scipy_is_named(monkeypatch):
 @pytest.mark.parametrize("method", [DiffSegmenter, FTTM])
 def test_of_a_guided_batch_the_conditional_half_is_read(method):
     records, preset = network((8, 4, 8))
-    found = scores(method(GoCAConfig(), preset, layout(1)), records, (0, 1))
-    alone = scores(method(GoCAConfig(), preset, layout(1)), [r.branch(1) for r in records])
+    found = scores(NAMED[method](2)(GoCAConfig(), preset, layout(1)), records, (0, 1))
+    alone = scores(NAMED[method](2)(GoCAConfig(), preset, layout(1)), [r.branch(1) for r in records])
     assert torch.equal(found, alone)
-    segmentor = method(GoCAConfig(), preset, layout(1))
+    segmentor = NAMED[method](2)(GoCAConfig(), preset, layout(1))
     for r in records:
         segmentor.keep(r.branch(0), (0,))
         segmentor.keep(r.branch(1), (1,))
@@ -204,13 +230,13 @@ def test_of_a_guided_batch_the_conditional_half_is_read(method):
 @pytest.mark.parametrize("method", [DiffSegmenter, FTTM])
 def test_a_batch_is_its_images(method):
     records, preset = network((8, 4, 8))
-    together = scores(method(GoCAConfig(), preset, layout()), records)
+    together = scores(NAMED[method](2)(GoCAConfig(), preset, layout()), records)
     for image in range(2):
         whole = layout()
         single = TokenLayout(
             whole.labels[:1], *(getattr(whole, n)[image : image + 1] for n in ("columns", "groups", "content", "sink"))
         )
-        alone = scores(method(GoCAConfig(), preset, single), [r.branch(image) for r in records])
+        alone = scores(NAMED[method](2)(GoCAConfig(), preset, single), [r.branch(image) for r in records])
         assert torch.allclose(together[image : image + 1], alone, atol=1e-5)
 
 
@@ -220,7 +246,7 @@ def test_statistics_are_float32_and_padding_is_zero(method, dtype):
     records, preset = network((8, 4, 8))
     halves = [replace(r, query=r.query.to(dtype), key=r.key.to(dtype)) for r in records]
     exact = [replace(r, query=r.query.float(), key=r.key.float()) for r in halves]
-    found, expected = (scores(method(GoCAConfig(), preset, layout(padded=True)), r) for r in (halves, exact))
+    found, expected = (scores(NAMED[method](2)(GoCAConfig(), preset, layout(padded=True)), r) for r in (halves, exact))
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
     assert found.min() == 0

@@ -32,6 +32,11 @@ def picture(height, width, seed=0):
     return np.clip(image + np.random.default_rng(seed).normal(0, 2, image.shape), 0, 255).astype(np.uint8)
 
 
+def pixels(theta, side):
+    """The constant that means so many pixels of a picture of this longer side."""
+    return theta * 500 / side
+
+
 # ---- the lattice -----------------------------------------------------------------------------------------------------
 @settings(deadline=None, max_examples=40)
 @given(dimensions=st.integers(1, 6), seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([0.1, 3.0, 50.0]))
@@ -102,7 +107,7 @@ def test_lattice_is_near_the_gaussian_sums(dimensions):
 
 def test_bilateral_lattice_is_near_the_gaussian_sums():
     """Points are sparse in five dimensions, and corners between them are missing: 10 % off at the worst, 2.4 % on average."""
-    image, default = picture(24, 24), CRF(theta_alpha=8)
+    image, default = picture(24, 24), CRF(theta_alpha=pixels(8, 24))
     features = crf.bilateral_features(image, default)
     rows, columns = np.indices((24, 24))
     expected = np.concatenate([columns[..., None] / 8, rows[..., None] / 8, image / 3], -1)
@@ -147,14 +152,18 @@ def problem(parameters, height=12, width=12):
     scores[1, :, width // 2 - 2 :] += 0.4
     image = picture(height, width)
     both = np.concatenate(
-        [positions(height, width, parameters.theta_alpha), image.reshape(-1, 3) / parameters.theta_beta], 1
+        [
+            positions(height, width, parameters.theta_alpha * max(height, width) / 500),
+            image.reshape(-1, 3) / parameters.theta_beta,
+        ],
+        1,
     )
     near = positions(height, width, parameters.theta_gamma)
     return scores, image, [(parameters.w1, normalised(brute(both))), (parameters.w2, normalised(brute(near)))]
 
 
 def test_mean_field_equals_the_naive_loops():
-    scores, _, kernels = problem(CRF(theta_alpha=8))
+    scores, _, kernels = problem(CRF(theta_alpha=pixels(8, 12)))
     unary = -np.log(scores.reshape(3, -1).T)
     filters = [(weight, kernel.__matmul__) for weight, kernel in kernels]
     expected = naive_mean_field(unary, kernels, 5)
@@ -163,7 +172,11 @@ def test_mean_field_equals_the_naive_loops():
 
 
 @pytest.mark.parametrize(
-    "parameters", [CRF(theta_alpha=8), CRF(w1=2, theta_alpha=5, theta_beta=6, w2=0, iterations=3)]
+    "parameters",
+    [
+        CRF(theta_alpha=pixels(8, 12)),
+        CRF(w1=2, theta_alpha=pixels(5, 12), theta_beta=6, w2=0, iterations=3),
+    ],
 )
 def test_refinement_is_near_the_naive_loops(parameters):
     """The lattice is all that lies between."""
@@ -220,6 +233,13 @@ def test_certain_scores_stay_finite():
 def test_wrong_input_is_named(scores, image, message):
     with pytest.raises(ValueError, match=message):
         refine(scores, image)
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (64, 48), (20, 30)])
+def test_the_constant_of_positions_is_relative_to_the_longer_side(height, width):
+    """67 pixels of Pascal VOC's pictures, 8.6 of a scene."""
+    features = crf.bilateral_features(np.zeros((height, width, 3), np.uint8), CRF())
+    assert features[:, :2].max(0) == pytest.approx(np.array([width - 1, height - 1]) / max(height, width) * 500 / 67)
 
 
 def test_wrong_constants_are_named():

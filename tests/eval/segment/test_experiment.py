@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eval.datasets.benchmarks import DATASETS, Benchmark
+from eval.segment.crf import CRF
 from eval.segment.experiment import Experiment, method_of, rule_of
 from eval.segment.methods import METHODS
 from goca_guidance import TINY_SD, GoCAConfig
@@ -33,6 +34,26 @@ def test_a_grid_is_a_row_for_each_combination():
     assert list(grid.rows) == [f"heads {h}, rescale {r}" for h in ("uniform", "contribution") for r in (False, True)]
     both = method_of("heads uniform, rescale False", grid.rows["heads uniform, rescale False"]).config
     assert both == GoCAConfig(heads="uniform", rescale=False)
+
+
+def test_a_grid_of_named_layers():
+    names = ["mid_block", "up_blocks.0"]
+    grid = Experiment(grid={"heads": ["uniform"], "layers": ["manual", names]})
+    assert list(grid.rows) == ["heads uniform, layers manual", "heads uniform, layers mid_block + up_blocks.0"]
+    assert [method_of(name, row).config.layers for name, row in grid.rows.items()] == ["manual", tuple(names)]
+
+
+def test_constants_of_the_crf():
+    assert [method_of("fttm", row).crf for row in ({}, {"crf": True}, {"crf": False})] == [CRF(), CRF(), None]
+    assert method_of("goca", {}).crf is None
+    assert method_of("goca", {"crf": {"theta_beta": 10}}).crf == CRF(theta_beta=10)
+    for wrong, message in (
+        ("yes", "true, false or a table"),
+        ({"theta": 1}, "keys of CRF"),
+        ({"w1": "a"}, "a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method_of("goca", {"crf": wrong})
 
 
 def test_only_some_methods():
