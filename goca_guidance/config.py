@@ -14,13 +14,6 @@ Positive = Annotated[float, above(0)]
 Weighing = Literal["contribution", "uniform"]
 
 
-# English function words that a prompt's regions may leave out (GoCA, per-pixel rescaling: content tokens).
-STOP_WORDS = frozenset(
-    "a an the this that these those some any and or but nor of on in at by to from with without for as is are was were be "
-    "being been it its his her their my your our very over under into onto near next , . ; : ! ? - ' \" ( ) 's s".split()
-)
-
-
 @checked
 @dataclass(frozen=True)
 class GoCAConfig:
@@ -36,8 +29,9 @@ class GoCAConfig:
             released code, where a coarse layer of r x r weighs (R / r)^2 more. None takes the family's preset.
         reference_channels: keep the first few channels of the dense features; 1 is what the released benchmark code does.
         rescale: divide by the pixel's sum over content tokens; off leaves min-max only.
-        drop_stop_words: in generation, articles, prepositions and punctuation form no region (the paper's rule), unless
-            the prompt has no other words; off keeps every token that is not special (the released rule).
+        drop_stop_words: in generation, articles, determiners, pronouns, prepositions, particles, conjunctions, auxiliaries
+            and signs form no region (the paper's rule), unless the prompt has no other words; off keeps every token that is
+            not special (the released rule).
         refine_order: applications of the self-attention to the maps; None takes the family's preset.
         blur_size, blur_sigma: the Gaussian before min-max; sigma in pixels of a 64 x 64 map, as the paper's maps are.
         agreement_rows: compare layers in so many rows of the self-attention, the same random ones at every call; None

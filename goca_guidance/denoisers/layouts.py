@@ -1,15 +1,17 @@
 """Words with their token positions to a `TokenLayout`: which tokens are observed, and which form one region."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from goca_guidance.config import STOP_WORDS
-from goca_guidance.denoisers.words import Encoded, Words, sentence, words
+from goca_guidance.denoisers.function_words import content_words, is_sign
+from goca_guidance.denoisers.words import Encoded, Words, is_unknown, sentence, words
 from goca_guidance.method.records import TokenLayout
 
 
 SINK = "<sos>"  # label of the region that the start token owns
+ATOM = re.compile(r".*<.+>.*|['’]?[^\W_]+|[\W_]", re.DOTALL)  # <unk> and <toy> are whole
 END = "</s>"  # name of the sink among regions that the caller names, where it is the end token
 
 
@@ -23,7 +25,7 @@ def named_words(encoded: Sequence[Encoded], sink: str) -> dict[str, list[int]]:
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
 def prompt_layout(encoded: Sequence[Encoded], sink: str | None, drop_stop_words: bool = False) -> TokenLayout:
-    """One region for every word of each prompt (generation). Stop words can be left out, where the prompt has others.
+    """One region for every known word of each prompt (generation). Function words and signs can be left out.
 
     `sink` says which token looks at the background. "start": the first one, which forms a region as well that is no
     content. "end": the prompt's end token. None: no token does.
@@ -31,15 +33,13 @@ def prompt_layout(encoded: Sequence[Encoded], sink: str | None, drop_stop_words:
     entities = []
     for image in range(len(encoded[0].ids)):
         found = sentence(encoded, image)
-        if drop_stop_words:
-            found = [(word, at) for word, at in found if word.lower() not in STOP_WORDS] or found
         if not found:
-            text = encoded[0].tokenizer.decode(encoded[0].ids[image], skip_special_tokens=True)
+            read = [word for part in encoded for word, _ in words(part.tokenizer, part.ids[image].tolist())]
             raise ValueError(
-                "Expected a prompt with at least one word to form a region, but got "
-                f"{text!r}. Write a word, or pass use_scfg=False."
+                "Expected a prompt with at least one word that the tokenizer knows, to form a region, but prompt "
+                f"{image} reads {' '.join(read)!r}: write a word, or pass use_scfg=False."
             )
-        entities.append(found)
+        entities.append(content_words(found) if drop_stop_words else found)
     return layout(entities, () if sink is None else _sinks(encoded, sink), sink == "start")
 
 
@@ -111,26 +111,35 @@ def _sinks(encoded, sink) -> list[int]:
     return [last.start + position for position in ends]
 
 
+# ---- classes ---------------------------------------------------------------------------------------------------------
+def class_prompt(names: Sequence[str]) -> str:
+    """Names with commas between them.
+
+    Behind a sign or a digit stands a space, or tokenizers would read the comma with it: "),", "++,", "2,".
+    """
+    return re.sub(
+        "([^\\s,]),", lambda found: f"{found[1]}," if found[1].isalpha() else f"{found[1]} ,", ", ".join(names)
+    )
+
+
 def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]]) -> TokenLayout:
     """One region for each class name of each image, wherever its words stand in the image's prompt (segmentation).
 
-    A name can hold several phrases, separated by commas: its region averages the tokens of all of them.
+    A name can hold several phrases, separated by commas: its region averages the tokens of all of them. ValueError for a
+    name that no encoder reads, and for two that none can tell apart.
     """
     found: list[dict[str, list[int]]] = [{phrase: [] for name in each for phrase in _phrases(name)} for each in names]
     for part in encoded:
         phrases = dict.fromkeys(phrase for of_image in found for phrase in of_image)
-        spelled = {phrase: _spelled(words(part.tokenizer, part.tokenizer(phrase).input_ids)) for phrase in phrases}
+        spelled = {phrase: _spelled(part.tokenizer, phrase) for phrase in phrases}
         for row, of_image in zip(part.ids.tolist(), found, strict=True):
-            prompt, spellings = words(part.tokenizer, row), {phrase: spelled[phrase] for phrase in of_image}
+            prompt, spellings = _atoms(words(part.tokenizer, row)), {phrase: spelled[phrase] for phrase in of_image}
             for phrase, positions in of_image.items():
                 positions.extend(part.start + p for p in _find(prompt, phrase, spellings))
-    for image, of_image in enumerate(found):
-        if missing := next((phrase for phrase, positions in of_image.items() if not positions), None):
-            raise ValueError(
-                f"Expected the class {missing!r} among the words that the text encoder reads, but it reads "
-                f"{' '.join(word for word, _ in sentence(encoded, image))!r}. Name it in the prompt, or shorten the prompt: "
-                f"the encoder keeps {encoded[-1].ids.shape[1]} tokens."
-            )
+    for image, (each, of_image) in enumerate(zip(names, found, strict=True)):
+        for name in each:
+            _check_found(encoded, image, name, of_image)
+        _check_distinct(each, of_image)
     return layout(
         [[(name, _tokens(name, of_image)) for name in each] for each, of_image in zip(names, found, strict=True)]
     )
@@ -144,13 +153,22 @@ def _tokens(name: str, found: dict[str, list[int]]) -> list[int]:
     return sorted({position for phrase in _phrases(name) for position in found[phrase]})
 
 
-def _spelled(found: Words) -> list[str]:
-    return [word.lower() for word, _ in found]
+def _spelled(tokenizer, phrase) -> list[str]:
+    """A phrase as the atoms that are looked for; none where the tokenizer knows nothing of it, or its signs only."""
+    read = words(tokenizer, tokenizer(phrase).input_ids)
+    known = [word for word, _ in read if not is_unknown(tokenizer, word)]
+    lost = len(known) < len(read) and all(map(is_sign, known))
+    return [] if lost else [word for word, _ in _atoms(read)]
+
+
+def _atoms(found: Words) -> Words:
+    """Words cut at signs: one token may hold the end of a name and what follows, as in "),"."""
+    return [(atom.lower(), positions) for word, positions in found for atom in ATOM.findall(word)]
 
 
 def _find(prompt, name, spellings) -> list[int]:
     """Positions of every whole-word occurrence of a name that is not part of a longer name."""
-    wanted, spelled = spellings[name], _spelled(prompt)
+    wanted, spelled = spellings[name], [word for word, _ in prompt]
     longer = [other for other in spellings.values() if len(other) > len(wanted)]
     taken = {i + j for other in longer for i in _occurrences(spelled, other) for j in range(len(other))}
     starts = [i for i in _occurrences(spelled, wanted) if i not in taken]
@@ -159,6 +177,32 @@ def _find(prompt, name, spellings) -> list[int]:
 
 def _occurrences(words_, wanted):
     return [i for i in range(len(words_) - len(wanted) + 1) if words_[i : i + len(wanted)] == wanted] if wanted else []
+
+
+def _check_found(encoded, image, name, found):
+    missing = next((phrase for phrase in _phrases(name) or [name] if not found.get(phrase)), None)
+    if missing is None:
+        return
+    if not any(_spelled(part.tokenizer, missing) for part in encoded):
+        raise ValueError(
+            f"Expected class names that the tokenizer knows, but it knows nothing of {missing!r}: use other words, in the "
+            "language of the model (mostly English)."
+        )
+    raise ValueError(
+        f"Expected the class {missing!r} among the words that the text encoder reads, but it reads "
+        f"{' '.join(word for word, _ in sentence(encoded, image))!r}. Name it in the prompt, or shorten the prompt: "
+        f"the encoder keeps {encoded[-1].ids.shape[1]} tokens."
+    )
+
+
+def _check_distinct(names, found):
+    seen: dict[tuple[int, ...], str] = {}
+    for name in names:
+        if (other := seen.setdefault(tuple(_tokens(name, found)), name)) != name:
+            raise ValueError(
+                f"Expected class names that differ to the tokenizer, but {other!r} and {name!r} are the same tokens: leave "
+                "one out, or use another word for it."
+            )
 
 
 def layout(entities: Sequence[Words], sinks: Sequence[int] = (), region_of_sink: bool = False) -> TokenLayout:

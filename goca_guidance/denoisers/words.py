@@ -115,15 +115,23 @@ def _readable(tokenizer, text):
     return tokenizer.convert_tokens_to_string([text]).strip() or text
 
 
+def is_unknown(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+    """Whether a word is unknown tokens and nothing else."""
+    return tokenizer.unk_token is not None and not word.replace(tokenizer.unk_token, "")
+
+
 def sentence(encoded: Sequence[Encoded], image: int) -> Words:
     """The words of one image's prompt with their positions in the whole text sequence.
 
-    Where several encoders read it one after another, a word's tokens are those of all of them.
+    Where several encoders read it one after another, a word's tokens are those of all of them. What a tokenizer does not
+    know at all is left out: one unknown word is to it as any other.
     """
     found: dict[tuple[str, int], tuple[str, list[int]]] = {}
     for part in encoded:
         seen: dict[str, int] = {}
         for word, positions in words(part.tokenizer, part.ids[image].tolist()):
+            if is_unknown(part.tokenizer, word):
+                continue
             occurrence = seen[word.lower()] = seen.get(word.lower(), -1) + 1
             _, known = found.setdefault((word.lower(), occurrence), (word, []))
             known.extend(part.start + position for position in positions)

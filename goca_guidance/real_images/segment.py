@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from goca_guidance.config import Background, GoCAConfig
-from goca_guidance.denoisers.layouts import class_layout
+from goca_guidance.denoisers.layouts import class_layout, class_prompt
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.method.maps import resize
 from goca_guidance.method.records import AttentionRecord
@@ -100,7 +100,7 @@ def segment(
     shared, count = isinstance(groups[0], str), len(noisy.pictures)
     each = _one_for_each([groups] if shared else groups, count, "list of class names")
     if prompt is None:
-        prompt = [", ".join([*names, *entities]) for names in each]
+        prompt = [class_prompt([*names, *entities]) for names in each]
     prompts = _one_for_each([prompt] if isinstance(prompt, str) else prompt, count, "prompt")
     # Entities first: all images have them, and `scores` is cut behind them; images of fewer names are padded at the end.
     asked = [[*entities, *names] for names in each]

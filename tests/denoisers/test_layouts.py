@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goca_guidance.denoisers import layouts
+from goca_guidance.denoisers.words import Encoded
 from tests.helpers.families import BERT_TOKENS, HUNYUAN_T5_TOKENS
-from tests.helpers.tokens import LENGTH, both, clip, t5
+from tests.helpers.tokens import LENGTH, READERS, both, clip, ids, t5
 
 
 def test_prompt_layout_of_a_batch():
@@ -174,3 +175,127 @@ def test_named_regions_and_their_sink():
 def test_group_weights_average(names):
     layout = layouts.class_layout(clip(", ".join(names)), [names])
     assert torch.allclose(layout.groups.sum(1), torch.ones(1, len(names)))
+
+
+# ---- odd names -------------------------------------------------------------------------------------------------------
+ODD = [
+    "bow (weapon)",
+    "C++",
+    "T-shirt",
+    "U.S.",
+    "rock 'n' roll",
+    "dogs'",
+    "cat's",
+    '12" record',
+    "plane 2",
+    "R2-D2",
+    "a/b",
+]
+ODD += [
+    "[brackets]",
+    "{braces}",
+    "<tag>",
+    "No. 1",
+    "50%",
+    "A&W",
+    "#1",
+    "a.b.c.",
+    "snake_",
+    "it’s",
+    "what?!",
+    "-",
+    "3.5",
+    "x:1",
+]
+odd_names = st.lists(
+    st.one_of(
+        st.sampled_from(ODD), st.text("()[]{}<>'\"’“-/+.#&!?:;@*_$%=~^|\\0129abcxz ", min_size=1, max_size=8)
+    ).filter(str.strip),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda name: " ".join(name.lower().split()),
+)
+
+
+def check_names(tokenizer, names):
+    """Each name's region holds what the tokenizer makes of the name alone."""
+    row = ids(layouts.class_prompt(names), tokenizer=tokenizer, length=256)
+    layout = layouts.class_layout([Encoded(tokenizer, row)], [names])
+    assert layout.labels == (tuple(names),)
+    for region, name in enumerate(names):
+        read = row[0, layout.columns[0][layout.groups[0, :, region] > 0]].tolist()
+        alone = tokenizer(name, add_special_tokens=False).input_ids
+        assert len(read) >= len(alone) > 0
+        assert read == alone * (len(read) // len(alone)), name
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("name", ODD)
+def test_odd_names_are_found(kind, name):
+    check_names(READERS[kind], [name, "cat"])
+    check_names(READERS[kind], ["cat", name])
+
+
+@pytest.mark.parametrize("kind", READERS)
+@given(odd_names)
+@settings(max_examples=150, deadline=None)
+def test_any_names_are_found(kind, names):
+    check_names(READERS[kind], names)
+
+
+def test_ordinary_names_are_joined_by_commas():
+    names = ["cat", "potted plant", "person, hat", "a  dog", "café", "犬"]
+    assert layouts.class_prompt(names) == ", ".join(names)
+    assert layouts.class_prompt(["C++", "2", "x (y), z", "end."]) == "C++ , 2 , x (y) , z, end."
+
+
+def test_names_in_a_prompt_where_a_sign_stands_with_the_comma():
+    """The region has all of that run of signs."""
+    layout = layouts.class_layout(clip("a C++, (cat), a dog."), [["C++", "(cat)", "dog"]])
+    assert [layout.columns[0][layout.groups[0, :, k] > 0].tolist() for k in range(3)] == [
+        [2, 3, 4, 5],
+        [6, 7, 8, 9],
+        [11],
+    ]
+    with pytest.raises(ValueError, match=r"'C\+\+' among the words"):
+        layouts.class_layout(clip("a C+ , C"), [["C++"]])
+
+
+# ---- what a tokenizer does not know, or cannot tell apart --------------------------------------------------------------
+@pytest.mark.parametrize("name", ["猫", "猫 狗", "(猫)", "猫-犬!", "\u00a0", "\u200b"])
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_a_name_that_is_not_known_is_refused(kind, name):
+    row = ids(layouts.class_prompt([name, "cat"]), tokenizer=READERS[kind])
+    with pytest.raises(ValueError, match="knows nothing of"):
+        layouts.class_layout([Encoded(READERS[kind], row)], [[name, "cat"]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("bert", ["café", "cafe"]),
+        ("t5", ["猫 cat", "狗 cat"]),
+        ("t5", ["naïve", "naîve"]),
+        ("clip", ["Ａ", "ａ"]),
+        ("clip", ["cat, dog", "dog, cat"]),
+        ("clip", ["cafe\u0301", "café"]),
+    ],
+)
+def test_names_of_equal_tokens_are_refused(kind, names):
+    row = ids(layouts.class_prompt([*names, "bus"]), tokenizer=READERS[kind])
+    with pytest.raises(ValueError, match=f"{names[0]!r} and {names[1]!r} are the same tokens"):
+        layouts.class_layout([Encoded(READERS[kind], row)], [[*names, "bus"]])
+
+
+def test_a_name_that_one_encoder_knows_has_its_tokens():
+    layout = layouts.class_layout(both("é, cat"), [["é", "cat"]])
+    assert [layout.columns[0][layout.groups[0, :, k] > 0].tolist() for k in (0, 1)] == [[1], [3, 80]]
+
+
+def test_unknown_words_form_no_region():
+    layout = layouts.prompt_layout(t5("猫 cat 狗", "the 猫"), "end", drop_stop_words=True)
+    assert layout.labels == (("cat",), ("the",))
+    assert layouts.prompt_layout(t5("the 猫"), "end").labels == (("the",),)
+    assert layouts.named_words(t5("猫 cat"), "start") == {"cat": [2]}
+    with pytest.raises(ValueError, match=r"that the tokenizer knows.*but prompt 1 reads '<unk> <unk>'"):
+        layouts.prompt_layout(t5("cat", "猫 狗"), "end")

@@ -1,17 +1,37 @@
 """Tiny tokenizers of each kind, and what they make of prompts."""
 
+import string
+
+import transformers
+
 from eval.scenes.tiny_model import clip_tokenizer
 from goca_guidance.denoisers.words import Encoded
 from tests.helpers.families import BERT_TOKENS, FAMILIES, HUNYUAN_T5_TOKENS
 from tests.helpers.tiny import WORDS
 
 
+SIGNS = string.punctuation + "“”‘’…—·，。"
 LENGTH = 24
 TOKENIZER = clip_tokenizer(WORDS, max_length=LENGTH)
 T5 = FAMILIES["pixart-sigma"].components()["tokenizer"]
 HUNYUAN = FAMILIES["hunyuan"].components()
 BERT, BERT_T5 = HUNYUAN["tokenizer"], HUNYUAN["tokenizer_2"]
 TOKENIZERS = {"clip": TOKENIZER, "t5": T5, "bert": BERT}
+
+
+def knowing_signs(tokenizer):
+    """One that reads signs too, of which the families' know few."""
+    pieces = [*tokenizer.get_vocab(), *SIGNS, *(f"##{sign}" for sign in SIGNS)]
+    if tokenizer is BERT:
+        return transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))})
+    if tokenizer is T5:
+        first = sorted(T5.get_vocab(), key=T5.get_vocab().get)
+        scores = {piece: -8.0 if len(piece) == 1 else -3.0 for piece in [*first, *SIGNS]}
+        return transformers.T5Tokenizer(vocab=list((scores | {"▁": -2.0}).items()), extra_ids=0)
+    return tokenizer  # CLIP's reads bytes
+
+
+READERS = {kind: knowing_signs(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
 
 
 def ids(*prompts, tokenizer=TOKENIZER, length=LENGTH):

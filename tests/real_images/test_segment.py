@@ -347,3 +347,17 @@ def test_weights_that_are_not_finite(pipe, image):
     torch.nn.init.constant_(pipe.unet.conv_in.weight, torch.nan)
     with pytest.raises(ValueError, match="NaN or infinity"):
         pipe.segment(image, CLASSES)
+
+
+def test_names_that_end_in_signs(pipe, image):
+    """In the default prompt, and they are other names than those without."""
+    names = ["C++", "(cat)", "U.S.", "C", "dog", "2"]
+    scores = pipe.segment(image, names).scores[0]
+    assert len({tuple(each.flatten().tolist()) for each in scores}) == len(names)
+
+
+def test_names_that_are_the_same_tokens(pipe, image):
+    with pytest.raises(ValueError, match="'café' and 'café' are the same tokens"):
+        pipe.segment(image, ["café", "café"])
+    with pytest.raises(ValueError, match="knows nothing of '\\\\xa0'"):
+        pipe.segment(image, ["\u00a0", "cat"])
