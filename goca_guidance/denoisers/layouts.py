@@ -195,7 +195,7 @@ def _check_found(encoded, image, name, found):
     )
 
 
-def _check_distinct(names, found):
+def _check_distinct(names: Sequence[str], found: dict[str, list[int]]) -> None:
     seen: dict[tuple[int, ...], str] = {}
     for name in names:
         if (other := seen.setdefault(tuple(_tokens(name, found)), name)) != name:

@@ -65,6 +65,12 @@ def test_configurations_guide(pipe, config):
     assert ("a" in output.regions[0].labels[0]) != config.drop_stop_words
 
 
+@pytest.mark.parametrize("prompt", ["a cat behind a bus", "((A CAT)), a bus", "it's a cat -- near (the bus:1.2)"])
+def test_things_alone_form_regions(pipe, prompt):
+    output = generate(pipe, prompt, output_regions=True)
+    assert [label.lower() for label in output.regions[0].labels[0]] == ["cat", "bus", "<sos>"]
+
+
 # ---- what surrounds it -----------------------------------------------------------------------------------------------
 def test_nothing_guided_has_no_regions(pipe):
     plain = generate(pipe, guidance_scale=1.0, output_regions=True)
