@@ -30,18 +30,18 @@ from eval.cost.full_size import ARCHITECTURES
 from eval.cost.measure import PeakMemory, alone, device_name
 from eval.cost.operations import added_flops
 from goca_guidance import GoCAConfig
-from goca_guidance.method import segmentor
+from goca_guidance.method import aggregation, segmentor
 
 
 SHARPER = 16  # times louder queries: of evener attention the naive form keeps mostly rounding
 FORMS = {"ours": Step.ours, "naive": Step.naive}
 FAMILIES = ("sd-1.5", "sdxl", "pixart-sigma", "flux-short", "hunyuan", "sd3")
-PARTS = {  # functions that the segmentor calls; what none of them does is "rest"
-    "head_weights": ("head_weights",),
-    "token_maps": ("token_maps",),
-    "self_attention": ("probabilities",),  # which agreement and refinement share
-    "agreement": ("pseudo_attention", "pull_affinity", "agreement"),
-    "refinement": ("refine", "affinity_product"),
+PARTS = {  # functions that aggregation and segmentor call; what none of them does is "rest"
+    "head_weights": ((aggregation, "head_weights"),),
+    "attention": ((aggregation, "probabilities"),),  # of words and pixels, which all other parts share
+    "words": ((aggregation, "pick"),),
+    "agreement": tuple((aggregation, name) for name in ("pseudo_attention", "pull_affinity", "agreement")),
+    "refinement": ((segmentor, "refine"), (aggregation, "affinity_product")),
 }
 
 
@@ -83,10 +83,10 @@ def profile(path: Path, device: str, repeats: int) -> dict[str, float]:
     """Share of each part in the time of ours, while the functions that it calls carry timers."""
     step, seconds, total = torch.load(path, map_location=device, weights_only=False), dict.fromkeys(PARTS, 0.0), 0.0
     with ExitStack() as stack:
-        for part, names in PARTS.items():
-            for name in names:
+        for part, functions in PARTS.items():
+            for module, name in functions:
                 clock = partial(_clock, seconds, part, device)
-                stack.enter_context(patch.object(segmentor, name, _timed(getattr(segmentor, name), clock)))
+                stack.enter_context(patch.object(module, name, _timed(getattr(module, name), clock)))
         for repeat in tqdm(range(repeats + 1), desc="profile"):
             if repeat == 1:
                 seconds.update(dict.fromkeys(PARTS, 0.0))  # so far the warm-up's

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from goca_guidance.schema import FILLED, ODD, above, at_least, checked, read
+from goca_guidance.schema import FILLED, ODD, above, at_least, between, checked, read
 
 
 Count = Annotated[int, at_least(1)]
@@ -38,6 +38,7 @@ class GoCAConfig:
             compares all. No effect on joint attention, whose rows are needed for the words. Error: docs/speed.md.
         working_size: longer side, in pixel tokens, of the grid to which maps are averaged before they are rescaled and
             refined, and at whose pixels alone self-attention is asked; None keeps the finest grid. Error: docs/speed.md.
+        timestep: of 1000, at which a real image is noised to be segmented; None takes the family's preset.
     """
 
     heads: Weighing | None = None
@@ -51,6 +52,7 @@ class GoCAConfig:
     blur_sigma: Positive = 1.1
     agreement_rows: Count | None = None
     working_size: Count | None = None
+    timestep: Annotated[int, between(0, 999)] | None = None
 
     @classmethod
     def vanilla(cls, **changes) -> "GoCAConfig":
@@ -58,9 +60,32 @@ class GoCAConfig:
         return replace(cls(heads="uniform", layers="uniform", rescale=False), **changes)
 
     @classmethod
-    def released(cls, **changes) -> "GoCAConfig":
-        """The choices of the released code, the single-channel dense features of its benchmarks included."""
-        return replace(cls(row_normalise=False, reference_channels=1, drop_stop_words=False), **changes)
+    def released(cls, model: str | None = None, **changes) -> "GoCAConfig":
+        """The configuration of the released code, the single-channel dense features of its benchmarks included.
+
+        It is whole on the models of `RELEASED`, whose presets have the released layers: their heads, order and timestep are
+        released too, and maps of 64 x 64, which all of them have at their native size but PixArt-alpha (32 x 32), are blurred
+        as there. On another denoiser these three are the preset's, so ours, unless a `model` of `RELEASED` says them. The
+        release's own generation code keeps all channels (`reference_channels=None`).
+        """
+        if model is not None and model not in RELEASED:
+            raise ValueError(f"Expected a model among {', '.join(RELEASED)}, but got {model!r}.")
+        config = cls(row_normalise=False, reference_channels=1, drop_stop_words=False)
+        if model is not None:
+            heads, order, timestep = RELEASED[model]
+            config = replace(config, heads=heads, refine_order=order, timestep=timestep)
+        return replace(config, **changes)
+
+
+# Heads, order of refinement and timestep of GoCA's release, by model (method, presets).
+RELEASED: dict[str, tuple[Weighing, int, int]] = {
+    "sd-1.5": ("contribution", 2, 100),
+    "sdxl": ("contribution", 2, 100),
+    "pixart-alpha": ("contribution", 5, 100),
+    "pixart-sigma": ("contribution", 5, 100),
+    "hunyuandit": ("uniform", 4, 100),
+    "flux.1": ("uniform", 2, 150),
+}
 
 
 @checked
@@ -73,7 +98,10 @@ class SCFGConfig:
             ceiling applies.
         ceiling: no pixel's guidance (scale times rate) exceeds it.
         smooth_size, smooth_sigma: Gaussian over the rate map, in latent pixels.
-        segmentor: "goca", or "s-cfg" for the segmentor of the S-CFG paper itself.
+        segmentor: "goca", or "s-cfg" for the segmentor of the S-CFG paper itself, whose foreground is its own.
+        foreground: where GoCA's regions find it. "released": where the sink token's refined map, of the unconditional
+            prediction if its text has such a token, is low. "conditional" (ours): where that token's score as a region of the
+            conditional prediction is low, for which the unconditional one is not read.
         variance_channels: let the norm of the guidance run over a learned variance too, where the denoiser predicts one
             (PixArt), as the released code of GoCA does.
         every: find regions at each `every`-th guided step, and guide the steps between by the last ones found. Error:
@@ -86,10 +114,16 @@ class SCFGConfig:
     smooth_size: Size = 3
     smooth_sigma: Positive = 0.5**0.5
     segmentor: Literal["goca", "s-cfg"] = "goca"
+    foreground: Literal["released", "conditional"] = "released"
     variance_channels: bool = False
     every: Count = 1
 
     def __post_init__(self):
+        if self.segmentor == "s-cfg" and self.foreground != "released":
+            raise ValueError(
+                'Expected `foreground` to be "released" beside `segmentor="s-cfg"`, which finds its own, but got '
+                f"{self.foreground!r}."
+            )
         if self.rate_min > self.rate_max:
             raise ValueError(
                 f"Expected `rate_min` to be at most `rate_max`, but got {self.rate_min} and {self.rate_max}."
@@ -103,6 +137,8 @@ class Background:
 
     Args:
         entities: names of what is background.
+        merged: their maps are merged by the maximum before they are refined, as released; off refines each by itself, and the
+            background is larger at one offset.
         threshold: a constant score, or the least one where there are entities too.
         offset: added to the highest score of the entities, unless there is a threshold.
     """
@@ -110,6 +146,7 @@ class Background:
     entities: tuple[str, ...] = ()
     threshold: float | None = None
     offset: float = 0.2
+    merged: bool = True
 
     def __post_init__(self):
         if not self.entities and self.threshold is None:

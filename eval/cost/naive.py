@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset
@@ -24,8 +24,8 @@ class NaiveSegmentor:
 
     Every field of `GoCAConfig` is supported, and means the same, except the options that trade exactness for
     speed: `agreement_rows` is not, and for `working_size` stands `working`, grids of layers to the grids that are read.
-    Of the unconditional prediction only text maps are built, where `unconditional_sink` asks for them. Contribution
-    heads need the output `projections` too, without bias.
+    Of the unconditional prediction maps are built where `unconditional_sink` asks for them. Contribution heads need the output
+    `projections` too, without bias.
     """
 
     config: GoCAConfig
@@ -40,7 +40,8 @@ class NaiveSegmentor:
         config, preset = self.config, self.preset
         self.order = preset.order if config.refine_order is None else config.refine_order
         self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise
-        self._views, self._maps, self._shares = {}, {}, {}  # by prediction and layer: b h p n; b h p 1, or one number
+        self._views, self._features = {}, {}  # by layer; by prediction
+        self._maps, self._shares = {}, {}  # by prediction and layer: b h p n; b h p 1, or one number
 
     @property
     def layers(self) -> frozenset[str]:
@@ -57,37 +58,37 @@ class NaiveSegmentor:
         """Take a record of the conditional prediction (1), of the unconditional one (0), or of both, the latter first."""
         for branch in branches:
             part = record.branch(branch) if len(branches) == 2 else record
-            wanted = self.layers if branch == 1 else self.preset.text if self.unconditional_sink else ()
-            if part.name in wanted:
+            if part.name in self.layers and (branch == 1 or self.unconditional_sink):
                 self._store(part, branch)
 
     def _store(self, record, branch):
-        if (branch, record.name) == (1, self.preset.reference):
+        if record.name == self.preset.reference:
             query = record.query if record.features is None else record.features
             features = record.output if self.preset.features == "output" else query
-            self._features = features.to(self.dtype).transpose(1, 2).flatten(2)[..., : self.config.reference_channels]
+            features = features.to(self.dtype).transpose(1, 2).flatten(2)
+            self._features[branch] = features[..., : self.config.reference_channels]
         self._views[record.name], self._maps[branch, record.name] = record.view, probabilities(record, self.dtype)
         self._shares[branch, record.name] = 1 / record.query.shape[1]
         if record.name in self.projected:
             tensors = (x.to(self.dtype) for x in (record.output, self.projections[record.name]))
             self._shares[branch, record.name] = head_shares(*tensors)
 
-    def weights(self) -> Float[Tensor, "b l"]:
+    def weights(self, branch: int = 1) -> Float[Tensor, "b l"]:
         """Weight of each text layer, in the preset's order: <A_p, resize(mean_h A_self)>, clamped, over the sum."""
         if self.config.layers == "uniform":
             uniform = self.layout.groups.new_ones(len(self.layout.labels), len(self.preset.text))
             return uniform / len(self.preset.text)
         grid, found = self._grid(self.preset.reference), []
-        features = self._read(self.preset.reference, self._features, grid)
+        features = self._read(self.preset.reference, self._features[branch], grid)
         reference = (features @ features.mT / features.shape[-1] ** 0.5).softmax(-1)
         for name in self.preset.self_attention:
-            resized = resize_affinity(self._affinity(name), self._grid(name), self._views[name].grid, grid)
+            resized = resize_affinity(self._affinity(name, branch), self._grid(name), self._views[name].grid, grid)
             resized = resized / resized.sum(-1, keepdim=True) if self.row_normalise else resized
             found.append((reference * resized).sum((1, 2)).clamp(min=0))
         return torch.stack([torch.where(sum(found) > 0, one / sum(found), 1 / len(found)) for one in found], -1)
 
-    def _affinity(self, name):  # b r p: the mean over heads of a layer's map, pixel keys only
-        return self._read(name, self._maps[1, name][..., self._views[name].image].mean(1), self._grid(name))
+    def _affinity(self, name, branch=1):  # b r p: the mean over heads of a layer's map, pixel keys only
+        return self._read(name, self._maps[branch, name][..., self._views[name].image].mean(1), self._grid(name))
 
     def _grid(self, name):  # of the pixels whose rows are read
         return self.working.get(self._views[name].grid, self._views[name].grid)
@@ -97,40 +98,37 @@ class NaiveSegmentor:
 
     def scores(self) -> Float[Tensor, "b k H W"]:
         """One map in [0, 1] for each region of the layout, at the finest text layer's grid."""
-        return self._scores(self.weights())
-
-    def regions(self, size: tuple[int, int]) -> Regions:
-        """The argmax over regions, and the foreground: where the sink token's map is below one half."""
-        weights, layout = self.weights(), self.layout
-        winner = self._scores(weights).masked_fill(~layout.present[..., None, None], -torch.inf).argmax(1)
-        masks = torch.stack([winner == k for k in range(layout.groups.shape[2])], 1)
-        sink = self._normalised(self._tokens(0 if self.unconditional_sink else 1, weights, layout.sink))
-        return Regions(nearest(masks, size), nearest(sink < 0.5, size), layout.labels)
-
-    def _tokens(self, branch, weights, columns):
-        """b m H W: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, for all of the text; then its `columns`.
-
-        At a working size it is averaged; but words that share a softmax with pixels are read in the pixels' rows.
-        """
-        views = {name: self._views[name] for name in self.preset.text}
-        grids = {name: self._grid(name) if view.joint else view.grid for name, view in views.items()}
-        size, total = max(grids.values(), key=math.prod), 0
-        for layer, (name, grid) in enumerate(grids.items()):
-            text = (self._maps[branch, name][..., views[name].text] * self._shares[branch, name]).sum(1)
-            text = as_maps(self._read(name, text, grid), grid)
-            total = total + weights[:, layer, None, None, None] * resize(text, size)
-        working = self._grid(max(views, key=lambda name: math.prod(views[name].grid)))
-        whole = F.adaptive_avg_pool2d(total.clamp(min=0), working)
-        return torch.stack([maps[at] for maps, at in zip(whole, columns, strict=True)])
-
-    def _scores(self, weights):
-        tokens, groups = self._tokens(1, weights, self.layout.columns), self.layout.groups.to(self.dtype)
-        content = self.layout.content[..., None, None]
+        tokens = columns_of(self._tokens(1), self.layout.columns)
+        groups, content = self.layout.groups.to(self.dtype), self.layout.content[..., None, None]
         maps = torch.einsum("bmhw,bmk->bkhw", tokens, groups)
         total = (tokens * content).sum(1, keepdim=True)
         rivals = ((groups > 0) & content[..., 0]).any(1).sum(-1)  # a single region of content is left as it is
         divided = (total > 0) & (rivals > 1)[:, None, None, None] & self.config.rescale
         return self._refined(self._normalised(torch.where(divided, maps / total, maps)))
+
+    def regions(self, size: tuple[int, int]) -> Regions:
+        """The argmax over regions, and the foreground: where the sink's share of the text, refined, is below one half."""
+        layout, text = self.layout, self._tokens(0 if self.unconditional_sink else 1)
+        winner = self.scores().masked_fill(~layout.present[..., None, None], -torch.inf).argmax(1)
+        masks = torch.stack([winner == k for k in range(layout.groups.shape[2])], 1)
+        sink = columns_of(text / text.sum(1, keepdim=True), layout.sink)
+        foreground = self._normalised(self._refined(sink)) < 0.5
+        return Regions(nearest(masks, size), nearest(foreground, size), layout.labels)
+
+    def _tokens(self, branch):
+        """b n H W: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, for all of the text.
+
+        At a working size it is averaged; but words that share a softmax with pixels are read in the pixels' rows.
+        """
+        views = {name: self._views[name] for name in self.preset.text}
+        grids = {name: self._grid(name) if view.joint else view.grid for name, view in views.items()}
+        size, total, weights = max(grids.values(), key=math.prod), 0, self.weights(branch)
+        for layer, (name, grid) in enumerate(grids.items()):
+            text = (self._maps[branch, name][..., views[name].text] * self._shares[branch, name]).sum(1)
+            text = as_maps(self._read(name, text, grid), grid)
+            total = total + weights[:, layer, None, None, None] * resize(text, size)
+        working = self._grid(max(views, key=lambda name: math.prod(views[name].grid)))
+        return F.adaptive_avg_pool2d(total.clamp(min=0), working)
 
     def _refined(self, maps):
         if not self.order:
@@ -146,6 +144,11 @@ class NaiveSegmentor:
         relative = math.prod(maps.shape[-2:]) ** 0.5 / 64
         size = 2 * math.ceil(self.config.blur_size // 2 * relative) + 1
         return min_max(blur(maps, size, self.config.blur_sigma * relative))
+
+
+def columns_of(text: Float[Tensor, "b n H W"], columns: Int[Tensor, "b m"]) -> Float[Tensor, "b m H W"]:
+    """Some tokens of each image's text."""
+    return torch.stack([maps[at] for maps, at in zip(text, columns, strict=True)])
 
 
 def probabilities(record: AttentionRecord, dtype: torch.dtype) -> Float[Tensor, "b h p n"]:

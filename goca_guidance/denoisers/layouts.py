@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -122,11 +123,12 @@ def class_prompt(names: Sequence[str]) -> str:
     )
 
 
-def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]]) -> TokenLayout:
+def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]], background: int = 0) -> TokenLayout:
     """One region for each class name of each image, wherever its words stand in the image's prompt (segmentation).
 
-    A name can hold several phrases, separated by commas: its region averages the tokens of all of them. ValueError for a
-    name that no encoder reads, and for two that none can tell apart.
+    A name can hold several phrases, separated by commas: its region averages the tokens of all of them. The first `background`
+    names are background entities, which share one score. ValueError for a name that no encoder reads, and for two that none
+    can tell apart.
     """
     found: list[dict[str, list[int]]] = [{phrase: [] for name in each for phrase in _phrases(name)} for each in names]
     for part in encoded:
@@ -140,9 +142,8 @@ def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]]) -> 
         for name in each:
             _check_found(encoded, image, name, of_image)
         _check_distinct(each, of_image)
-    return layout(
-        [[(name, _tokens(name, of_image)) for name in each] for each, of_image in zip(names, found, strict=True)]
-    )
+    regions = [[(name, _tokens(name, of_image)) for name in each] for each, of_image in zip(names, found, strict=True)]
+    return replace(layout(regions), background=background)
 
 
 def _phrases(name: str) -> list[str]:

@@ -132,7 +132,7 @@ class GuidedCall(Watch):
             if self._guided and (self._regions_found is None or self._steps_served >= self.scfg.every):
                 self._make_segmentors(device)
             self.step, self._awaited = self.step + 1, True
-        unread = self.branches == (0,) and not (self.negative or self.family.unconditional_sink)
+        unread = self.branches == (0,) and not (self.negative or self._unconditional_sink)
         self.observer.paused = self.segmentor is None or not self.branches or unread
 
     def on_attention(self, record) -> None:
@@ -165,12 +165,17 @@ class GuidedCall(Watch):
             "Pipelines that mix three predictions (PAG, InstructPix2Pix) are not supported: pass use_scfg=False."
         )
 
+    @property
+    def _unconditional_sink(self) -> bool:
+        return self.family.unconditional_sink and self.scfg.foreground == "released"
+
     def _make_segmentors(self, device):
         if not self._layouts:
             images, layouts = self.call.batch // len(self.branches), self._new_layouts()
             self._layouts = [layout.repeat(images // len(layout.labels)).to(device) for layout in layouts]
         make, _ = SEGMENTORS[self.scfg.segmentor]
-        self.segmentor = make(self.goca, self.family.preset, self._layouts[0], self.family.unconditional_sink)
+        sink = {"unconditional_sink": self._unconditional_sink, "rescaled_sink": self.scfg.foreground == "conditional"}
+        self.segmentor = make(self.goca, self.family.preset, self._layouts[0], **sink)
         self.observer.projected = self.segmentor.projected
         if self.keep_negative:
             self.negative = GoCASegmentor(self.goca, self.family.preset, self._layouts[1])

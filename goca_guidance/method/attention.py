@@ -30,13 +30,15 @@ def token_maps(
 
 def pick(
     probs: Float[Tensor, "b h r n"],
-    columns: Int[Tensor, "b m"],
+    columns: Int[Tensor, "b m"] | slice,
     weights: Float[Tensor, "b h p"] | None,
     rows: slice,
 ) -> Float[Tensor, "b r m"]:
     """Some columns of a block of query rows, summed over heads with the rows' weights, or averaged."""
-    index = columns[:, None, None, :].expand(-1, probs.shape[1], probs.shape[2], -1)
-    wanted = probs.gather(-1, index)
+    if isinstance(columns, slice):
+        wanted = probs[..., columns]
+    else:
+        wanted = probs.gather(-1, columns[:, None, None, :].expand(-1, probs.shape[1], probs.shape[2], -1))
     return wanted.mean(1) if weights is None else (wanted * weights[:, :, rows, None]).sum(1)
 
 

@@ -7,6 +7,8 @@ One axis legend for the project: `b` image, `h` head, `p` pixel token (row-major
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -106,7 +108,8 @@ class TokenLayout:
     `columns` b m: positions of the observed tokens in the text sequence. `groups` b m k: column k averages the tokens of
     region k; an all-zero column is padding, for prompts of the batch with fewer regions. `content` b m: tokens whose sum
     divides in per-pixel rescaling (a special token such as `<sos>` can be a region without being content). `sink` b s:
-    position of the token that looks at the background, or nothing (s = 0) where no foreground is asked for.
+    position of the token that looks at the background, or nothing (s = 0) where no foreground is asked for. The first
+    `background` regions are background entities, whose highest map is one score.
     """
 
     labels: tuple[tuple[str, ...], ...]
@@ -114,6 +117,7 @@ class TokenLayout:
     groups: Float[Tensor, "b m k"]
     content: Bool[Tensor, "b m"]
     sink: Int[Tensor, "b s"]
+    background: int = 0
 
     @property
     def present(self) -> Bool[Tensor, "b k"]:
@@ -128,8 +132,17 @@ class TokenLayout:
         labels = tuple(names for names in self.labels for _ in range(times))
         return self._map(labels, lambda x: x.repeat_interleave(times, 0))
 
+    def with_sink_as_region(self) -> "TokenLayout":
+        """The sink token observed too, and as the last region, which is no content."""
+        s = self.sink.shape[1]
+        groups = F.pad(self.groups, (0, s, 0, s))
+        groups[:, -s:, -s:] = torch.eye(s, dtype=groups.dtype, device=groups.device)
+        columns, content = torch.cat([self.columns, self.sink], 1), F.pad(self.content, (0, s))
+        return replace(self, columns=columns, groups=groups, content=content)
+
     def _map(self, labels, change) -> "TokenLayout":
-        return TokenLayout(labels, *(change(x) for x in (self.columns, self.groups, self.content, self.sink)))
+        tensors = {name: change(getattr(self, name)) for name in ("columns", "groups", "content", "sink")}
+        return replace(self, labels=labels, **tensors)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,21 @@ class SCFGSegmentor:
     Head-mean maps of the text layers of the two coarsest grids that a step has (16x16 and 8x8 for Stable Diffusion at 512
     pixels), refined by (S + 3 S^2) / 4 of the sibling self-attention S, smoothed, divided by their spatial mean, averaged over
     layers. The argmax runs over the layout's regions: all single tokens, unless the caller named some. The foreground is
-    where, in the prediction that the sink token belongs to (see `GoCASegmentor`), it is not the larger of itself and the
-    sum of all other tokens. `config` is not read: it has no choice that this method leaves open.
+    where, in the prediction that the sink token belongs to (see `GoCASegmentor`), it is less than the sum of all other
+    tokens. `config` and `rescaled_sink` are not read: this method leaves no such choice open.
     """
 
     layers_read = 2  # coarsest grids
     projected: frozenset[str] = frozenset()  # heads are not weighted
 
-    def __init__(self, config: GoCAConfig, preset: LayerPreset, layout: TokenLayout, unconditional_sink: bool = False):
+    def __init__(
+        self,
+        config: GoCAConfig,
+        preset: LayerPreset,
+        layout: TokenLayout,
+        unconditional_sink: bool = False,
+        rescaled_sink: bool = False,
+    ):
         self.preset, self.layout, self.unconditional_sink = preset, layout, unconditional_sink
         self.layers = frozenset((*preset.text, *preset.self_attention))
         self._conditional: dict[str, AttentionRecord] = {}
@@ -50,7 +57,7 @@ class SCFGSegmentor:
             tokens = self._maps(self._unconditional if self.unconditional_sink else self._conditional, every)
         sinks = [maps.take_along_dim(self.layout.sink[..., None, None], 1) for maps in tokens]
         others = [maps.sum(1, keepdim=True) - sink for maps, sink in zip(tokens, sinks, strict=True)]
-        foreground = _mean_of_relative(sinks) <= _mean_of_relative(others)
+        foreground = _mean_of_relative(sinks) < _mean_of_relative(others)
         return Regions(nearest(masks, size), nearest(foreground, size), self.layout.labels)
 
     def _maps(self, records, columns) -> list[Float[Tensor, "b m H W"]]:

@@ -27,7 +27,8 @@ class Segmentation:
     image's own number of classes.
     `classes`: the names, one tuple of them for each image where the call named them so; "background" is the last one where
     a background rule was given.
-    `entities` b e H W: scores of the background entities. `sizes`: height and width of each image.
+    `entities` b e H W: scores of the background entities, or the one that they share (`Background.merged`). `sizes`: height
+    and width of each image.
     """
 
     scores: Float[Tensor, "b k H W"]
@@ -80,8 +81,8 @@ def segment(
             over the words of all.
         prompt: what the model reads, for all images or one for each; it must hold every class (and background) name. By
             default the names joined by commas. It is padded to the stock pipeline's default length.
-        timestep: of the scheduler's training steps; None takes the preset's. Several are averaged. A flow-matching
-            schedule is shifted for the image's size, as in generation.
+        timestep: of the scheduler's training steps; None takes the configuration's, or the preset's. Several are averaged. A
+            flow-matching schedule is shifted for the image's size, as in generation.
         num_noises: noise samples to average.
         generator: one, or one for each image. None is a fixed seed, 0, so that a call repeats itself.
         background: None for no background; a number is a constant threshold; names are background entities; see
@@ -96,6 +97,8 @@ def segment(
     rule = None if background is None else Background.of(background)
     entities = rule.entities if rule else ()
     groups = _checked_names(classes, entities)
+    goca = goca or GoCAConfig()
+    timestep = goca.timestep if timestep is None else timestep
     noisy = noised(pipe, images, timestep, num_noises, generator, height, width)
     shared, count = isinstance(groups[0], str), len(noisy.pictures)
     each = _one_for_each([groups] if shared else groups, count, "list of class names")
@@ -104,16 +107,16 @@ def segment(
     prompts = _one_for_each([prompt] if isinstance(prompt, str) else prompt, count, "prompt")
     # Entities first: all images have them, and `scores` is cut behind them; images of fewer names are padded at the end.
     asked = [[*entities, *names] for names in each]
-    forwards = ClassForwards(pipe, noisy.family, asked, goca or GoCAConfig(), segmentor)
+    merged = len(entities) if rule and rule.merged else 0
+    forwards = ClassForwards(pipe, noisy.family, asked, goca, segmentor, merged)
     scores = forwards.run(stock, prompts, noisy.samples)
     if not torch.isfinite(scores).all():
         raise ValueError("Expected finite attention, but the scores hold NaN or infinity: use float32 or bfloat16.")
     last = () if rule is None else ("background",)
     named = tuple((*names, *last) for names in each)
     sizes = tuple(picture.size[::-1] for picture in noisy.pictures)
-    return Segmentation(
-        scores[:, len(entities) :], named[0] if shared else named, sizes, rule, scores[:, : len(entities)]
-    )
+    entity_scores, scores = scores.tensor_split([scores.shape[1] - max(map(len, each))], 1)
+    return Segmentation(scores, named[0] if shared else named, sizes, rule, entity_scores)
 
 
 # ---- input -----------------------------------------------------------------------------------------------------------
@@ -148,14 +151,15 @@ def _one_for_each(given, count, what) -> list:
 class ClassForwards(Forwards):
     """Scores of each image's class names, [b k H W]."""
 
-    def __init__(self, pipe, family, names: Sequence[Sequence[str]], goca: GoCAConfig, segmentor):
+    def __init__(self, pipe, family, names: Sequence[Sequence[str]], goca: GoCAConfig, segmentor, merged: int = 0):
         super().__init__(pipe, family)
         self.names, self.goca, self.make = names, goca, segmentor
+        self.merged = merged  # so many names, the first ones, are background entities that share one score
         self.layout: Any = None  # a `TokenLayout`, once the text was read
 
     def begin(self, device: torch.device) -> None:
         if self.layout is None:
-            self.layout = class_layout(self.encoded(0), self.names).to(device)
+            self.layout = class_layout(self.encoded(0), self.names, self.merged).to(device)
         self.segmentor = self.make(self.goca, self.family.preset, self.layout)
         self.observer.projected = self.segmentor.projected
         self.observer.seen.clear()

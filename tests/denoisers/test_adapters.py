@@ -1,6 +1,7 @@
 """Presets resolve to real layers on full-size denoisers (meta device), tiny ones, and ones that nobody has heard of."""
 
 import json
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -19,6 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 
+from goca_guidance.config import RELEASED, GoCAConfig
 from goca_guidance.denoisers.adapters import ADAPTERS, UNetFamily, XLFamily, denoiser_of, family_of, text_encoders_of
 from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
 from goca_guidance.stock import named_pipeline
@@ -140,6 +142,31 @@ def test_preset_of_a_full_size_denoiser(full_size):
     found = {key: getattr(preset, key) for key in expected}
     assert found | {"text": len(preset.text)} == expected
     assert not preset.row_normalise
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        ("sd-1.5", "sd1"),
+        ("sdxl", "sdxl"),
+        ("pixart-alpha", "pixart"),
+        ("pixart-sigma", "pixart"),
+        ("hunyuandit", "hunyuan"),
+        ("flux.1", "flux"),
+    ],
+)
+def test_the_released_configuration_is_that_of_the_released_preset(model, size):
+    expected, named, config = DEFAULTS | EXPECTED[size], GoCAConfig.released(model), GoCAConfig.released()
+    assert (named.heads, named.refine_order, named.timestep) == RELEASED[model]
+    assert RELEASED[model] == tuple(expected[key] for key in ("heads", "order", "timestep"))
+    assert config == replace(named, heads=None, refine_order=None, timestep=None)
+    assert (config.blur_size, config.blur_sigma, config.reference_channels) == (5, 1.1, 1)
+    assert config.rescale is not config.row_normalise is config.drop_stop_words is False
+
+
+def test_a_released_configuration_is_a_published_models():
+    with pytest.raises(ValueError, match="but got 'sd3'"):
+        GoCAConfig.released("sd3")
 
 
 def test_every_layer_of_a_preset_exists_in_network_order(full_size):

@@ -264,17 +264,85 @@ def test_every_configuration_gives_scores_in_the_unit_interval(config):
     assert scores.max() <= 1
 
 
-def test_foreground_is_where_the_unconditional_start_token_is_low():
-    """Naive: heads weighted by hand, layers by the conditional weights, blurred, min-max, below one half."""
-    segmentor, (_, fine, _, coarse) = segmentor_and_records(guided=True)
-    w, naive = segmentor.weights(), []
-    for r in (fine.branch(0), coarse.branch(0)):
-        m = torch.einsum("bhpn,bhp->bpn", naive_probs(r), naive_head_weights(r))[..., :1].mT.unflatten(-1, r.grid)
-        naive.append(m if m.shape[-1] == 4 else torch.nn.functional.interpolate(m, (4, 4), mode="bilinear"))
-    merged = sum(w[:, i, None, None, None] * m for i, m in enumerate(naive)).clamp(min=0)
-    expected = min_max(blur(merged, 3, 1.1 * 4 / 64)) < 0.5
+def naive_merged(own_f, fine, own_c, coarse):
+    """Of one prediction, all tokens [b n H W]: heads weighted, layers by that prediction's own weights, clamped."""
+    reference = goca.pseudo_attention(fine.query.transpose(1, 2).flatten(2))
+    own = [resized_affinity(naive_probs(r).mean(1), r.grid, (4, 4)) for r in (own_f, own_c)]
+    agreements = torch.stack([(reference * a).sum((1, 2)) for a in own], -1)
+    w, maps_ = agreements / agreements.sum(-1, keepdim=True), []
+    for r in (fine, coarse):
+        m = torch.einsum("bhpn,bhp->bpn", naive_probs(r), naive_head_weights(r)).mT.unflatten(-1, r.grid)
+        maps_.append(m if m.shape[-1] == 4 else torch.nn.functional.interpolate(m, (4, 4), mode="bilinear"))
+    return sum(w[:, i, None, None, None] * m for i, m in enumerate(maps_)).clamp(min=0)
+
+
+def naive_refined(record, maps_):
+    affinity = naive_probs(record).mean(1)
+    return min_max((affinity @ affinity @ maps_.flatten(2).mT).mT.unflatten(-1, (4, 4)))
+
+
+def test_released_foreground_is_where_the_refined_unconditional_start_token_is_low():
+    """Its share of all tokens, by the unconditional weights; refined by the conditional attention; then blurred."""
+    segmentor, records = segmentor_and_records(guided=True)
+    merged = naive_merged(*(r.branch(0) for r in records))
+    share = (merged / merged.sum(1, keepdim=True))[:, :1]
+    expected = min_max(blur(naive_refined(records[0].branch(1), share), 3, 1.1 * 4 / 64)) < 0.5
     assert torch.equal(segmentor.regions((4, 4)).foreground, expected)
     assert 0 < expected.float().mean() < 1
+
+
+@pytest.mark.parametrize("heads", ["contribution", "uniform"])
+def test_released_foreground_in_the_conditional_prediction(heads):
+    """As above, where the unconditional text has no such token."""
+    _, (own_f, fine, own_c, coarse) = segmentor_and_records(guided=False)
+    layout = TokenLayout((("cat", "bus"),), torch.tensor([[2, 3]]), torch.eye(2)[None], torch.ones(1, 2) > 0, SINK)
+    segmentor = GoCASegmentor(GoCAConfig(heads=heads), PRESET, layout)
+    for r in (own_f, fine, own_c, coarse):
+        segmentor.keep(r)
+    if heads == "uniform":  # the share of each head is one over their number
+        fine, coarse = (
+            replace(r, output=torch.ones_like(r.output), gram=torch.eye(len(r.gram))) for r in (fine, coarse)
+        )
+    merged = naive_merged(own_f, fine, own_c, coarse)
+    share = (merged / merged.sum(1, keepdim=True))[:, :1]
+    expected = min_max(blur(naive_refined(own_f, share), 3, 1.1 * 4 / 64)) < 0.5
+    assert torch.equal(segmentor.regions((4, 4)).foreground, expected)
+    assert 0 < expected.float().mean() < 1
+
+
+def test_conditional_foreground_is_where_the_sinks_own_score_is_low():
+    """Rescaled by the content, as a region is; nothing of the unconditional prediction is read."""
+    _, (own_f, fine, own_c, coarse) = segmentor_and_records(guided=False)
+    layout = TokenLayout((("cat", "bus"),), torch.tensor([[2, 3]]), torch.eye(2)[None], torch.ones(1, 2) > 0, SINK)
+    segmentor = GoCASegmentor(GoCAConfig(), PRESET, layout, rescaled_sink=True)
+    for r in (own_f, fine, own_c, coarse):
+        segmentor.keep(r)
+        segmentor.keep(replace(r, key=r.key.flip(2)), (0,))
+    merged = naive_merged(own_f, fine, own_c, coarse)
+    scores = min_max(blur(merged[:, [2, 3, 0]] / merged[:, [2, 3]].sum(1, keepdim=True), 3, 1.1 * 4 / 64))
+    expected = naive_refined(own_f, scores)
+    regions = segmentor.regions((4, 4))
+    assert torch.equal(regions.masks[:, 0], expected[:, 0] >= expected[:, 1])
+    assert torch.equal(regions.foreground, expected[:, 2:] < 0.5)
+    assert 0 < regions.foreground.float().mean() < 1
+
+
+def test_background_entities_are_one_map_before_it_is_refined():
+    """So it reaches one once, where each by itself would."""
+    _, records = segmentor_and_records(guided=False)
+    every = torch.ones(1, 3) > 0
+    layout = TokenLayout(
+        (("sky", "sea", "cat"),), torch.tensor([[2, 3, 4]]), torch.eye(3)[None], every, SINK[:, :0], 2
+    )
+    segmentor = GoCASegmentor(GoCAConfig(), PRESET, layout)
+    for r in records:
+        segmentor.keep(r)
+    merged = naive_merged(*records)[:, 2:5]
+    maps_ = min_max(blur(merged / merged.sum(1, keepdim=True), 3, 1.1 * 4 / 64))
+    expected = naive_refined(records[0], torch.stack([maps_[:, :2].amax(1), maps_[:, 2]], 1))
+    assert torch.allclose(segmentor.scores(), expected, atol=1e-3)
+    each = naive_refined(records[0], maps_)
+    assert not torch.allclose(each[:, :2].amax(1), expected[:, 0], atol=1e-2)
 
 
 @pytest.mark.parametrize("source", ["raw query", "query", "output"])
@@ -299,10 +367,11 @@ def test_joint_segmentor_is_the_method_in_one_piece(source):
     weights = agreements / agreements.sum(-1, keepdim=True)
     assert torch.allclose(segmentor.weights(), weights, atol=1e-6)
     merged = sum(weights[:, i, None, None] * p[..., :6] for i, p in enumerate(probs)).mT.unflatten(-1, (4, 4))
-    words, end = merged[:, [2, 3]], min_max(blur(merged[:, [5]], 3, 1.1 * 4 / 64))
+    words, end = merged[:, [2, 3]], (merged / merged.sum(1, keepdim=True))[:, [5]]
     scores = min_max(blur(words / words.sum(1, keepdim=True), 3, 1.1 * 4 / 64))
     own = probs[1][..., 6:]
-    refined = min_max((own @ own @ scores.flatten(2).mT).mT.unflatten(-1, (4, 4)))
+    refined, end = (min_max((own @ own @ x.flatten(2).mT).mT.unflatten(-1, (4, 4))) for x in (scores, end))
+    end = min_max(blur(end, 3, 1.1 * 4 / 64))
     regions = segmentor.regions((4, 4))
     assert torch.allclose(segmentor.scores(), refined, atol=1e-3)
     assert torch.equal(regions.masks[:, 0], refined[:, 0] >= refined[:, 1])
@@ -343,7 +412,7 @@ def test_scfg_segmentor_equals_the_naive_form(columns, unconditional):
     assert torch.equal(regions.masks[0].int().argmax(0), relative(naive(1))[0, columns].argmax(0))
     sink = naive(0 if unconditional else 1)
     start, others = [m[:, :1] for m in sink], [m[:, 1:].sum(1, keepdim=True) for m in sink]
-    assert torch.equal(regions.foreground, relative(start) <= relative(others))
+    assert torch.equal(regions.foreground, relative(start) < relative(others))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5])

@@ -13,7 +13,7 @@ from eval.cost.captured_step import Step
 from eval.cost.naive import NaiveSegmentor
 from goca_guidance import GoCAConfig
 from goca_guidance.config import LayerPreset
-from goca_guidance.method import segmentor
+from goca_guidance.method import aggregation
 from goca_guidance.method.maps import coarser
 from goca_guidance.method.records import TokenLayout
 from goca_guidance.method.segmentor import GoCASegmentor
@@ -59,14 +59,14 @@ def test_joint_attention_compares_all_rows(name):
 def test_agreement_of_sampled_rows_is_unbiased(name, row_normalise, working_size, monkeypatch):
     """Samples that share out the rows among them average to the agreement of all rows."""
     options = {"row_normalise": row_normalise, "working_size": working_size}
-    monkeypatch.setattr(segmentor, "layer_weights", lambda agreements: agreements)
+    monkeypatch.setattr(aggregation, "layer_weights", lambda agreements: agreements)
     full, found = answers(step(name), **options)[0], []
     for turn in range(16):
 
         def chosen(count, wanted, device, turn=turn):
             return torch.arange(turn % (count // wanted), count, count // wanted, device=device)
 
-        monkeypatch.setattr(segmentor, "sample", chosen)
+        monkeypatch.setattr(aggregation, "sample", chosen)
         found.append(answers(step(name), agreement_rows=16, **options)[0])
     assert torch.allclose(torch.stack(found).mean(0), full, rtol=1e-4)
     assert torch.stack(found).std(0).max() > 0 or working_size  # at 4 x 4 there are sixteen rows
@@ -175,7 +175,7 @@ ODD = [  # the finest grid, the next one, working size, what each becomes
 @pytest.mark.parametrize(("fine", "coarse", "side", "fine_read", "coarse_read"), ODD)
 def test_odd_grids(fine, coarse, side, fine_read, coarse_read, stored, monkeypatch):
     if not stored:
-        monkeypatch.setattr(segmentor, "STORED", 1)
+        monkeypatch.setattr(aggregation, "STORED", 1)
     assert (coarser(fine, side), coarser(coarse, side)) == (fine_read, coarse_read)
     ours, naive = both(invented(fine, coarse), side, {fine: fine_read, coarse: coarse_read})
     assert ours.scores().shape == naive.scores().shape
@@ -187,7 +187,7 @@ def test_odd_grids(fine, coarse, side, fine_read, coarse_read, stored, monkeypat
 @pytest.mark.parametrize("side", [None, 6, 4])
 def test_layers_too_large_to_store(name, side, monkeypatch):
     stored = answers(step(name), working_size=side)
-    monkeypatch.setattr(segmentor, "STORED", 1)
+    monkeypatch.setattr(aggregation, "STORED", 1)
     large = answers(step(name), working_size=side)
     assert torch.allclose(stored[0], large[0], rtol=0, atol=1e-6)
     assert torch.allclose(stored[1], large[1], rtol=0, atol=1e-3)
@@ -199,9 +199,9 @@ def test_layers_too_large_to_store(name, side, monkeypatch):
 @every_family
 def test_queues_change_nothing(name, monkeypatch):
     options = {"working_size": 6, "agreement_rows": 9}
-    monkeypatch.setattr(segmentor, "BATCH", {"cpu": 1})
+    monkeypatch.setattr(aggregation, "BATCH", {"cpu": 1})
     apart = answers(step(name), **options)
-    monkeypatch.setattr(segmentor, "BATCH", {"cpu": 10**12})
+    monkeypatch.setattr(aggregation, "BATCH", {"cpu": 10**12})
     together = answers(step(name), **options)
     assert torch.allclose(apart[0], together[0], rtol=0, atol=1e-6)
     assert torch.allclose(apart[1], together[1], rtol=0, atol=1e-6)

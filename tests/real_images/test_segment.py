@@ -55,8 +55,12 @@ def test_one_forward_at_the_timestep(pipe, image):
     )
     pipe.segment(image, CLASSES)
     assert seen == [(1, family_of(pipe.unet).preset.timestep)]
+    pipe.segment(image, CLASSES, goca=GoCAConfig(timestep=70))
+    pipe.segment(image, CLASSES, goca=GoCAConfig(timestep=70), timestep=80)
+    assert [timestep for _, timestep in seen] == [family_of(pipe.unet).preset.timestep, 70, 80]
+    seen.clear()
     pipe.segment(image, CLASSES, timestep=[50, 150], num_noises=2)
-    assert seen[1:] == [(1, 50), (1, 50), (1, 150), (1, 150)]
+    assert seen == [(1, 50), (1, 50), (1, 150), (1, 150)]
     handle.remove()
 
 
@@ -129,9 +133,9 @@ def raw_scores(pipe, image, names, prompt, config):
     seen = []
 
     class Raw(GoCASegmentor):
-        def _scores(self, weights):
-            seen.append(self._merge(self._maps, weights))
-            return super()._scores(weights)
+        def _scores(self, tokens, layout):
+            seen.append(tokens)
+            return super()._scores(tokens, layout)
 
     pipe.segment(image, names, prompt=prompt, goca=config, segmentor=Raw)
     return seen[0][0, 0]
@@ -212,7 +216,7 @@ def test_labels_are_the_argmax_at_the_images_size(pipe, image):
     [
         (0.6, lambda own, extra: torch.full_like(own[:, :1], 0.6)),
         (["sky"], lambda own, extra: extra.amax(1, keepdim=True) + 0.2),
-        (Background(("sky", "red"), offset=0.1), lambda own, extra: extra.amax(1, keepdim=True) + 0.1),
+        (Background(("sky", "red"), offset=0.1, merged=False), lambda own, extra: extra.amax(1, keepdim=True) + 0.1),
         (Background(("sky",), threshold=0.3), lambda own, extra: extra.amax(1, keepdim=True).clamp(min=0.3)),
     ],
 )
@@ -227,6 +231,24 @@ def test_background_rules(pipe, image, background, rule):
     assert result.classes == (*CLASSES, "background")
     assert torch.equal(result.label_maps[0], expected)
     assert result.scores.shape[1] == 3
+
+
+def test_merged_background_entities_are_one_map(pipe, image):
+    """Each one alone is as high as when it is refined by itself; together they reach one once."""
+    merged = pipe.segment(image, CLASSES, background=["sky", "red"])
+    each = pipe.segment(image, CLASSES, background=Background(("sky", "red"), merged=False))
+    assert (merged.entities.shape[1], each.entities.shape[1]) == (1, 2)
+    assert torch.allclose(merged.scores, each.scores, atol=1e-6)
+    assert (each.entities.amax(1) - merged.entities[:, 0]).abs().max() > 1e-2
+    one = [pipe.segment(image, CLASSES, background=Background(("sky",), merged=m)).entities for m in (True, False)]
+    assert torch.allclose(*one, atol=1e-6)
+    assert torch.equal(merged.label_maps[0] == len(CLASSES), _beats(merged, 0.2))
+
+
+def _beats(result, offset):
+    entities = torch.nn.functional.interpolate(result.entities, result.sizes[0], mode="bilinear") + offset
+    scores = torch.nn.functional.interpolate(result.scores, result.sizes[0], mode="bilinear")
+    return (entities > scores.amax(1, keepdim=True))[0, 0]
 
 
 def test_one_class_is_finite(pipe, image):

@@ -1,0 +1,290 @@
+"""Auto aggregation over heads and layers (GoCA, Gap I) of one prediction, without any stored map of attention.
+
+The specification is the naive form, `eval/cost/naive.py`: one page that builds and stores every map. What stands here gives
+the same numbers without storing them.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from goca_guidance.config import GoCAConfig, LayerPreset
+from goca_guidance.method.attention import affinity_product, joined, pick, probabilities
+from goca_guidance.method.goca import agreement, head_weights, layer_weights, pseudo_attention
+from goca_guidance.method.maps import (
+    as_maps,
+    coarser,
+    nearest_index,
+    pull_affinity,
+    resize,
+    resize_adjoint,
+    row_mass,
+    sample,
+)
+from goca_guidance.method.records import AttentionRecord
+
+
+BATCH = {"cpu": 2**18}  # elements of queries that are worth a call of their own: fewer wait for others of their shape
+LARGE_BATCH = 2**22  # on any other device
+STORED = 10_000  # pixels up to which the refining layers' sum is stored (400 MB an image)
+
+
+class Aggregation:
+    """Maps of some text tokens, averaged over heads and layers by GoCA's weights; each record is reduced as soon as it can be.
+
+    What happens to a record, by the preset's lists that name its layer (one record may be on several):
+
+    - text layer: its observed tokens' maps, heads weighted (`_keep_words`).
+    - self-attention layer: compared with the pseudo self-attention of the reference layer. Before that was seen, the record
+      itself is held (`_early`); then it becomes one number an image (`_agreements`).
+    - refining layer: added to one sum of all of them (`_sum`), or held where that is too large (`_large`).
+    - reference layer: its dense features give the pseudo self-attention (`_affinity`), which lets the early ones go on.
+
+    Work of equal kind and shape waits in `_waiting` until it fills a call; a layer of joint attention has words and pixels
+    from one softmax. So between two records are held: maps of the layers reduced so far, the affinity and its forms on
+    other grids, the sum, and whatever waits. `weights` and `merged` first reduce what still waits.
+
+    Args:
+        config: the choices.
+        preset: which layers are on which list.
+        columns: positions of the observed tokens in the text, [b m].
+        refining: keep what refines maps (`attend`).
+        total: give the sum of all the text's tokens too. It is one but where a negative head weight makes a merged map
+            negative, which is clamped, and in joint attention, where pixels have a share: so with weighted heads every
+            token's map is merged.
+    """
+
+    def __init__(
+        self,
+        config: GoCAConfig,
+        preset: LayerPreset,
+        columns: Int[Tensor, "b m"],
+        refining: bool = False,
+        total: bool = False,
+    ):
+        self.config, self.preset, self.columns, self.total = config, preset, columns, total
+        self.heads = config.heads or preset.heads
+        self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise
+        self._compared = frozenset(preset.self_attention if config.layers == "agreement" else ())
+        self._refining = frozenset(preset.refine if refining else ())
+        self._pixel_layers = self._compared | self._refining | frozenset([preset.reference] if self._compared else [])
+        self._waiting: dict[tuple, list[AttentionRecord]] = {}  # by what is asked of them, and shape
+        self._early: list[tuple[AttentionRecord, tuple[int, int]]] = []  # compared layers seen before the reference
+        self._affinity: Tensor | None = None  # pseudo self-attention of the reference, at `_reference_grid`
+        self._reference_grid = (0, 0)
+        self._pulled: dict[tuple, tuple] = {}  # by grids of queries and keys: what `_pull` gives
+        self._agreements: dict[str, Float[Tensor, " b"]] = {}  # by compared layer
+        self._maps: list[tuple[list[str], Float[Tensor, "l b m H W"]]] = []  # of tokens, with the layers' names
+        self._sum: Float[Tensor, "b p q"] | None = None  # of the refining layers' self-attention
+        self._large: list[AttentionRecord] = []  # refining layers too large for it
+        self._refining_keys = (0, 0)  # grid of the refining layers' pixel keys
+        self.joint = False  # whether the keys are words and pixels
+        self.finest = (
+            0,
+            0,
+        )  # finest grid of text and refining layers; that of the maps, unless the working size is coarser
+
+    @property
+    def refines(self) -> bool:
+        """Whether there is anything that refines."""
+        return bool(self._refining)
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Names of the layers that must be observed."""
+        return self._pixel_layers | frozenset(self.preset.text)
+
+    # ---- what the network brings -------------------------------------------------------------------------------------
+    def keep(self, record: AttentionRecord) -> None:
+        """Take a record of the prediction."""
+        if record.name in self._pixel_layers:
+            working = self._at_working_size(record)
+            if self._compared and record.name == self.preset.reference:
+                self._keep_reference(working)
+            self._keep_pixels(working, record.grid)
+        if record.name in self.preset.text:
+            self._keep_words(record)
+
+    def _at_working_size(self, record):
+        """Fewer queries; the keys stay."""
+        grid = coarser(record.grid, self.config.working_size)
+        if grid == record.grid:
+            return record
+        return record.at(grid, nearest_index(record.grid, grid, record.query.device))
+
+    def _has_words_and_pixels(self, record):
+        """Whether words are read with pixels, from one softmax."""
+        return record.view.joint and record.name in self._compared
+
+    def _keep_words(self, record):
+        self.finest = max(self.finest, record.grid, key=math.prod)
+        self.joint = record.view.joint
+        if not self._has_words_and_pixels(record):
+            self._wait(("words",), record.only("output", "gram"))
+
+    def _keep_reference(self, record):
+        tensor = record.output if self.preset.features == "output" else record.features
+        features = (record.query if tensor is None else tensor).transpose(1, 2).flatten(2)
+        self._affinity = pseudo_attention(features, self.config.reference_channels)
+        self._reference_grid = record.grid
+        early, self._early = self._early, []
+        for record, key_grid in early:
+            self._keep_pixels(record, key_grid)
+
+    def _keep_pixels(self, record, key_grid):
+        """`key_grid`: of the pixel keys, which are all there at any working size."""
+        compared, refining = record.name in self._compared, record.name in self._refining
+        needed = ("output", "gram") if self._has_words_and_pixels(record) and self.heads == "contribution" else ()
+        if compared and self._affinity is None:
+            self._early.append((record.only(*needed).alone(), key_grid))
+            return
+        if refining:
+            self._refining_keys = key_grid
+            self.finest = max(self.finest, key_grid, key=math.prod)
+            if record.query.shape[2] * math.prod(key_grid) > STORED**2:
+                self._large.append(record.only().alone())
+                refining = False
+        if compared or refining:
+            self._wait(("pixels", key_grid, compared, refining), record.only(*needed))
+
+    def _wait(self, asked, record):
+        """Records that are too small for a call of their own wait for others of their shape, of which the same is asked."""
+        view, mask = record.view, getattr(record.mask, "shape", None)
+        tokens = view.grid, *((part.start, part.stop) for part in (view.text, view.image))  # slices have no hash
+        alike = asked, record.query.shape, record.key.shape, tokens, record.scale, mask
+        waiting = self._waiting.setdefault(alike, [])
+        waiting.append(record)
+        if len(waiting) * record.query.numel() >= BATCH.get(record.query.device.type, LARGE_BATCH):
+            self._reduce(alike)
+
+    def _reduce(self, alike):
+        (kind, *asked), records = alike[0], self._waiting.pop(alike)
+        (self._reduce_words if kind == "words" else self._reduce_pixels)(stacked(records), records, *asked)
+
+    # ---- reductions: `stack` holds the `records` of several layers, one after another in the batch ----------------------
+    def _reduce_words(self, stack, records):
+        """Maps of the observed tokens."""
+        weights = self._head_weights(stack, records)
+        self._store(records, [self._words(stack, p, weights, rows) for rows, p in probabilities(stack)])
+
+    def _words(self, stack, probs, weights, rows) -> Float[Tensor, "b r m"]:
+        """In a block of rows the observed tokens; with weighted heads and a total, all; else the total beside them."""
+        text = stack.view.text
+        if self.total and weights is not None:
+            return pick(probs, text, weights, rows)
+        columns = self.columns.repeat(len(probs) // len(self.columns), 1) + text.start
+        found = pick(probs, columns, weights, rows)
+        if self.total and self.joint:
+            return torch.cat([found, probs[..., text].sum(-1).mean(1)[..., None]], -1)
+        return found
+
+    def _head_weights(self, stack, records):
+        return None if self.heads == "uniform" else head_weights(stack.output, [record.gram for record in records])
+
+    def _store(self, records, blocks):
+        names = [record.name for record in records]
+        maps = as_maps(joined(blocks, 1), records[0].grid)
+        self._maps.append((names, maps.unflatten(0, (len(records), -1))))
+
+    def _reduce_pixels(self, stack, records, key_grid, compared, refining):
+        """Agreement with the reference, in the rows that its grid reads; the sum that refines, and words, in all rows.
+
+        All three are taken from a block of probabilities while it is there. Where agreement reads fewer rows than the
+        others, its rows are computed a second time.
+        """
+        layers, agreed, words = len(records), [], []
+        rows, reference, mass = self._pull(stack, key_grid) if compared else (None, None, None)
+        with_words = self._has_words_and_pixels(stack)
+        weights = self._head_weights(stack, records) if with_words else None
+        for chosen in [rows] if rows is None or not (refining or with_words) else [rows, None]:
+            for block, probs in probabilities(stack, chosen):
+                pixels = probs[..., stack.view.image].mean(1).unflatten(0, (layers, -1))
+                if compared and chosen is rows:
+                    agreed.append(agreement(pixels, reference[:, block], mass))
+                if refining and chosen is None:
+                    self._add_up(block, pixels, stack.query.shape[2])
+                if with_words and chosen is None:
+                    words.append(self._words(stack, probs, weights, block))
+        if compared:
+            names = [record.name for record in records]
+            self._agreements.update(zip(names, torch.stack(agreed).sum(0).unbind(0), strict=True))
+        if with_words:
+            self._store(records, words)
+
+    def _add_up(self, block, pixels, rows):
+        if self._sum is None:
+            self._sum = pixels.new_zeros(pixels.shape[1], rows, pixels.shape[-1])
+        self._sum[:, block] += pixels[0] if len(pixels) == 1 else pixels.sum(0)
+
+    def _pull(self, record, key_grid):
+        """The reference's affinity as a layer is compared with it: rows (None for all), affinity, row mass."""
+        grids = record.grid, key_grid
+        if grids not in self._pulled:
+            rows, affinity = pull_affinity(self._affinity, self._reference_grid, *grids)
+            wanted = self.config.agreement_rows
+            if wanted is not None and wanted < len(rows) and not record.view.joint:
+                chosen = sample(len(rows), wanted, rows.device)
+                rows, affinity = rows[chosen], affinity[:, chosen] * (len(rows) / wanted)
+            mass = row_mass(self._reference_grid, key_grid, rows.device) if self.row_normalise else None
+            self._pulled[grids] = None if len(rows) == record.query.shape[2] else rows, affinity, mass
+        return self._pulled[grids]
+
+    # ---- answers -----------------------------------------------------------------------------------------------------
+    def weights(self) -> Float[Tensor, "b l"]:
+        """Weight of each text layer, in the preset's order."""
+        for alike in list(self._waiting):
+            self._reduce(alike)
+        self._affinity = None
+        self._pulled.clear()
+        if not self._compared:
+            layers, (_, maps) = len(self.preset.text), self._maps[0]
+            return maps.new_ones(maps.shape[1], layers) / layers
+        return layer_weights(torch.stack([self._agreements[name] for name in self.preset.self_attention], -1))
+
+    def merged(self, finest: tuple[int, int]) -> tuple[Float[Tensor, "b m H W"], Tensor]:
+        """A = sum_l w[l] bilinear(A[l]) of the observed tokens at the `finest` grid, clamped at zero, and the text's total.
+
+        Layers of one grid are summed before they are resized. At a working size the maps are averaged at last.
+        """
+        by_name = dict(zip(self.preset.text, self.weights().unbind(1), strict=True))
+        merged: dict[Any, Tensor] = {}  # by grid
+        for names, layers in self._maps:
+            of_layers = torch.stack([by_name[name] for name in names])[..., None, None, None]
+            total, grid = (of_layers * layers).sum(0), layers.shape[-2:]
+            merged[grid] = merged[grid] + total if grid in merged else total
+        working = coarser(finest, self.config.working_size)
+        size = max(*merged, working, key=math.prod)
+        resized = [resize(total, size) for total in merged.values()]
+        whole = sum(resized[1:], resized[0]).clamp(min=0)
+        whole = whole if size == working else F.adaptive_avg_pool2d(whole, working)
+        if self.total and self.heads == "contribution":
+            return whole.take_along_dim(self.columns[..., None, None], 1), whole.sum(1, keepdim=True)
+        return (whole[:, :-1], whole[:, -1:]) if self.total and self.joint else (whole, whole.new_ones(()))
+
+    def attend(self, x: Float[Tensor, "b p k"], grid: tuple[int, int]) -> Float[Tensor, "b p k"]:
+        """A_self x of the refining layers, up to a factor; x is resized to the grid of the keys where that is finer."""
+        if self._sum is None:
+            x = resize(as_maps(x, grid), self._refining_keys).flatten(2).mT
+            return torch.stack([affinity_product(record, x) for record in self._large]).mean(0)
+        if grid != self._refining_keys:
+            self._sum = resize_adjoint(self._sum.unflatten(-1, self._refining_keys), grid).flatten(-2)
+            self._refining_keys = grid
+        return self._sum @ x
+
+
+def stacked(records: list[AttentionRecord]) -> AttentionRecord:
+    """Records of equal shape as one, whose batch holds their images one layer after another."""
+    if len(records) == 1:
+        return records[0]
+    first, tensors = records[0], {}
+    for name in ("query", "key", "output", "mask"):
+        parts = [getattr(record, name) for record in records]
+        if parts[0] is not None:
+            tensors[name] = torch.cat([part.expand(len(first.query), *part.shape[1:]) for part in parts])
+    changes: dict[str, Any] = tensors
+    return replace(first, **changes)
