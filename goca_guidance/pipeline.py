@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import inspect
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from types import MethodType
 
 import diffusers
 import numpy as np
@@ -26,6 +28,9 @@ from goca_guidance.method.scfg import SpatialGuidanceScale
 from goca_guidance.real_images.discover import discover
 from goca_guidance.real_images.segment import Segmentation, segment
 from goca_guidance.stock import PREFIX, check_folder, is_text_to_image, named_pipeline, scale_name, stock_class
+
+
+_CALLS: dict[tuple[int, int], GuidedCall] = {}  # in progress, by pipeline and thread: a copy of a pipeline is in none
 
 
 @dataclasses.dataclass
@@ -62,8 +67,6 @@ class GoCASCFGPipeline(DiffusionPipeline):
     them; and the module's `__getattr__` finds them by name, for pickle. This class alone is never instantiated.
     """
 
-    _goca_call: GuidedCall | None = None  # the call in progress; None outside one, and then everything is stock
-
     def __new__(cls, *args, **components):
         """`GoCASCFGPipeline(**components)` is the family's text-to-image pipeline."""
         if cls is GoCASCFGPipeline:
@@ -75,9 +78,10 @@ class GoCASCFGPipeline(DiffusionPipeline):
         super().__init_subclass__(**kwargs)
         stock, ours = inspect.signature(stock_of(cls).__call__), inspect.signature(GoCASCFGPipeline.__call__)
 
+        @torch.no_grad()
         @functools.wraps(GoCASCFGPipeline.__call__)
         def __call__(self, *args, **kwargs):  # noqa: N807
-            return GoCASCFGPipeline.__call__(self, *args, **kwargs)
+            return inspect.unwrap(GoCASCFGPipeline.__call__)(self, *args, **kwargs)
 
         last = [p for p in stock.parameters.values() if p.kind is p.VAR_KEYWORD]
         added = [p for p in ours.parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -87,11 +91,17 @@ class GoCASCFGPipeline(DiffusionPipeline):
             cls.__call__ = __call__
 
     @property
+    def _goca_call(self) -> GuidedCall | None:
+        """The call in progress; None outside one, and then everything is stock."""
+        return _CALLS.get((id(self), threading.get_ident()))
+
+    @property
     def guidance_scale(self):
         """The scale of the call in progress, spatial while one is guided (true guidance has a scale of another name)."""
-        if self._goca_call is None or self._goca_call.separate:
-            return self._guidance_scale
-        return SpatialGuidanceScale(self._guidance_scale, self._goca_call.rate)
+        call, scale = self._goca_call, self._guidance_scale
+        if call is None or call.separate:
+            return float(scale) if isinstance(scale, SpatialGuidanceScale) else scale  # copied in the middle of a call
+        return SpatialGuidanceScale(scale, call.rate)
 
     @torch.no_grad()
     def __call__(
@@ -153,6 +163,13 @@ class GoCASCFGPipeline(DiffusionPipeline):
                 keep_regions=output_regions,
                 keep_negative=output_negative_maps,
             )
+        if torch.is_grad_enabled():  # called by `__wrapped__`, as one calls a stock pipeline for gradients
+            if state is not None:
+                raise ValueError(
+                    "Expected no gradients to be asked for, because regions have none, but this call of a guided pipeline is "
+                    "not under `torch.no_grad()`: pass `use_scfg=False`, or call the pipeline itself."
+                )
+            stock = MethodType(inspect.unwrap(stock.__func__), self)
         output = self._run(stock, arguments, state)
         return _output(output, state, arguments.get("return_dict", True), output_regions, output_negative_maps)
 
@@ -204,11 +221,12 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     @contextmanager
     def _in_call(self, state):
-        self._goca_call = state
+        key = id(self), threading.get_ident()
+        _CALLS[key] = state
         try:
             yield
         finally:
-            self._goca_call = None
+            del _CALLS[key]
             if isinstance(getattr(self, "_guidance_scale", None), SpatialGuidanceScale):
                 self._guidance_scale = float(self._guidance_scale)
 

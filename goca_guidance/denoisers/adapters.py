@@ -1,5 +1,6 @@
 """What differs between denoisers: names of attention layers, token order, token grid, presets. Nothing else knows families."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -82,14 +83,10 @@ class UNetFamily(Family):
             return deepest
         return int(index) if kind == "down_blocks" else deepest - int(index)
 
-    def grid(self, pixels: int, latent: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of a layer with so many pixel tokens: the latent's, halved and rounded up until it fits."""
-        height, width = latent
-        while height * width > pixels:
-            height, width = -(-height // 2), -(-width // 2)
-        if height * width != pixels:
-            raise ValueError(f"Expected pixel tokens of a halved {latent} latent, but got {pixels}.")
-        return height, width
+    def grid(self, name: str, latent: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a layer's pixel tokens: the latent's, halved and rounded up so often as the layer is deep."""
+        shrink = 2 ** self._level(name)
+        return -(-latent[0] // shrink), -(-latent[1] // shrink)
 
 
 class XLFamily(UNetFamily):
@@ -173,17 +170,35 @@ class FluxFamily(Family):
     def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
         """The latent's size is read off the image tokens' positions."""
         sample = argument(args, kwargs, 0, "hidden_states")
-        rows, columns = (int(n) + 1 for n in kwargs["img_ids"][:, 1:].amax(0))
+        rows, columns = self._read_grid(kwargs["img_ids"])
         if rows * columns != sample.shape[1]:
             raise ValueError(
                 f"Expected the {rows} x {columns} tokens of one image, but the denoiser got {sample.shape[1]}. Pipelines "
                 "that put a second image into the sequence (Kontext) are not supported: pass use_scfg=False."
             )
-        return DenoiserCall(sample.shape[0], (2 * rows, 2 * columns), kwargs["encoder_hidden_states"].shape[1])
+        text = argument(args, kwargs, 1, "encoder_hidden_states")
+        return DenoiserCall(sample.shape[0], (2 * rows, 2 * columns), text.shape[1])
 
-    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView:
-        grid = call.latent[0] // 2, call.latent[1] // 2
-        return AttentionView(grid, slice(0, call.text), slice(call.text, keys))
+    def _read_grid(self, positions: Tensor) -> tuple[int, int]:
+        """Rows and columns, read once for each tensor of positions: it waits for the device."""
+        key = id(positions), 0 if positions.is_inference() else positions._version
+        if key not in self._grids_read:
+            rows, columns = (int(n) + 1 for n in positions.reshape(-1, positions.shape[-1])[:, 1:].amax(0))
+            self._grids_read[key] = positions, (rows, columns)
+        return self._grids_read[key][1]
+
+    @cached_property
+    def _grids_read(self) -> dict[tuple[int, int], tuple[Tensor, tuple[int, int]]]:
+        """By the identity of the positions, which are kept so that no others get it."""
+        return {}
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        grid = self.grid(name, call.latent)
+        return (
+            AttentionView(grid, slice(0, call.text), slice(call.text, keys))
+            if keys == call.text + math.prod(grid)
+            else None
+        )
 
     def project(self, name: str) -> Callable[[Tensor], Tensor]:
         """A single block projects attention and feed-forward at once: the latter's part is fed zeros."""
@@ -222,9 +237,11 @@ class SD3Family(Family):
         refine = names[third : max(third + 1, 2 * third)]
         return LayerPreset(names, names, names[len(names) // 2], refine, heads="uniform")
 
-    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView:
-        pixels = keys - call.text
-        return AttentionView(self.grid(pixels, call.latent), slice(pixels, keys), slice(0, pixels))
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        grid = self.grid(name, call.latent)
+        if (pixels := math.prod(grid)) + call.text != keys:
+            return None
+        return AttentionView(grid, slice(pixels, keys), slice(0, pixels))
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
@@ -238,8 +255,8 @@ ADAPTERS: dict[str, type[Family]] = {
 
 def family_of(denoiser: Any) -> Family:
     """The adapter of a denoiser, a compiled one looked through."""
-    compiled = hasattr(denoiser, "_orig_mod")
-    denoiser = denoiser._orig_mod if compiled else denoiser
+    compiled = denoiser if hasattr(denoiser, "_orig_mod") else None
+    denoiser = denoiser if compiled is None else compiled._orig_mod
     names = [cls.__name__ for cls in type(denoiser).__mro__]
     if "ModelMixin" not in names:
         raise ValueError(

@@ -1,5 +1,6 @@
 """What an adapter of a denoiser answers, with the answers for a transformer that no adapter names."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,7 @@ class Family:
     """
 
     denoiser: Any  # a torch module of diffusers
-    compiled: bool = False  # a compiled module was looked through
+    compiled: Any = None  # the compiled module that was looked through
 
     pipeline: ClassVar[str | None] = None  # the stock text-to-image pipeline, where its name follows from the denoiser
     encoders: ClassVar[tuple[tuple[str, str], ...]] = (("text_encoder", "tokenizer"),)  # in the order of the text
@@ -65,9 +66,19 @@ class Family:
         return preset
 
     def _text_layers(self) -> tuple[str, ...]:
-        names = self.attention_modules
+        """Layers that read text beside layers that read pixels; others are left out, whatever they are called.
+
+        The x4 upscaler's `attn1` reads text too (`only_cross_attention`), and an `attn2` may read pixels
+        (`double_self_attention`).
+        """
+        reads_text = {
+            n: getattr(m, "is_cross_attention", n.endswith("attn2")) for n, m in self.attention_modules.items()
+        }
+        layers = [name for name, reads in reads_text.items() if reads and name.endswith(".attn2")]
         text = tuple(
-            name for name in names if name.endswith(".attn2") and {*self_attention_beside([name])} <= {*names}
+            n
+            for n, beside in zip(layers, self_attention_beside(layers), strict=True)
+            if not reads_text.get(beside, True)
         )
         if not text:
             raise ValueError(
@@ -92,18 +103,16 @@ class Family:
             raise ValueError(f"Expected image latents of shape b c H W, but the denoiser got {tuple(sample.shape)}.")
         return DenoiserCall(sample.shape[0], (sample.shape[2], sample.shape[3]), text.shape[1])
 
-    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView:
-        """What the tokens of an attention call are."""
-        grid = self.grid(queries, call.latent)
-        every = slice(0, keys)
-        return AttentionView(grid, **{"text" if name.endswith("attn2") else "image": every})
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        """What the tokens of a layer's attention call are; None where they are not all of the layer's, and no others."""
+        grid, text = self.grid(name, call.latent), name.endswith("attn2")
+        if (queries, keys) != (math.prod(grid), call.text if text else queries):
+            return None
+        return AttentionView(grid, **{"text" if text else "image": slice(0, keys)})
 
-    def grid(self, pixels: int, latent: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of a layer with so many pixel tokens: the latent's in patches."""
-        height, width = latent[0] // self.patch, latent[1] // self.patch
-        if height * width != pixels:
-            raise ValueError(f"Expected the {height} x {width} pixel tokens of a {latent} latent, but got {pixels}.")
-        return height, width
+    def grid(self, name: str, latent: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a layer's pixel tokens: the latent's in patches."""
+        return latent[0] // self.patch, latent[1] // self.patch
 
     def project(self, name: str) -> Callable[[Tensor], Tensor]:
         """The output projection of a layer, bias included."""

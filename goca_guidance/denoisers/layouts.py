@@ -212,14 +212,15 @@ def layout(entities: Sequence[Words], sinks: Sequence[int] = (), region_of_sink:
         entities = [[*regions, (SINK, [sink])] for regions, sink in zip(entities, sinks, strict=True)]
     tokens = [sorted({p for _, positions in regions for p in positions}) for regions in entities]
     m, k = max(map(len, tokens)), max(map(len, entities))
-    columns = torch.zeros(len(tokens), m, dtype=torch.long)
-    groups = torch.zeros(len(tokens), m, k, dtype=torch.float32)
-    content = torch.zeros(len(tokens), m, dtype=torch.bool)
+    columns = torch.zeros(len(tokens), m, dtype=torch.long, device="cpu")
+    groups = torch.zeros(len(tokens), m, k, dtype=torch.float32, device="cpu")
+    content = torch.zeros(len(tokens), m, dtype=torch.bool, device="cpu")
     for b, regions in enumerate(entities):
-        columns[b, : len(tokens[b])] = torch.tensor(tokens[b])
-        content[b, : len(tokens[b])] = torch.tensor([not region_of_sink or p != sinks[b] for p in tokens[b]])
+        columns[b, : len(tokens[b])] = torch.tensor(tokens[b], dtype=torch.long, device="cpu")
+        among = [not region_of_sink or p != sinks[b] for p in tokens[b]]
+        content[b, : len(tokens[b])] = torch.tensor(among, dtype=torch.bool, device="cpu")
         for region, (_, positions) in enumerate(regions):
             groups[b, [tokens[b].index(p) for p in positions], region] = 1 / len(positions)
     labels = tuple(tuple(name for name, _ in regions) for regions in entities)
-    sink = torch.tensor(sinks, dtype=torch.long).reshape(len(labels), -1)
+    sink = torch.tensor(sinks, dtype=torch.long, device="cpu").reshape(len(labels), -1)
     return TokenLayout(labels, columns, groups, content, sink)

@@ -5,8 +5,9 @@ only while an observed module runs. Hooks and wrappers are seen by the whole pro
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from jaxtyping import Float
 from torch import Tensor
 
+from goca_guidance.denoisers.base import argument
+from goca_guidance.hooks.shared import Wrapper, hook_here, release, wrap
 from goca_guidance.method.records import AttentionRecord, AttentionView
 
 
@@ -22,7 +25,6 @@ BACKENDS = _AttentionBackendRegistry._backends  # kernels that may never reach t
 TORCH_KERNEL = "scaled_dot_product_attention"
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 PROBE = 64  # length of the probing vectors: the bias added to their images then costs few bits in half precision
-_LOCK = threading.Lock()
 
 
 class AttentionObserver:
@@ -31,26 +33,28 @@ class AttentionObserver:
     Args:
         modules: the attention modules to observe, by name.
         receive: called with each record as the network runs; it must not keep more than it needs.
-        view: name, number of query tokens and number of key tokens to what they are.
+        view: name, number of query tokens and number of key tokens to what they are; None where they are not the layer's.
         project: name to the layer's output projection, a function of b n h*d; asked only for `projected` layers.
         raw: names of the layers whose records carry the query before norm and rotary embeddings.
 
     `projected` names the layers whose records carry the Gram matrix of the output projection, probed once per block: the
     weight may be adapted (LoRA), cast (fp8) or elsewhere (offload), so it is never read. `paused` stops recording without
-    removing hooks. `seen` holds the names recorded since it was last cleared.
+    removing hooks. `seen` holds the names recorded since it was last cleared. `images`, where it is known, is how many the
+    denoiser predicts. Attention that is computed in parts (see `Asked`) is not recorded.
     """
 
     def __init__(
         self,
         modules: Mapping[str, Any],
         receive: Callable[[AttentionRecord], None],
-        view: Callable[[str, int, int], AttentionView],
+        view: Callable[[str, int, int], AttentionView | None],
         project: Callable[[str], Callable[[Tensor], Tensor]],
         raw: frozenset[str] = frozenset(),
     ):
         self.modules, self.receive, self.view, self.project, self.raw = modules, receive, view, project, raw
         self.projected: frozenset[str] = frozenset()
         self.paused = False
+        self.images: int | None = None
         self.seen: set[str] = set()
         self._grams: dict[str, Tensor] = {}
         self._open: list[_Call] = []
@@ -58,12 +62,11 @@ class AttentionObserver:
     def __enter__(self) -> "AttentionObserver":
         self._installed, self._thread = ExitStack(), threading.get_ident()
         for name, module in self.modules.items():
-            enter, leave = own_thread(lambda *_: self._enter_module()), own_thread(self._leave_module(name))
-            self._install(module.register_forward_pre_hook(enter))
-            self._install(module.register_forward_hook(leave, always_call=True))
+            self._install(module.register_forward_pre_hook, self._enter_module, with_kwargs=True)
+            self._install(module.register_forward_hook, self._leave_module(name), always_call=True)
             if name in self.raw and getattr(module, "norm_q", None) is not None:
-                self._install(module.norm_q.register_forward_pre_hook(own_thread(self._before_norm)))
-        self._installed.callback(_release, BACKENDS, _watch(BACKENDS, list(BACKENDS), self))
+                self._install(module.norm_q.register_forward_pre_hook, self._before_norm)
+        self._installed.callback(release, BACKENDS, self.watch(BACKENDS, list(BACKENDS)))
         return self
 
     def __exit__(self, *_) -> None:
@@ -73,11 +76,11 @@ class AttentionObserver:
         self._grams.clear()
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
-    def _install(self, handle):
-        self._installed.callback(handle.remove)
+    def _install(self, register, hook, **options):
+        self._installed.callback(hook_here(register, hook, **options).remove)
 
-    def _enter_module(self) -> None:
-        self._open.append(_Call(None if self.paused else self))
+    def _enter_module(self, module, args, kwargs) -> None:
+        self._open.append(_Call(None if self.paused else self, Asked.of(module, args, kwargs)))
 
     def _before_norm(self, module, args) -> None:
         if self._open:
@@ -89,32 +92,33 @@ class AttentionObserver:
                 return
             call = self._open.pop()
             call.close()
-            if output is not None and call.first is not None and not self.paused:
+            record = None if output is None or self.paused else self._record(name, call)
+            if record is not None:
                 self.seen.add(name)
-                record = self._record(name, call)
                 with torch.autocast(record.query.device.type, enabled=False):
                     self.receive(record)
 
         return leave
 
-    def saw(self, name: str, args: tuple, kwargs: dict, output) -> None:
-        """A call of a kernel: torch's own, or one of diffusers' table, whose tokens come before its heads.
+    def watch(self, table: dict, names: list) -> list[Wrapper]:
+        """Let kernels of a table tell what they compute."""
+        return wrap(table, names, lambda name, kernel: WatchedKernel(name, kernel, self))
 
-        The first call of a module counts; later ones are image prompts (IP-Adapter). Other threads are none of ours.
-        """
-        if not self._open or self.paused or threading.get_ident() != self._thread or self._open[-1].first is not None:
-            return
-        arguments, result = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}, output
-        if name != TORCH_KERNEL:
-            arguments |= {k: arguments[k].transpose(1, 2) for k in ("query", "key", "value")}
-            result = (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
-        self._open[-1].first = arguments, result
+    def running(self) -> "_Call | None":
+        """The attention module that runs and is recorded, in this thread; others are none of ours."""
+        mine = self._open and not self.paused and threading.get_ident() == self._thread
+        return self._open[-1] if mine else None
 
     # ---- records -----------------------------------------------------------------------------------------------------
-    def _record(self, name, call) -> AttentionRecord:
-        arguments, output = call.first
+    def _record(self, name, call) -> AttentionRecord | None:
+        """None where the kernel was not called, or saw a part of what the module was asked for."""
+        if not call.whole(self.images):
+            return None
+        arguments, output = call.calls[0]
         query, key, mask = arguments["query"], arguments["key"], arguments.get("attn_mask")
         view = self.view(name, query.shape[2], key.shape[2])
+        if view is None:
+            return None
         pixels = view.image if view.joint else slice(None)
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
@@ -143,12 +147,6 @@ class AttentionObserver:
         return self._grams[name]
 
 
-def own_thread(hook: Callable) -> Callable:
-    """A module's hook for forwards of this thread alone: others may run pipelines on the same modules."""
-    thread = threading.get_ident()
-    return lambda *args: hook(*args) if threading.get_ident() == thread else None
-
-
 def output_projection(project: Callable[[Tensor], Tensor], like: Tensor) -> Float[Tensor, "hd c"]:
     """The matrix without bias, float32: what `project` does to each unit vector, less what it does to zero; `like` b h n d."""
     width = like.shape[1] * like.shape[3]
@@ -157,68 +155,110 @@ def output_projection(project: Callable[[Tensor], Tensor], like: Tensor) -> Floa
     return (answer[1:] - answer[:1]) / PROBE
 
 
-def check_seen(expected: frozenset[str], seen: set[str]) -> None:
+def check_seen(expected: Iterable[str], seen: set[str]) -> None:
     """Every layer that the method reads was really seen, or an error that names the usual causes."""
-    if missing := sorted(expected - seen):
+    if missing := sorted(set(expected) - seen):
         raise RuntimeError(
-            f"Expected attention of {len(expected)} layers, but {len(missing)} of them (first: {missing[0]}) called no "
-            "scaled-dot-product attention. Attention slicing, xformers and legacy processors hide it, and caches skip "
-            "layers: call `pipe.disable_attention_slicing()`, or set the processors that the model was loaded with "
+            f"Expected attention of {len(set(expected))} layers, but {len(missing)} of them (first: {missing[0]}) called no "
+            "scaled-dot-product attention of all their images, heads and tokens. Attention slicing, xformers and legacy "
+            "processors hide it, tiles, merged tokens and chunks split it, and caches skip layers: call "
+            "`pipe.disable_attention_slicing()`, or set the processors that the model was loaded with "
             "(`pipe.unet.set_attn_processor(AttnProcessor2_0())`; `set_default_attn_processor` sets legacy ones), and switch "
-            "caches off, or pass `use_scfg=False`. Linear attention (Sana) has no map to read at all."
+            "tiles, token merging and caches off, or pass `use_scfg=False`. Linear attention (Sana) has no map to read at all."
         )
 
 
-class WatchedKernel:
+@dataclass(frozen=True)
+class Asked:
+    """What an attention module was asked for: so many images, heads, tokens of its own, and tokens to attend to, if any.
+
+    A kernel that got fewer saw a part: a tile of the picture, merged tokens, a chunk of the batch or of the keys, one head.
+    """
+
+    images: int
+    heads: int | None
+    own: int
+    other: int
+
+    @classmethod
+    def of(cls, module, args: tuple, kwargs: dict) -> "Asked | None":
+        """Read off the arguments; None where they are not those of diffusers' attention."""
+        own = argument(args, kwargs, 0, "hidden_states")
+        other = argument(args, kwargs, 1, "encoder_hidden_states")
+        other = other[0] if isinstance(other, (tuple, list)) else other  # beside image prompts (IP-Adapter)
+        if not isinstance(own, Tensor) or (other is not None and len(other) != len(own)):
+            return None
+        heads = getattr(module, "heads", getattr(module, "num_heads", None))
+        return cls(len(own), heads, own.shape[1:-1].numel(), 0 if other is None else other.shape[1])
+
+    def answered(self, query: Tensor, key: Tensor, output: Tensor) -> bool:
+        """Whether a kernel's call is all of it: b h n d each; keys are the others, one's own, or both (joint attention)."""
+        if query.ndim != 4 or query.shape[:2] != key.shape[:2] or output.shape[:3] != query.shape[:3]:
+            return False
+        both = self.own + self.other
+        return (
+            query.shape[0] == self.images
+            and query.shape[1] == (self.heads or query.shape[1])
+            and (query.shape[2], key.shape[2]) in {(self.own, self.other or self.own), (both, both)}
+        )
+
+
+class WatchedKernel(Wrapper):
     """A kernel that tells an observer what it computed, and stays behind as a plain call when the observer is gone."""
 
     def __init__(self, name: str, kernel: Callable, observer: AttentionObserver):
-        self.name, self.kernel = name, kernel
-        self.__name__ = getattr(kernel, "__name__", name)  # asked for by torch's compiler
+        super().__init__(name, kernel)
         self.observer: AttentionObserver | None = observer
+
+    def retire(self) -> None:
+        self.observer = None
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_dynamo_compiling():  # in another thread: nothing of ours belongs into its graph
             return self.kernel(*args, **kwargs)
-        output, observer = self.kernel(*args, **kwargs), self.observer
-        if observer is not None:
-            observer.saw(self.name, args, kwargs, output)
+        observer = self.observer
+        if observer is None or (call := observer.running()) is None:
+            return self.kernel(*args, **kwargs)
+        since, output = len(call.calls), self.kernel(*args, **kwargs)
+        call.note(since, self.name, args, kwargs, output)
         return output
 
 
-def _watch(table: dict, names: list[str], observer: AttentionObserver) -> list[WatchedKernel]:
-    with _LOCK:
-        kernels = [WatchedKernel(name, table[name], observer) for name in names]
-        table.update(zip(names, kernels, strict=True))
-    return kernels
-
-
-def _release(table: dict, kernels: list[WatchedKernel]) -> None:
-    """Let the observer go, and take its wrappers off, also from below others': calls in other threads end in any order.
-
-    table["kernel"] -> theirs -> ours -> torch's own: ours comes out by letting theirs call torch's. Where somebody else put a
-    function of another kind on top, ours stays below it as a plain call.
-    """
-    with _LOCK:
-        for mine in kernels:
-            mine.observer = None
-            if table[mine.name] is mine:
-                table[mine.name] = mine.kernel
-                continue
-            outer = table[mine.name]
-            while isinstance(outer, WatchedKernel) and outer.kernel is not mine:
-                outer = outer.kernel
-            if isinstance(outer, WatchedKernel):
-                outer.kernel = mine.kernel
-
-
 class _Call:
-    """One running attention module: its first kernel call, and its raw query. Torch's kernel is watched until `close`."""
+    """One running attention module: its kernel calls, and its raw query. Torch's kernel is watched until `close`.
 
-    def __init__(self, observer: AttentionObserver | None):
-        self._kernels = _watch(vars(F), [TORCH_KERNEL], observer) if observer else []
-        self.first: tuple[dict, Tensor] | None = None
+    The first kernel call counts; later ones are image prompts (IP-Adapter), unless they are like it.
+    """
+
+    def __init__(self, observer: AttentionObserver | None, asked: Asked | None = None):
+        self._kernels = [] if observer is None else observer.watch(vars(F), [TORCH_KERNEL])
+        self._asked = asked
+        self.calls: list[tuple[dict, Tensor]] = []  # arguments and output
         self.raw: Tensor | None = None
 
+    def note(self, since: int, name: str, args: tuple, kwargs: dict, output) -> None:
+        """A kernel was called: torch's own, or one of diffusers' table, whose tokens come before its heads.
+
+        Calls from `since` on were made within this one, which puts them together; a single one of its sizes is the same call.
+        """
+        arguments = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+        if name != TORCH_KERNEL:
+            arguments |= {k: arguments[k].transpose(1, 2) for k in ("query", "key", "value")}
+            output = (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+        if [_sizes(call) for call, _ in self.calls[since:]] != [_sizes(arguments)]:
+            self.calls[since:] = [(arguments, output)]
+
+    def whole(self, images: int | None) -> bool:
+        """Whether the first kernel call is all that the module was asked for, for so many images if that is known."""
+        if not self.calls or self._asked is None or images not in (None, self._asked.images):
+            return False
+        first, *later = [_sizes(arguments) for arguments, _ in self.calls]
+        arguments, output = self.calls[0]
+        return first not in later and self._asked.answered(arguments["query"], arguments["key"], output)
+
     def close(self) -> None:
-        _release(vars(F), self._kernels)
+        release(vars(F), self._kernels)
+
+
+def _sizes(arguments: dict) -> tuple[torch.Size, torch.Size]:
+    return arguments["query"].shape, arguments["key"].shape

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from goca_guidance.denoisers.base import DenoiserCall, Family, argument, check_whole
 from goca_guidance.denoisers.words import Encoded, encoder_ids
-from goca_guidance.hooks.observer import AttentionObserver, own_thread
+from goca_guidance.hooks.observer import AttentionObserver
+from goca_guidance.hooks.shared import eager_here, hook_here
 from goca_guidance.method.records import AttentionRecord
 
 
@@ -37,9 +38,6 @@ class Watch:
         self.family = family
         self.text_encoders = [(module, tokenizer) for module, tokenizer in text_encoders if module is not None]
         self._ids: list[list[Tensor]] = [[] for _ in self.text_encoders]  # by encoder, of each time it was called
-        self._calls: dict[
-            torch.Size, DenoiserCall
-        ] = {}  # by the sample's shape: reading it off may wait for the device
         self.segmentor: Any = None  # of the forward in progress, where one is
 
     def on_forward(self, call: DenoiserCall, device: torch.device) -> None:
@@ -57,20 +55,18 @@ class Watch:
 
     @contextmanager
     def installed(self):
-        """All hooks, gone afterwards, whatever happens. What is compiled runs eagerly, because it would ignore them."""
+        """All hooks, gone afterwards, whatever happens. What is compiled runs eagerly in this thread: it would ignore them."""
         preset = self.family.preset
         modules = {name: m for name, m in self.family.attention_modules.items() if name in preset.layers}
         raw = frozenset({preset.reference}) if preset.features == "query" else frozenset()
         self.observer = AttentionObserver(modules, self.on_attention, self._view, self.family.project, raw)
         hooked = [(self.family.denoiser, self._before_denoiser)]
         hooked += [(module, self._before_text_encoder(i)) for i, (module, _) in enumerate(self.text_encoders)]
+        compiled = [] if self.family.compiled is None else [self.family.compiled]
         with ExitStack() as stack:
-            if self.family.compiled or any(
-                map(_has_compiled, [self.family.denoiser, *(m for m, _ in self.text_encoders)])
-            ):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(eager_here([*compiled, *(module for module, _ in hooked)]))
             for module, hook in hooked:
-                stack.callback(module.register_forward_pre_hook(own_thread(hook), with_kwargs=True).remove)
+                stack.callback(hook_here(module.register_forward_pre_hook, hook, with_kwargs=True).remove)
             stack.enter_context(self.observer)
             stack.callback(self.forget)
             yield
@@ -92,15 +88,9 @@ class Watch:
 
     def _before_denoiser(self, module, args, kwargs):
         sample = argument(args, kwargs, 0, "sample", "hidden_states")
-        if sample.shape not in self._calls:
-            self._calls[sample.shape] = self.family.call(args, kwargs)
-        self.call = self._calls[sample.shape]
+        self.call = self.family.call(args, kwargs)
+        self.observer.images = self.call.batch
         self.on_forward(self.call, sample.device)
 
     def _view(self, name, queries, keys):
         return self.family.view(self.call, name, queries, keys)
-
-
-def _has_compiled(module) -> bool:
-    """Whether a module is compiled, or one inside it."""
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())

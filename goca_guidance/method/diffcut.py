@@ -50,7 +50,7 @@ def recursive_cut(affinity: Float[Tensor, "p p"], threshold: float = 0.5, candid
         candidates: splitting points that are tried on each eigenvector.
     """
     weights = affinity.detach().cpu().double()
-    waiting, regions = [torch.arange(len(weights))], []
+    waiting, regions = [torch.arange(len(weights), device=weights.device)], []
     while waiting:
         nodes = waiting.pop()
         side, value = bipartition(weights[nodes][:, nodes], candidates)
@@ -58,7 +58,7 @@ def recursive_cut(affinity: Float[Tensor, "p p"], threshold: float = 0.5, candid
             waiting += [nodes[side], nodes[~side]]
         else:
             regions.append(nodes)
-    labels = torch.empty(len(weights), dtype=torch.long)
+    labels = torch.empty(len(weights), dtype=torch.long, device=weights.device)
     for number, nodes in enumerate(sorted(regions, key=lambda nodes: int(nodes[0]))):
         labels[nodes] = number
     return labels.to(affinity.device)

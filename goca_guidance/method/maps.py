@@ -81,7 +81,7 @@ def _bilinear_matrix(source: int, target: int, dtype, device) -> Float[Tensor, "
 
 
 @_constant
-def nearest_index(source: tuple[int, int], target: tuple[int, int], device=None) -> Int[Tensor, " p"]:
+def nearest_index(source: tuple[int, int], target: tuple[int, int], device) -> Int[Tensor, " p"]:
     """For each target pixel (row-major) the source pixel that nearest resizing reads."""
     rows, columns = (torch.arange(b, device=device) * a // b for a, b in zip(source, target, strict=True))
     return (rows[:, None] * source[1] + columns).flatten()

@@ -124,7 +124,8 @@ class SpatialGuidanceScale(float):
         rate = self.rate(other, float(self))
         if rate is None:
             return float(self) * other
-        return (float(self) * rate * other.float()).to(other.dtype)
+        wide = torch.promote_types(other.dtype, torch.float32)  # what torch computes a plain product in
+        return (float(self) * rate.to(wide) * other.to(wide)).to(other.dtype)
 
     __rmul__ = __mul__
 

@@ -1,5 +1,6 @@
 """Segments of real images without any names: DiffCut (arXiv 2406.02842) on the features of a U-Net's encoder."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from goca_guidance.config import layers_named
 from goca_guidance.denoisers.base import Family
+from goca_guidance.hooks.observer import check_seen
+from goca_guidance.hooks.shared import hook_here
 from goca_guidance.method.diffcut import cut
 from goca_guidance.method.maps import nearest_index
 from goca_guidance.method.records import AttentionRecord
@@ -52,7 +55,7 @@ def discover(
     labels = cut(features, (size, size), threshold, alpha).cpu()
     sizes = [picture.size[::-1] for picture in noisy.pictures]
     return [
-        label_map.flatten()[nearest_index((size, size), to)].unflatten(0, to)
+        label_map.flatten()[nearest_index((size, size), to, label_map.device)].unflatten(0, to)
         for label_map, to in zip(labels, sizes, strict=True)
     ]
 
@@ -73,7 +76,7 @@ class Features(Forwards):
         self._features: Any = None  # of the forward in progress
 
     def run(self, stock, prompts: Sequence[str], samples) -> Float[Tensor, "b c H W"]:
-        handle = self.family.attention_modules[self.layer].register_forward_hook(self._see)
+        handle = hook_here(self.family.attention_modules[self.layer].register_forward_hook, self._see)
         try:
             return super().run(stock, prompts, samples)
         finally:
@@ -83,7 +86,8 @@ class Features(Forwards):
         """The layer's output is what is wanted, not its attention."""
 
     def result(self) -> Float[Tensor, "b c H W"]:
-        grid = self.family.grid(self._features.shape[1], self.call.latent)
+        grid = self.family.grid(self.layer, self.call.latent)
+        check_seen([self.layer], {self.layer} if self._features.shape[1] == math.prod(grid) else set())
         features, self._features = self._features.mT.unflatten(-1, grid).float(), None
         return features
 

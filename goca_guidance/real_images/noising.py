@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from diffusers import ConfigMixin, DDPMScheduler
@@ -21,7 +22,8 @@ def encode(
     vae, config, device = pipe.vae, pipe.vae.config, pipe._execution_device
     loaded = vae.dtype
     if upcast := loaded == torch.float16 and config.get("force_upcast", False):
-        vae.to(torch.float32)
+        offloaded = any(hasattr(vae, hook) for hook in ("_hf_hook", "_diffusers_hook"))
+        vae = (vae if offloaded else deepcopy(vae)).to(torch.float32)  # other threads may run the shared one
     try:
         latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
     finally:
@@ -62,8 +64,9 @@ def _is_flow(scheduler) -> bool:
 
 
 def _diffusion_noise(pipe, latents, noise, t):
-    noiser = DDPMScheduler.from_config(pipe.scheduler.config)
-    return t, noiser.add_noise(latents, noise, torch.tensor([t], device=latents.device))
+    with torch.device("cpu"):
+        noiser = DDPMScheduler.from_config(pipe.scheduler.config)
+    return t, noiser.add_noise(latents, noise, torch.tensor([t], dtype=torch.long, device=latents.device))
 
 
 def _flow_noise(pipe, latents, noise, t):

@@ -315,17 +315,45 @@ def test_the_reference_of_a_generic_unet_has_half_the_latents_grid(levels, refer
 
 
 @pytest.mark.parametrize(
-    ("pixels", "latent", "grid"), [(4096, (64, 64), (64, 64)), (64, (64, 64), (8, 8)), (48, (15, 11), (8, 6))]
+    ("block", "latent", "grid"),
+    [("down_blocks.0", (64, 64), (64, 64)), ("up_blocks.0", (64, 64), (32, 32)), ("mid_block", (15, 11), (8, 6))],
 )
-def test_grid(pixels, latent, grid):
-    assert family_of(tiny_components()["unet"]).grid(pixels, latent) == grid
+def test_grid(block, latent, grid):
+    assert family_of(tiny_components()["unet"]).grid(f"{block}.attentions.0", latent) == grid
 
 
 def test_grid_of_a_transformer_is_in_patches():
-    family = family_in(stock_pipeline("pixart-sigma"))
-    assert family.grid(40, (16, 10)) == (8, 5)
-    with pytest.raises(ValueError, match="Expected the 8 x 8 pixel tokens"):
-        family.grid(40, (16, 16))
+    assert family_in(stock_pipeline("pixart-sigma")).grid("transformer_blocks.0.attn1", (16, 10)) == (8, 5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_attention_call_of_fewer_tokens_is_no_layers(name):
+    family = family_in(stock_pipeline(name))
+    call, joint = DenoiserCall(2, (16, 16), 24), name in ("flux", "sd3")
+    for layer in family.preset.layers:
+        height, width = family.grid(layer, call.latent)
+        pixels, text = height * width, joint or layer.endswith("attn2")
+        queries = pixels + 24 if joint else pixels
+        keys = pixels * (joint or not text) + 24 * text
+        assert family.view(call, layer, queries, keys).grid == (height, width)
+        merged = [(queries, keys - 1), (queries // 4, keys), (queries // 4, keys // 4)]
+        assert [family.view(call, layer, *sizes) for sizes in merged[: 1 if joint else 3]] == [None] * (
+            1 if joint else 3
+        )
+
+
+def test_layers_whose_keys_are_not_what_their_names_say_are_left_out():
+    """`attn1` of the x4 upscaler reads text."""
+    unet = tiny_components(only_cross_attention=(True, False), mid_block_only_cross_attention=True)["unet"]
+    family = family_of(unet)
+    assert {layer.partition(".attentions")[0] for layer in family.preset.layers} == {
+        "down_blocks.1",
+        "mid_block",
+        "up_blocks.0",
+    }
+    every = {"only_cross_attention": True, "mid_block_type": None}
+    with pytest.raises(ValueError, match="`attn2` beside `attn1`"):
+        _ = family_of(tiny_components(**every)["unet"]).preset
 
 
 def test_an_image_prompts_own_attention_is_no_layer():
@@ -387,9 +415,7 @@ def test_a_denoiser_without_readable_text_attention_is_refused(denoiser, caplog)
     assert not caplog.records
 
 
-def test_unknown_grid_and_denoiser():
-    with pytest.raises(ValueError, match="Expected pixel tokens"):
-        family_of(tiny_components()["unet"]).grid(50, (16, 16))
+def test_unknown_denoiser():
     with pytest.raises(ValueError, match="got Sequential: pass the model itself, not a wrapper"):
         family_of(torch.nn.Sequential(tiny_components()["unet"]))
     with pytest.raises(

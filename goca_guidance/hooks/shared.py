@@ -1,0 +1,93 @@
+"""Hooks and wrappers on what several threads share: modules, kernels, compiled calls. Each heeds its own thread alone."""
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+COMPILED = ("forward", "_compiled_call_impl")  # where a module keeps what was compiled: a wrapper's, and its own
+_LOCK = threading.Lock()
+
+
+def hook_here(register: Callable, hook: Callable, **options):
+    """`register` a module's hook for forwards of this thread alone: others may run pipelines on the same modules.
+
+    The compiler, which may run in another thread, sees a hook that does nothing.
+    """
+    thread = threading.get_ident()
+
+    def here(*args):
+        if not torch.compiler.is_dynamo_compiling() and threading.get_ident() == thread:
+            return hook(*args)
+
+    with _LOCK:  # torch numbers its hooks by a counter that threads may read at once: one would take the other's place
+        return register(here, **options)
+
+
+class Wrapper:
+    """A function in the place of another one, which it calls: one of a chain, for threads that come and go in any order."""
+
+    def __init__(self, name: str, kernel: Callable):
+        self.name, self.kernel = name, kernel
+        self.__name__ = getattr(kernel, "__name__", name)  # asked for by torch's compiler
+
+    def retire(self) -> None:
+        """Be a plain call from now on."""
+        raise NotImplementedError
+
+
+class EagerHere(Wrapper):
+    """A compiled call that runs what was compiled, in one thread: a graph would ignore the hooks."""
+
+    def __init__(self, name: str, kernel: Any):
+        super().__init__(name, kernel)
+        self.thread: int | None = threading.get_ident()
+        self._torchdynamo_orig_callable = kernel._torchdynamo_orig_callable  # as whatever torch compiled has it
+
+    def retire(self) -> None:
+        self.thread = None
+
+    def __call__(self, *args, **kwargs):
+        if not torch.compiler.is_dynamo_compiling() and threading.get_ident() == self.thread:
+            return self._torchdynamo_orig_callable(*args, **kwargs)
+        return self.kernel(*args, **kwargs)
+
+
+@contextmanager
+def eager_here(modules: Iterable[torch.nn.Module]):
+    """What of the modules is compiled, or inside them, runs eagerly in this thread, and in the others as it would."""
+    with ExitStack() as stack:
+        for table in {id(m): vars(m) for module in modules for m in module.modules()}.values():
+            names = [n for n in COMPILED if hasattr(table.get(n), "_torchdynamo_orig_callable")]
+            stack.callback(release, table, wrap(table, names, EagerHere))
+        yield
+
+
+def wrap(table: dict, names: list, make: Callable[[Any, Callable], Wrapper]) -> list[Wrapper]:
+    """Put wrappers in the place of functions of a table."""
+    with _LOCK:
+        wrappers = [make(name, table[name]) for name in names]
+        table.update(zip(names, wrappers, strict=True))
+    return wrappers
+
+
+def release(table: dict, wrappers: list[Wrapper]) -> None:
+    """Retire wrappers of ours, and take them off, also from below others': calls in other threads end in any order.
+
+    table["kernel"] -> theirs -> ours -> torch's own: ours comes out by letting theirs call torch's. Where somebody else put a
+    function of another kind on top, ours stays below it as a plain call.
+    """
+    with _LOCK:
+        for mine in wrappers:
+            mine.retire()
+            if table.get(mine.name) is mine:
+                table[mine.name] = mine.kernel
+                continue
+            outer = table.get(mine.name)
+            while isinstance(outer, Wrapper) and outer.kernel is not mine:
+                outer = outer.kernel
+            if isinstance(outer, Wrapper):
+                outer.kernel = mine.kernel
