@@ -23,8 +23,7 @@ def hook_here(register: Callable, hook: Callable, **options):
         if not torch.compiler.is_dynamo_compiling() and threading.get_ident() == thread:
             return hook(*args)
 
-    with _LOCK:  # torch numbers its hooks by a counter that threads may read at once: one would take the other's place
-        return register(here, **options)
+    return register(here, **options)
 
 
 class Wrapper:

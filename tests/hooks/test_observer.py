@@ -2,19 +2,21 @@
 
 import threading
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from goca_guidance.denoisers.adapters import family_of
-from goca_guidance.hooks.observer import AttentionObserver, WatchedKernel, _Call, check_seen
+from goca_guidance.hooks.observer import BACKENDS, AttentionObserver, WatchedKernel, _Call, check_seen
 from goca_guidance.method.records import AttentionView
 from tests.helpers import families
 from tests.helpers.families import FAMILIES, stock_pipeline
-from tests.helpers.guided import assert_untouched
+from tests.helpers.guided import assert_untouched, guided
 from tests.helpers.tiny import tiny_components
 
 
@@ -174,9 +176,9 @@ def test_a_kernel_that_is_not_torchs_is_seen(monkeypatch):
         return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
 
     plain = generate(stock_pipeline("flux"), "flux")
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName.NATIVE, by_hand)
+    monkeypatch.setitem(BACKENDS, AttentionBackendName.NATIVE, by_hand)
     seen = generate(stock_pipeline("flux"), "flux")
-    assert _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE] is by_hand
+    assert BACKENDS[AttentionBackendName.NATIVE] is by_hand
     assert set(seen.last) == set(plain.last)
     for layer, r in seen.last.items():
         assert torch.allclose(r.query, plain.last[layer].query, atol=1e-4)
@@ -288,3 +290,129 @@ def test_fused_projections_are_seen(unet):
     fused, _ = observe(unet)
     assert len(fused) == len(plain)
     assert torch.allclose(fused[0].query, plain[0].query, atol=1e-5)
+
+
+# ---- attention in parts ----------------------------------------------------------------------------------------------
+def joined(part, sizes: dict, dim: int, query, key, value, **kwargs):
+    """Attention computed for chunks along a dimension of those tensors that have it, and put together."""
+    tensors = {"query": query, "key": key, "value": value}
+    chunks = [tensors[n].chunk(2, dim) if n in sizes else [tensors[n]] * 2 for n in tensors]
+    return torch.cat([part(q, k, v, **kwargs) for q, k, v in zip(*chunks, strict=True)], dim)
+
+
+def tiles(part, query, key, value, **kwargs):
+    """Self-attention within each quarter of the picture; rows need not be those of a picture here."""
+    if query.shape[2] != key.shape[2]:
+        return part(query, key, value, **kwargs)
+    count = len(query)
+    split = [torch.cat(x.chunk(4, 2)) for x in (query, key, value)]
+    return torch.cat(part(*split, **kwargs).split(count), 2)
+
+
+def merged(part, query, key, value, **kwargs):
+    """Every two neighbours are one query."""
+    return part(query[:, :, ::2], key, value, **kwargs).repeat_interleave(2, 2)
+
+
+def half_the_keys(part, query, key, value, **kwargs):
+    return sum(part(query, k, v, **kwargs) for k, v in zip(key.chunk(2, 2), value.chunk(2, 2), strict=True)) / 2
+
+
+def folded(part, query, key, value, **kwargs):
+    """Heads are images, as in the oldest processors."""
+    return part(*(x.flatten(0, 1) for x in (query, key, value)), **kwargs).unflatten(0, query.shape[:2])
+
+
+PARTS = {
+    "heads": lambda part, *args, **kwargs: joined(part, {"query", "key", "value"}, 1, *args, **kwargs),
+    "images": lambda part, *args, **kwargs: joined(part, {"query", "key", "value"}, 0, *args, **kwargs),
+    "queries": lambda part, *args, **kwargs: joined(part, {"query"}, 2, *args, **kwargs),
+    "keys": half_the_keys,
+    "tiles": tiles,
+    "merged queries": merged,
+    "heads as images": folded,
+    "two of the same": lambda part, *args, **kwargs: (part(*args, **kwargs) + part(*args, **kwargs)) / 2,
+}
+
+
+class InParts:
+    """A processor whose kernel is called for parts."""
+
+    def __init__(self, processor, split):
+        self.processor, self.split = processor, split
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
+        kernel, given = (
+            torch.nn.functional.scaled_dot_product_attention,
+            {"encoder_hidden_states": encoder_hidden_states},
+        )
+        torch.nn.functional.scaled_dot_product_attention = partial(self.split, kernel)
+        try:
+            return self.processor(attn, hidden_states, attention_mask=attention_mask, **given, **kwargs)
+        finally:
+            torch.nn.functional.scaled_dot_product_attention = kernel
+
+
+def set_in_parts(denoiser, split):
+    for module in family_of(denoiser).attention_modules.values():
+        module.processor = InParts(module.processor, split)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_not_taken_for_the_whole(unet, part):
+    set_in_parts(unet, PARTS[part])
+    records, _ = observe(unet)
+    text = {r.name for r in records}
+    assert text == ({name for name in family_of(unet).preset.text} if part == "tiles" else set())
+    with pytest.raises(RuntimeError, match="all their images, heads and tokens"):
+        check_seen(family_of(unet).preset.layers, text)
+
+
+@pytest.mark.parametrize("part", ["heads", "images", "queries", "keys", "two of the same"])
+def test_a_part_of_joint_attention_is_refused(part):
+    """Stable Diffusion 3; without regions the pipeline runs as it is."""
+    stock = stock_pipeline("sd3")
+    set_in_parts(stock.transformer, PARTS[part])
+    pipe, expected = guided(stock), families.run(stock, "sd3").images
+    with pytest.raises(RuntimeError, match="all their images, heads and tokens"):
+        families.run(pipe, "sd3")
+    assert torch.equal(families.run(pipe, "sd3", use_scfg=False).images, expected)
+    assert_untouched(stock.transformer)
+
+
+def test_a_kernel_that_puts_its_parts_together_is_read(monkeypatch):
+    """Flux's table: what the kernel of the table computes is whole, whatever it calls within."""
+    plain, native = generate(stock_pipeline("flux"), "flux"), BACKENDS[AttentionBackendName.NATIVE]
+
+    def by_heads(query, key, value, **kwargs):
+        heads = zip(*(x.split(1, 2) for x in (query, key, value)), strict=True)
+        return torch.cat([native(q, k, v, **kwargs) for q, k, v in heads], 2)
+
+    monkeypatch.setitem(BACKENDS, AttentionBackendName.NATIVE, by_heads)
+    seen = generate(stock_pipeline("flux"), "flux")
+    assert set(seen.last) == set(plain.last)
+    for layer, r in seen.last.items():
+        assert torch.allclose(r.query, plain.last[layer].query, atol=1e-5)
+        assert torch.allclose(r.output, plain.last[layer].output, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda whole, x: whole(x[:, ::4]).repeat_interleave(4, 1),  # as many as the next coarser grid has
+        lambda whole, x: torch.cat([whole(half) for half in x.chunk(2)]),
+    ],
+    ids=["merged tokens", "half the images"],
+)
+def test_a_module_that_is_called_for_a_part_is_refused(part):
+    """By the block around it: what the module is given is compared with what the denoiser predicts."""
+    stock = stock_pipeline("sd")
+    for layer, module in family_of(stock.unet).attention_modules.items():
+        if layer.endswith("attn1"):
+            call = lambda self, x, **_: part(partial(Attention.__call__, self), x)  # noqa: E731
+            module.__class__ = type("Part", (Attention,), {"__call__": call})
+    families.run(stock, "sd")
+    with pytest.raises(RuntimeError, match="all their images, heads and tokens"):
+        families.run(guided(stock), "sd")
+    with pytest.raises(RuntimeError, match="all their images, heads and tokens"):
+        guided(stock).segment([np.zeros((32, 32, 3), np.uint8)] * 2, ["cat", "grass"])

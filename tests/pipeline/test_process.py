@@ -1,14 +1,21 @@
-"""What else runs in the process: other threads on the same modules, another default dtype."""
+"""What else runs in the process: other threads on the same modules, another default dtype or device."""
 
+import copy
 import threading
+from contextlib import contextmanager
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 
+from goca_guidance import TINY_SD, GoCASCFGPipeline
 from goca_guidance.method import maps
-from tests.helpers.families import run, stock_pipeline
-from tests.helpers.guided import NEUTRAL, every_family, guided, pair
+from tests.helpers.families import FAMILIES, run, stock_pipeline
+from tests.helpers.guided import NEUTRAL, assert_untouched, every_family, guided, pair
+
+
+PICTURE = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
 
 
 def twin(stock, ours: bool):
@@ -19,49 +26,184 @@ def twin(stock, ours: bool):
     return guided(pipe) if ours else pipe
 
 
+def copied(pipe):
+    """What a server makes of its pipeline for each request."""
+    mine = copy.copy(pipe)
+    for name in pipe.components:
+        if "token" in name or name == "scheduler":
+            setattr(mine, name, deepcopy(getattr(pipe, name)))
+    return mine
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def beside(*works) -> list:
+    """What works give, each in a thread of its own, or the error that it raises."""
+    found: list = [None] * len(works)
+
+    def run_one(place, work):
+        try:
+            found[place] = work()
+        except Exception as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=run_one, args=item) for item in enumerate(works)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "kinds", [(True, True, True, True), (True, False)], ids=["guided beside guided", "beside stock"]
+    "kinds", [(True, True, True, True), (True, False, True, False)], ids=["guided beside guided", "beside stock"]
 )
 @pytest.mark.parametrize("name", ["sd", "flux", "sd3"])
 def test_every_call_equals_the_call_alone(name, kinds):
     """diffusers' recipe for servers: one pipeline a thread, on shared modules."""
     stock, seeds = stock_pipeline(name), range(3)
-    alone = {kind: [run(twin(stock, kind), name, seed=seed).images for seed in seeds] for kind in set(kinds)}
-    found: list[list] = [[] for _ in kinds]
+    images = lambda pipe: [run(pipe, name, seed=seed).images for seed in seeds]  # noqa: E731
+    alone = {kind: images(twin(stock, kind)) for kind in set(kinds)}
+    found = beside(*[lambda kind=kind: images(twin(stock, kind)) for kind in kinds])
+    assert [same(a, alone[kind]) for a, kind in zip(found, kinds, strict=True)] == [True] * len(kinds)
+    assert_untouched(getattr(stock, FAMILIES[name].denoiser))
 
-    def work(place, kind):
-        pipe = twin(stock, kind)
-        found[place] = [run(pipe, name, seed=seed).images for seed in seeds]
 
-    threads = [threading.Thread(target=work, args=item) for item in enumerate(kinds)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for images, kind in zip(found, kinds, strict=True):
-        assert len(images) == len(seeds)
-        assert all(torch.equal(a, b) for a, b in zip(images, alone[kind], strict=True))
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux"])
+def test_copies_of_a_pipeline_for_each_request(name):
+    """Also those that are made while the pipeline itself is in a call, and whose guidance is plain."""
+    stock, pipe = pair(name)
+    expected, plain = [[run(p, name, seed=seed).images for seed in range(3)] for p in (pipe, stock)]
+    made = []
+
+    def make(itself, *_):
+        made.extend([copied(itself), copied(itself)])
+        return {}
+
+    run(pipe, name, callback_on_step_end=make)
+    of_copies = lambda place, **kwargs: [run(made[place + i], name, seed=i // 2, **kwargs).images for i in (0, 2)]  # noqa: E731
+    ours, theirs, base = beside(
+        lambda: of_copies(0),
+        lambda: of_copies(1, use_scfg=False),
+        lambda: [run(pipe, name, seed=seed).images for seed in range(3)],
+    )
+    assert same(ours, expected[:2])
+    assert same(theirs, plain[:2])
+    assert same(base, expected)
+
+
+@pytest.mark.parametrize("other", ["segment", "discover"])
+def test_reading_real_images_beside_generation(other):
+    """Each in threads of its own, the guided pipeline's and a stock one."""
+    stock = stock_pipeline("sd")
+    tasks = {
+        "guided": lambda: [run(twin(stock, True), "sd", seed=seed).images for seed in range(3)],
+        "stock": lambda: [run(twin(stock, False), "sd", seed=seed).images for seed in range(3)],
+        "segment": lambda: [twin(stock, True).segment(PICTURE, ["cat", "grass"]).scores for _ in range(3)],
+        "discover": lambda: [twin(stock, True).discover(PICTURE, size=32)[0] for _ in range(2)],
+    }
+    chosen = [tasks[name] for name in ("guided", "stock", other, other)]
+    for found, alone in zip(beside(*chosen), [task() for task in chosen], strict=True):
+        assert same(found, alone)
+
+
+def test_a_half_precision_autoencoder_stays_as_it_is():
+    """Reading works in float32 beside another thread that decodes."""
+    stock = stock_pipeline("sd")
+    stock.vae.half().register_to_config(force_upcast=True)
+    pipe, seen = guided(stock), []
+    pipe.vae.encoder.conv_in.register_forward_pre_hook(lambda *_: seen.append(stock.vae.dtype))
+    weights = [parameter.data_ptr() for parameter in stock.vae.parameters()]
+    assert torch.isfinite(pipe.segment(PICTURE, ["cat", "grass"]).scores).all()
+    assert seen == [torch.float16]
+    assert weights == [parameter.data_ptr() for parameter in stock.vae.parameters()]
+
+
+def test_another_threads_graphs_are_run():
+    """A guided call runs a compiled denoiser eagerly; stock beside it does not."""
+    runs: list[int] = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(threading.get_ident()) or graph(*args)
+
+    torch.compiler.reset()
+    stock = stock_pipeline("sd")
+    stock.unet = torch.compile(stock.unet, backend=backend)
+    plain, ours = twin(stock, False), twin(stock, True)
+    expected = run(plain, "sd").images, run(ours, "sd").images
+    runs.clear()
+    run(plain, "sd")
+    graphs = len(runs)
+    runs.clear()
+
+    def other(*_):
+        """In the middle of a guided call."""
+        found.append(beside(lambda: run(plain, "sd").images)[0])
+        return {}
+
+    found: list = []
+    assert torch.equal(run(ours, "sd", callback_on_step_end=other).images, expected[1])
+    assert len(found) == 2
+    assert all(torch.equal(images, expected[0]) for images in found)
+    assert len(runs) == 2 * graphs > 0
+    assert threading.get_ident() not in runs
+    torch.compiler.reset()
+
+
+# ---- default dtype and device ----------------------------------------------------------------------------------------
+CONSTANTS = (maps._gaussian, maps.row_mass, maps._bilinear_matrix, maps.nearest_index, maps._read, maps.sample)
+
+
+@contextmanager
+def default(dtype=torch.float32, device=None):
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.fixture
+def nothing_kept():
+    for constant in CONSTANTS:
+        constant.cache_clear()
 
 
 @every_family
-def test_another_default_dtype_is_of_no_consequence(name):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_default_dtype_is_of_no_consequence(name, dtype, nothing_kept):
     """Another thread may set it while it loads a model; nothing that was made meanwhile is kept in it."""
     _, pipe = pair(name)
-    expected = run(pipe, name).images
-    for constant in (
-        maps._gaussian,
-        maps.row_mass,
-        maps._bilinear_matrix,
-        maps.nearest_index,
-        maps._read,
-        maps.sample,
-    ):
-        constant.cache_clear()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default(dtype):
         neutral = run(pipe, name, scfg=NEUTRAL).images
         assert torch.equal(neutral, run(pipe, name, use_scfg=False).images)
         assert run(pipe, name).images.isfinite().all()
+    after = run(pipe, name).images
+    for constant in CONSTANTS:
+        constant.cache_clear()
+    assert torch.equal(run(pipe, name).images, after)
+
+
+def test_the_default_dtype_may_change_in_the_middle_of_a_call(nothing_kept):
+    """What stock makes in it is the same, and so is what we make."""
+    pipe = GoCASCFGPipeline.from_pretrained(TINY_SD)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "height": 16, "width": 16, "output_type": "pt", "output_regions": True}
+    generate = lambda **kw: pipe("a cat on grass", generator=torch.Generator().manual_seed(0), **call, **kw)  # noqa: E731
+
+    def change(itself, step, *_):
+        torch.set_default_dtype([torch.bfloat16, torch.float64, torch.float32][step])
+        return {}
+
+    try:
+        changed = generate(callback_on_step_end=change)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(run(pipe, name).images, expected)
+    alone = generate()
+    assert torch.equal(changed.images, alone.images)
+    assert torch.equal(changed.guidance_maps, alone.guidance_maps)
