@@ -91,6 +91,16 @@ def test_no_rate_is_the_plain_product():
     assert torch.equal(SpatialGuidanceScale(7.5, lambda d, s: torch.ones(1, 1, 2, 2)) * delta, 7.5 * delta)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.1, 7.3, 12.0, 1 / 3])
+def test_a_rate_of_one_is_the_plain_product_in_every_dtype(scale, dtype):
+    delta = torch.randn(2, 4, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spatial = SpatialGuidanceScale(scale, lambda d, s: torch.ones(2, 1, 64, 64, dtype=torch.float32))
+    for product in (spatial * delta, delta * spatial):
+        assert product.dtype == dtype
+        assert torch.equal(product, scale * delta)
+
+
 @pytest.mark.parametrize(
     "changes", [{"rate_min": 0}, {"rate_min": 2, "rate_max": 1}, {"ceiling": 0}, {"segmentor": "x"}]
 )

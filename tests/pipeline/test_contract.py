@@ -188,9 +188,9 @@ def test_the_old_callback_sees_every_step(name):
     assert torch.equal(seen[-1][2], result)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @every_family
-def test_half_precision(name, dtype):
+def test_other_precision(name, dtype):
     stock = stock_pipeline(name)
     ours = guided(stock).to(dtype)
     assert denoiser_of(ours.components).dtype == ours.dtype == dtype
@@ -259,3 +259,23 @@ def test_variants(build, name):
     assert len(regional.regions) == 2
     assert len(run(ours, name, output_regions=True, scfg_stop=0.5, **arguments).regions) == 1
     assert_clean(ours)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "sd3"])
+def test_gradients_are_those_of_stock(name):
+    """Asked for as of a stock pipeline (diffusers#529); a guided call has none, and says so."""
+
+    def gradient(pipe, **kwargs):
+        start = torch.zeros_like(latents(stock, name)).normal_(generator=torch.Generator().manual_seed(1))
+        start.requires_grad_()
+        given = {"prompt": PROMPT, "num_inference_steps": 2, "output_type": "latent", "latents": start}
+        images = type(pipe).__call__.__wrapped__(pipe, **given, **FAMILIES[name].call, **kwargs).images
+        return torch.autograd.grad(images.square().sum(), start)[0]
+
+    stock, ours = pair(name)
+    expected = gradient(stock)
+    assert expected.any()
+    assert torch.equal(gradient(ours, use_scfg=False), expected)
+    with pytest.raises(ValueError, match="regions have none"):
+        gradient(ours)
+    assert not latents(ours, name).requires_grad

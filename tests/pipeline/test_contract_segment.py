@@ -266,6 +266,17 @@ def test_negative_word_maps_beside_prompt_embeds(name):
     assert torch.allclose(named.negative_maps[1].scores, read.negative_maps[1].scores, atol=1e-4)
 
 
+def test_texts_of_two_lengths():
+    """What a forward predicts depends on its own text: Flux's negative one may be longer."""
+    stock, ours = pair("flux")
+    embeds, pooled, _ = stock.encode_prompt(PROMPT, max_sequence_length=16)
+    asked = {"negative_prompt": NEGATIVE, "output_negative_maps": True, "output_regions": True}
+    given = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "region_tokens": ours.words(PROMPT)}
+    short, long = run(ours, "flux", None, **given, **asked), run(ours, "flux", PROMPT, **asked)
+    assert torch.equal(short.negative_maps[0].scores, long.negative_maps[0].scores)
+    assert len(short.regions) == len(long.regions) == 2
+
+
 def test_one_negative_prompt_serves_every_prompt():
     given = batch("sdxl", PROMPTS, [0, 1]) | {"negative_prompt": NEGATIVE, "output_negative_maps": True}
     assert run(guided(stock_pipeline("sdxl")), "sdxl", **given).negative_maps[0].labels == (("dog", "grass"),) * 2
