@@ -1,14 +1,15 @@
 """GoCA and S-CFG as their papers and released code define them: float64, every map built and kept, one image at a time.
 
-Written from GoCA (arXiv 2603.06178), S-CFG (arXiv 2404.05384) and what their releases compute, not from the library: nothing of
-its method or of its hooks is used. A denoiser's call is repeated in float64, and torch's attention function is asked what it
-was given. Which layers are read and where the tokens stand is for the caller to say. Where ours generalises the releases (any
-grid instead of 64 x 64, joint attention, words of several tokens), this says how in one line.
+Written from GoCA (arXiv 2603.06178), S-CFG (arXiv 2404.05384) and what their releases compute, not from the library: nothing
+of its method or of its hooks is used. A denoiser's call is repeated in float64, and what torch's attention function is given
+is noted. Which layers are read, and where the tokens stand, is for the caller to say. Maps are on the finest grid read, where
+the releases' are always 64 x 64.
 """
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -34,36 +35,35 @@ class Layer:
     features: dict[str, Tensor]
 
 
-class Calls:
-    """The arguments of every call of a denoiser, from now until `stop`."""
+@contextmanager
+def calls(denoiser: torch.nn.Module) -> Iterator[list[tuple[tuple, dict]]]:
+    """The arguments of every call of a denoiser inside the block."""
+    seen: list[tuple[tuple, dict]] = []
 
-    def __init__(self, denoiser: torch.nn.Module):
-        self.denoiser, self.seen = denoiser, []
-        self._hook = denoiser.register_forward_pre_hook(self._note, with_kwargs=True)
+    def note(module, args, kwargs):
+        seen.append(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)))
 
-    def _note(self, module, args, kwargs):
-        self.seen.append(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)))
-
-    def stop(self) -> list[tuple[tuple, dict]]:
-        self._hook.remove()
-        return self.seen
+    handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    yield seen
+    handle.remove()
 
 
-class _Kernel(TorchFunctionMode):
-    """Notes what torch's attention function is given, by the module that runs."""
+class Replay(TorchFunctionMode):
+    """A float64 copy of a denoiser, which repeats calls and notes what torch's attention function is given in each layer."""
 
     def __init__(self, denoiser: torch.nn.Module, names: Sequence[str]):
         super().__init__()
-        self.asked: dict[str, dict] = {}
+        self.denoiser, self.names = copy.deepcopy(denoiser).double(), names
+        self._asked: dict[str, dict] = {}
         self._running: str | None = None
         for name in names:
-            module = denoiser.get_submodule(name)
+            module = self.denoiser.get_submodule(name)
             module.register_forward_pre_hook(lambda *_, name=name: setattr(self, "_running", name))
             module.register_forward_hook(lambda *_: setattr(self, "_running", None))
-            module.to_q.register_forward_hook(lambda _, args, out, name=name: self._note(name, raw=out))
+            module.to_q.register_forward_hook(lambda _, args, output, name=name: self._note(name, raw=output))
 
     def _note(self, name, **what):
-        self.asked.setdefault(name, {}).update(what)
+        self._asked.setdefault(name, {}).update(what)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -72,23 +72,20 @@ class _Kernel(TorchFunctionMode):
             self._note(self._running, **given)
         return function(*args, **kwargs)
 
-
-@torch.no_grad()
-def attention(denoiser: torch.nn.Module, names: Sequence[str], call: tuple, size: tuple[int, int]) -> list[dict]:
-    """The layers of those names, for each image of a batch: the call is repeated in float64 on a copy of the denoiser.
-
-    `size`: height and width of the pictures, in any unit.
-    """
-    denoiser = copy.deepcopy(denoiser).double()
-    kernel = _Kernel(denoiser, names)
-    args, kwargs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, call)
-    with kernel:
-        denoiser(*args, **kwargs)
-    text = len((kwargs.get("encoder_hidden_states") if "encoder_hidden_states" in kwargs else args[2])[0])
-    batch = len(kernel.asked[names[0]]["query"])
-    return [
-        {name: _layer(denoiser, name, kernel.asked[name], i, text, size) for name in names} for i in range(batch)
-    ]
+    @torch.no_grad()
+    def layers(self, call: tuple[tuple, dict], size: tuple[int, int]) -> list[dict[str, Layer]]:
+        """Of each image of a call's batch. `size`: height and width of the pictures, in any unit."""
+        args, kwargs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, call)
+        with self:
+            self.denoiser(*args, **kwargs)
+        text = (kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]).shape[1]
+        if "encoder_hidden_states_t5" in kwargs:
+            text += kwargs["encoder_hidden_states_t5"].shape[1]
+        batch = len(self._asked[self.names[0]]["query"])
+        return [
+            {name: _layer(self.denoiser, name, self._asked[name], image, text, size) for name in self.names}
+            for image in range(batch)
+        ]
 
 
 def _layer(denoiser, name, asked, image, text, size) -> Layer:
@@ -198,7 +195,9 @@ class GoCA:
         """n H W of one prediction, all tokens of which sum to one at a pixel."""
         total = 0
         for name, weight in zip(self.preset.text, self.layer_weights(layers), strict=True):
-            total = total + weight * bilinear(self.layer_map(layers[name]).mT.unflatten(1, layers[name].grid), self.grid)
+            total = total + weight * bilinear(
+                self.layer_map(layers[name]).mT.unflatten(1, layers[name].grid), self.grid
+            )
         total = total.clamp(min=0)
         return total / total.sum(0)
 
@@ -207,14 +206,17 @@ class GoCA:
         """On which maps are merged: the finest one read (ours; the releases' is always 64 x 64)."""
         return max((self.positive[name].grid for name in (*self.preset.text, *self.preset.refine)), key=math.prod)
 
-    def refined(self, maps: Tensor, order: int | None = None) -> Tensor:
-        """x <- A_self x, with the conditional prediction's fine layers, then min-max (GoCA, refinement)."""
+    def refined(self, maps: Tensor) -> Tensor:
+        return min_max(self.spread(maps))
+
+    def spread(self, maps: Tensor) -> Tensor:
+        """x <- A_self x, with the conditional prediction's fine layers; min-max follows (GoCA, refinement)."""
         layers = [self.positive[name] for name in self.preset.refine]
         affinity = sum(on_grid(layer.pixels.mean(0), layer.grid, self.grid) for layer in layers) / len(layers)
         x = maps.flatten(1).mT
-        for _ in range(self.preset.order if order is None else order):
+        for _ in range(self.preset.order):
             x = affinity @ x
-        return min_max(x.mT.unflatten(1, self.grid))
+        return x.mT.unflatten(1, self.grid)
 
     def rescaled(self, words: Sequence[Sequence[int]], content: Sequence[int]) -> Tensor:
         """k H W: a word's tokens averaged, over the pixel's sum of content tokens, blurred, min-max (GoCA, rescaling)."""
@@ -222,18 +224,24 @@ class GoCA:
         maps = torch.stack([tokens[list(positions)].mean(0) for positions in words])
         return min_max(blur(maps / tokens[list(content)].sum(0)))
 
-    def scores(self, words: Sequence[Sequence[int]], content: Sequence[int] | None = None) -> Tensor:
-        """k H W of the words; all their tokens are content unless said otherwise."""
-        content = sorted({p for positions in words for p in positions}) if content is None else content
+    def scores(self, words: Sequence[Sequence[int]], content: Sequence[int]) -> Tensor:
+        """k H W of the words."""
         return self.refined(self.rescaled(words, content))
 
-    def background(self, sink: int, order: int | None = None) -> Tensor:
+    def supporting(self, entities: Sequence[Sequence[int]], content: Sequence[int]) -> Tensor:
+        """1 H W of what is background in a real image: the highest of the entities' maps, and only then refined."""
+        return self.refined(self.rescaled(entities, content).amax(0, keepdim=True))
+
+    def background(self, sink: int) -> Tensor:
         """1 H W, the foreground is below one half: the sink token's share of all tokens, refined, then blurred.
 
-        Of the unconditional prediction where there is one, refined by the conditional one's pixels all the same.
+        Of the unconditional prediction where one is given, refined by the conditional one's pixels all the same.
         """
-        share = self.aggregated(self.negative or self.positive)[sink : sink + 1]
-        return min_max(blur(self.refined(share, order)))
+        return min_max(blur(self.refined(self.sink_share(sink))))
+
+    def sink_share(self, sink: int) -> Tensor:
+        """1 H W, of all tokens."""
+        return self.aggregated(self.negative or self.positive)[sink : sink + 1]
 
 
 # ---- S-CFG -----------------------------------------------------------------------------------------------------------
