@@ -1,9 +1,9 @@
 """GoCA and S-CFG as their papers and released code define them: float64, every map built and kept, one image at a time.
 
 Written from GoCA (arXiv 2603.06178), S-CFG (arXiv 2404.05384) and what their releases compute, not from the library: nothing
-of its method or of its hooks is used. A denoiser's call is repeated in float64, and what torch's attention function is given
-is noted. Which layers are read, and where the tokens stand, is for the caller to say. Maps are on the finest grid read, where
-the releases' are always 64 x 64.
+of its method or of its hooks is used. A denoiser's call is repeated, and what torch's attention function is given is noted:
+only that is float32. Which layers are read, and where the tokens stand, is for the caller to say. Maps are on the finest grid
+read, where the releases' are always 64 x 64.
 """
 
 import copy
@@ -49,11 +49,11 @@ def calls(denoiser: torch.nn.Module) -> Iterator[list[tuple[tuple, dict]]]:
 
 
 class Replay(TorchFunctionMode):
-    """A float64 copy of a denoiser, which repeats calls and notes what torch's attention function is given in each layer."""
+    """A copy of a denoiser, which repeats calls and notes what torch's attention function is given in each layer."""
 
     def __init__(self, denoiser: torch.nn.Module, names: Sequence[str]):
         super().__init__()
-        self.denoiser, self.names = copy.deepcopy(denoiser).double(), names
+        self.denoiser, self.names = copy.deepcopy(denoiser), names
         self._asked: dict[str, dict] = {}
         self._running: str | None = None
         for name in names:
@@ -75,7 +75,7 @@ class Replay(TorchFunctionMode):
     @torch.no_grad()
     def layers(self, call: tuple[tuple, dict], size: tuple[int, int]) -> list[dict[str, Layer]]:
         """Of each image of a call's batch. `size`: height and width of the pictures, in any unit."""
-        args, kwargs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, call)
+        args, kwargs = call
         with self:
             self.denoiser(*args, **kwargs)
         text = (kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]).shape[1]
@@ -96,7 +96,7 @@ def _layer(denoiser, name, asked, image, text, size) -> Layer:
         logits = logits + mask[image % len(mask)].double()
     probs = logits.softmax(-1)
     words, pixels = _keys(denoiser, name, text, probs.shape[-1])
-    queries = pixels if probs.shape[-2] == probs.shape[-1] else slice(None)
+    queries = pixels if words.stop and pixels.stop else slice(None)  # joint attention: the pixels' alone
     probs, written = probs[:, queries], (probs @ v)[:, queries]
     heads = _projection(denoiser, name).unflatten(1, (len(q), -1)).permute(1, 2, 0)  # h d c
     features = {"query": asked["raw"][image].double(), "output": written.transpose(0, 1).flatten(1)}
