@@ -42,15 +42,23 @@ WEIGHT = re.compile(r":\d*\.?\d+[)\]]\W*")  # (cat:1.2), [cat:0.5]: how some pro
 
 
 def content_words(found: Words) -> Words:
-    """The words that may show a thing: no function words and no signs; of a prompt without any, the words that it has.
+    """The words that may show a thing: neither function words nor signs."""
+    texts = _texts(found)
+    return [found[i] for i in _spoken(texts) if not _is_function_word(texts, i)]
 
-    An emoji is a word, where the tokenizer knows it. A weight, as in "(cat:1.2)", is a sign.
-    """
-    texts = [word.lower().replace("’", "'") for word, _ in found]
+
+def spoken_words(found: Words) -> Words:
+    """Words that are no signs. A weight, as in "(cat:1.2)", is a sign; an emoji is a word, where the tokenizer knows it."""
+    return [found[i] for i in _spoken(_texts(found))]
+
+
+def _texts(found):
+    return [word.lower().replace("’", "'").replace("<unk>", "") for word, _ in found]  # T5 knows no brace or tilde
+
+
+def _spoken(texts):
     weights = _weights(texts)
-    spoken = [i for i, text in enumerate(texts) if i not in weights and not is_sign(text)]
-    kept = [i for i in spoken if not _is_function_word(texts, i)]
-    return [found[i] for i in kept or spoken] or found
+    return [i for i, text in enumerate(texts) if i not in weights and not is_sign(text)]
 
 
 def is_sign(text: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from goca_guidance.denoisers.function_words import content_words, is_sign
+from goca_guidance.denoisers.function_words import content_words, is_sign, spoken_words
 from goca_guidance.denoisers.words import Encoded, Words, is_unknown, sentence, words
 from goca_guidance.method.records import TokenLayout
 
@@ -40,8 +40,13 @@ def prompt_layout(encoded: Sequence[Encoded], sink: str | None, drop_stop_words:
                 "Expected a prompt with at least one word that the tokenizer knows, to form a region, but prompt "
                 f"{image} reads {' '.join(read)!r}: write a word, or pass use_scfg=False."
             )
-        entities.append(content_words(found) if drop_stop_words else found)
+        entities.append(_content(encoded, image) or found if drop_stop_words else found)
     return layout(entities, () if sink is None else _sinks(encoded, sink), sink == "start")
+
+
+def _content(encoded, image) -> Words:
+    """The words that may show a thing, or those that are no signs, or none."""
+    return sentence(encoded, image, content_words) or sentence(encoded, image, spoken_words)
 
 
 def token_layout(encoded: Sequence[Encoded], sink: str, drop_stop_words: bool = False) -> TokenLayout:

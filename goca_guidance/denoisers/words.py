@@ -120,18 +120,17 @@ def is_unknown(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
     return tokenizer.unk_token is not None and not word.replace(tokenizer.unk_token, "")
 
 
-def sentence(encoded: Sequence[Encoded], image: int) -> Words:
+def sentence(encoded: Sequence[Encoded], image: int, chosen: Callable[[Words], Words] = list) -> Words:
     """The words of one image's prompt with their positions in the whole text sequence.
 
     Where several encoders read it one after another, a word's tokens are those of all of them. What a tokenizer does not
-    know at all is left out: one unknown word is to it as any other.
+    know at all is left out: one unknown word is to it as any other. `chosen` picks from the words of each.
     """
     found: dict[tuple[str, int], tuple[str, list[int]]] = {}
     for part in encoded:
         seen: dict[str, int] = {}
-        for word, positions in words(part.tokenizer, part.ids[image].tolist()):
-            if is_unknown(part.tokenizer, word):
-                continue
+        read = words(part.tokenizer, part.ids[image].tolist())
+        for word, positions in chosen([pair for pair in read if not is_unknown(part.tokenizer, pair[0])]):
             occurrence = seen[word.lower()] = seen.get(word.lower(), -1) + 1
             _, known = found.setdefault((word.lower(), occurrence), (word, []))
             known.extend(part.start + position for position in positions)

@@ -6,23 +6,22 @@ from eval.datasets.ade20k import ADE20K
 from eval.datasets.coco import COCO_OBJECT, STUFF_171
 from eval.datasets.pascal import CONTEXT
 from goca_guidance.denoisers.function_words import content_words
-from goca_guidance.denoisers.words import Encoded, sentence
-from tests.helpers.tokens import READERS, TOKENIZERS, ids
+from goca_guidance.denoisers.layouts import prompt_layout
+from goca_guidance.denoisers.words import Encoded
+from tests.helpers.tokens import READERS, TOKENIZERS, ids, t5
 
 
-@pytest.fixture(params=READERS)
-def read(request):
-    """A prompt's words, in lower case, as a tokenizer cuts them."""
+@pytest.fixture(params=[("clip",), ("t5",), ("bert",), ("bert", "t5")], ids="-".join)
+def regions(request):
+    """Labels, in lower case, of a prompt's regions; several tokenizers as they stand one after another (HunyuanDiT)."""
 
-    def read(prompt):
-        tokenizer = READERS[request.param]
-        return sentence([Encoded(tokenizer, ids(prompt, tokenizer=tokenizer, length=256))], 0)
+    def regions(prompt):
+        encoded = []
+        for tokenizer in map(READERS.get, request.param):
+            encoded.append(Encoded(tokenizer, ids(prompt, tokenizer=tokenizer, length=256), 256 * len(encoded)))
+        return [label.lower() for label in prompt_layout(encoded, None, drop_stop_words=True).labels[0]]
 
-    return read
-
-
-def spellings(found):
-    return [word.lower() for word, _ in found]
+    return regions
 
 
 @pytest.mark.parametrize(
@@ -41,8 +40,8 @@ def spellings(found):
         ("cat-like", "cat"),
     ],
 )
-def test_function_words_show_no_thing(read, prompt, expected):
-    assert spellings(content_words(read(prompt))) == expected.split()
+def test_function_words_show_no_thing(regions, prompt, expected):
+    assert regions(prompt) == expected.split()
 
 
 @pytest.mark.parametrize(
@@ -58,26 +57,30 @@ def test_function_words_show_no_thing(read, prompt, expected):
         "cat; red?!",
     ],
 )
-def test_signs_show_no_thing(read, prompt):
-    assert spellings(content_words(read(prompt))) == ["cat", "red"]
+def test_signs_show_no_thing(regions, prompt):
+    assert regions(prompt) == ["cat", "red"]
 
 
-def test_numbers_that_weigh_nothing_are_words(read):
-    assert spellings(content_words(read("2 cats: 3 red, at 1 (2)"))) == ["2", "cats", "3", "red", "1", "2"]
+def test_numbers_that_weigh_nothing_are_words(regions):
+    assert regions("2 cats: 3 red, at 1 (2)") == ["2", "cats", "3", "red", "1", "2"]
 
 
-def test_a_prompt_without_content_keeps_what_it_has(read):
-    assert spellings(content_words(read("(behind the!)"))) == ["behind", "the"]
-    assert [*"".join(spellings(content_words(read("?!"))))] == ["?", "!"]
-    assert content_words([]) == []
+def test_a_sign_that_t5_does_not_know_hides_no_function_word():
+    layout = prompt_layout(t5("cat ~behind~ {the} (dog)"), None, drop_stop_words=True)
+    assert layout.labels == (("cat", "<unk>dog<unk>"),)
+
+
+def test_a_prompt_without_content_keeps_what_it_has(regions):
+    assert regions("(behind the!)") == ["behind", "the"]
+    assert [*"".join(regions("?!"))] == ["?", "!"]
 
 
 def test_an_emoji_is_a_word_where_it_is_known():
     """CLIP reads its bytes; T5 and BERT know none, and what they do not know is no word."""
     for kind, tokenizer in TOKENIZERS.items():
         encoded = [Encoded(tokenizer, ids("a 🐱 — on ❤ the grass ™", tokenizer=tokenizer, length=99))]
-        expected = ["🐱", "❤", "grass"] if kind == "clip" else ["grass"]
-        assert [word for word, _ in content_words(sentence(encoded, 0))] == expected
+        expected = ("🐱", "❤", "grass") if kind == "clip" else ("grass",)
+        assert prompt_layout(encoded, None, drop_stop_words=True).labels == (expected,)
 
 
 @pytest.mark.parametrize("names", [ADE20K, COCO_OBJECT, STUFF_171, CONTEXT])
