@@ -16,8 +16,6 @@ more, alone. An empty caption has no image under any method, so that the sets ag
 `pandas.read_csv(path, dtype={"id": str}, keep_default_na=False)`.
 """
 
-import argparse
-import errno
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -27,6 +25,7 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
 from eval.common.processes import processes, progress, share
+from eval.common.programs import at_least, command_line, positive
 from eval.common.programs import run as run_program
 from eval.common.provenance import command, commit, versions
 from eval.generation.generator import GenerationSettings, Generator, batches
@@ -72,7 +71,8 @@ class GenerationRun:
         return failed
 
     def prepare(self) -> None:
-        """Every process checks the folder before one of them changes it, so that all stop at a mistake."""
+        """Every process finds the model and checks the folder before one of them changes it, so that all stop at a mistake."""
+        _ = self.generator
         made_with = {
             "command": command(),
             "settings": self.settings.described(self.texts),
@@ -147,23 +147,16 @@ class GenerationRun:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("config", type=Path, help="a TOML file, see eval.generation.generator.GenerationSettings")
-    parser.add_argument("--scale", type=float, help="the guidance scale, instead of the file's")
-    parser.add_argument("--limit", type=int, help="only the first so many ids")
+    parser.add_argument("--scale", type=positive, help="the guidance scale, instead of the file's")
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many ids")
     parser.add_argument("--out", type=Path, help="the run folder; runs/generate/CONFIG_SCALE by default")
     args = parser.parse_args(arguments)
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"expected --limit to be at least 1, but got {args.limit}")
     settings = GenerationSettings.read(args.config, **({} if args.scale is None else {"guidance_scale": args.scale}))
     out = args.out or RUNS / f"{args.config.stem}_{settings.guidance_scale:g}"
-    try:
-        run = GenerationRun(settings, out, args.limit)
-        failed = run()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise SystemExit(f"The disk of {out} is full. Make room and start again: what is there is whole.") from error
+    run = GenerationRun(settings, out, args.limit)
+    failed = run()
     if failed and run.state.is_main_process:
         raise SystemExit(f"{len(failed)} of {len(run.asked)} captions have no image: see {out / 'failed.csv'}.")
 

@@ -5,7 +5,6 @@ sheet is spread evenly over the ids, so nobody chose it; the lower half is where
 batches of goca with these images are made again, to see their regions and guidance maps.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eval.common.configs import from_mapping
+from eval.common.files import writable
 from eval.common.plots import write
 from eval.common.processes import processes
+from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
 from eval.generation.generator import GenerationSettings, Generator, batches
 from eval.generation.run_folder import FinishedRun, Item, check_pair, read_run
@@ -134,17 +135,17 @@ def paint_regions(axis, regions: Regions, sample: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, one of them of method goca")
-    parser.add_argument("--count", type=int, default=8, help="images")
+    parser.add_argument("--count", type=at_least(2), default=8, help="images")
     parser.add_argument("--out", type=Path, default=Path("docs/pairs.png"))
     args = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in args.runs]
     gocas = [run for run in runs if run.settings["method"] == "goca"]
-    if len(gocas) != 1 or len(runs) < 2 or args.count < 2:
-        raise ValueError(
-            f"Expected two runs or more, one of them of goca, and two images or more, but got {vars(args)}."
-        )
+    if len(gocas) != 1 or len(runs) < 2:
+        made = [run.settings["method"] for run in runs]
+        raise ValueError(f"Expected two runs or more, one of them of method goca, but got runs of {made}.")
+    writable(args.out)
     for run in runs[1:]:
         check_pair(run, runs[0])
     items = chosen(next(run for run in runs if run is not gocas[0]), gocas[0], args.count)

@@ -6,10 +6,9 @@ memory what the warm-up's peak adds to the captured step (resident on the CPU, a
 against the naive form in float64. The last columns are the shares of our time that the parts take.
 """
 
-import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,9 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from eval.common.files import write_json
+from eval.common.files import writable, write_json
 from eval.common.processes import now
+from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
 from eval.common.provenance import command
 from eval.common.tables import markdown
@@ -161,16 +161,18 @@ def _difference(one: dict, other: dict) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", default=FAMILIES, choices=list(ARCHITECTURES))
-    parser.add_argument("--size", type=int, default=512, help="at which the naive form of every family can be held")
+    parser.add_argument(
+        "--size", type=at_least(8), default=512, help="at which the naive form of every family can be held"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument("--result", type=Path, help="results/core-DEVICE.json by default")
-    args, rows = parser.parse_args(), []
-    result = args.result or Path(f"results/core-{args.device}.json")
+    args, rows = parser.parse_args(arguments), []
+    result = writable(args.result or Path(f"results/core-{args.device}.json"))
     for family in args.families:
         rows.append(compare(family, args.size, args.device, args.dtype, args.repeats))
         write_json(result, {"command": command(), "torch": torch.__version__, "rows": rows})

@@ -18,16 +18,16 @@ beside it has the difference from that, with an interval of resamples of both's 
 The features of each image are kept under runs/features/: a killed start goes on, any number of processes has the same result.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 
-from eval.common.files import write_json
+from eval.common.files import writable, write_json
 from eval.common.intervals import difference, resamples
 from eval.common.processes import processes
+from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
 from eval.common.provenance import command, commit, versions
 from eval.generation.distances import FeatureSpace, Reference, read_reference
@@ -182,7 +182,7 @@ def write_statistics(measurement: Measurement, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders of eval.coco30k")
     parser.add_argument("--reference", help='a folder of real images, an .npz file of statistics, or "scenes"')
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=QualitySettings.metrics)
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--clip-pretrained", default=QualitySettings.clip_pretrained, help="its weights: a tag or a file"
     )
-    parser.add_argument("--batch", type=int, default=QualitySettings.batch, help="images in a forward")
+    parser.add_argument("--batch", type=at_least(1), default=QualitySettings.batch, help="images in a forward")
     parser.add_argument("--write-statistics", type=Path, help="write the reference's statistics to this .npz file")
     parser.add_argument("--result", type=Path, help="results/quality-CAPTIONS.json by default")
     args = vars(parser.parse_args(arguments))
@@ -210,6 +210,8 @@ def run(
     """Measure and write; every process computes features, one of them the rest."""
     if not folders and written is None:
         raise ValueError("Expected run folders, or --write-statistics, but got neither.")
+    for path in filter(None, (written, result)):
+        writable(path)
     state, runs = processes(), [read_run(folder) for folder in folders]
     for each in runs:
         base_of(each, runs)

@@ -4,10 +4,11 @@ One step is both predictions of one image at the family's native size; what is c
 `eval.cost.operations`.
 """
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from eval.common.files import write_json
+from eval.common.files import writable, write_json
+from eval.common.programs import command_line
 from eval.common.programs import run as run_program
 from eval.common.provenance import command
 from eval.common.tables import markdown
@@ -54,14 +55,15 @@ def _round(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
     parser.add_argument("--result", type=Path, default=Path("results/least_cost.json"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    result = writable(args.result)
     rows = [row(name) for name in args.families]
     h100 = {"flop": FLOP_PER_SECOND, "bytes": BYTES_PER_SECOND, "exponentials": EXPONENTIALS_PER_SECOND}
-    write_json(args.result, {"command": command(), "assumed_h100_per_second": h100, "rows": rows})
+    write_json(result, {"command": command(), "assumed_h100_per_second": h100, "rows": rows})
     print(markdown(rows))
 
 

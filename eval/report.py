@@ -6,7 +6,6 @@ beside the papers'. The plots of docs/ are drawn from the results too, and where
 picture is made of them.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from PIL import Image
 
 from eval.common.files import replacing
 from eval.common.plots import stack
+from eval.common.programs import command_line
 from eval.common.programs import run as run_program
 from eval.common.tables import markdown
 from eval.cost.growth import growth
@@ -55,8 +55,7 @@ def fill(text: str, results: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(arguments)
+    command_line(__doc__).parse_args(arguments)
     results, picture, demo = Path("results"), Path("docs/picture.png"), Path("demo")
     documents = [path for pattern in DOCUMENTS for path in sorted(Path().glob(pattern))]
     if not documents:

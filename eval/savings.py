@@ -7,10 +7,9 @@ it has. `--core` measures, instead, the time of GoCA's core on the attention of 
 weights), into savings-core.json.
 """
 
-import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eval.common.files import write_json
+from eval.common.files import writable, write_json
 from eval.common.load import load_pipeline
+from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
 from eval.common.provenance import command, weights_digest
 from eval.common.tables import markdown
@@ -197,17 +197,19 @@ def row(name: str, batches: list[dict[str, float]], segmentation: dict | None) -
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", type=int, default=SavingsSettings.captions, help="a multiple of 16, or fewer")
-    parser.add_argument("--scenes", type=int, default=SavingsSettings.scenes)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "--captions", type=at_least(1), default=SavingsSettings.captions, help="a multiple of 16, or fewer"
+    )
+    parser.add_argument("--scenes", type=at_least(1), default=SavingsSettings.scenes)
     parser.add_argument("--core", action="store_true", help="the core's time on a full-size step instead")
     parser.add_argument("--model", default=TINY_SD)
     parser.add_argument("--result", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    result = writable(args.result or Path(f"results/savings{'-core' if args.core else ''}.json"))
     settings = SavingsSettings(captions=args.captions, scenes=args.scenes)
     rows = core_milliseconds(repeats=5) if args.core else run(settings, args.model)
-    result = args.result or Path(f"results/savings{'-core' if args.core else ''}.json")
     shared = {**vars(settings), "weights": weights_digest(args.model), "threads": torch.get_num_threads()}
     write_json(result, {"command": command(), "settings": shared, "rows": rows})
     print(markdown(rows))

@@ -12,13 +12,13 @@ Intersections and unions are summed over the whole set. The difference from the 
 paired bootstrap over images. Images of the best and the worst cases are drawn under runs/pictures/.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from eval.common.files import write_json
+from eval.common.files import writable, write_json
+from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
 from eval.common.tables import markdown
 from eval.datasets.benchmarks import BadSample
@@ -31,33 +31,36 @@ from eval.segment.running import SegmentationRun, measured
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("config", type=Path, help="a TOML file with the fields of eval.segment.experiment.Experiment")
-    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many images")
     parser.add_argument("--root", help="the dataset's folder, instead of the file's")
     parser.add_argument("--model", help="the model's folder or repository, instead of the file's")
     parser.add_argument("--methods", nargs="+", help="only these rows of the file")
-    parser.add_argument("--pictures", type=int, default=0, help="draw so many of the best and of the worst cases")
+    parser.add_argument(
+        "--pictures", type=at_least(0), default=0, help="draw so many of the best and of the worst cases"
+    )
     parser.add_argument(
         "--write-prompts", type=Path, help="write every image's prompts to this file, and measure nothing"
     )
     parser.add_argument("--result", type=Path, help="results/segment-CONFIG.json by default")
     args = parser.parse_args(arguments)
     changes = {name: value for name in ("limit", "root", "model") if (value := getattr(args, name)) is not None}
+    result = writable(args.write_prompts or args.result or Path(f"results/segment-{args.config.stem}.json"))
     experiment = Experiment.read(args.config, **changes)
     experiment = experiment.only(args.methods) if args.methods else experiment
     run = SegmentationRun(experiment)
     if args.write_prompts:
         if run.state.is_main_process:
-            write_prompts(args.write_prompts, prompts_of(run), run.images.classes)
+            write_prompts(result, prompts_of(run), run.images.classes)
         return
     found = measured(run)
     if run.state.is_main_process:
-        result = result_of(experiment, run.images, found)
-        write_json(args.result or Path(f"results/segment-{args.config.stem}.json"), result)
+        content = result_of(experiment, run.images, found)
+        write_json(result, content)
         times = [speed(row, measured_row.counts) for row, measured_row in found.items()]
-        write_json(Path(f"runs/speed/{args.config.stem}.json"), {"command": result["command"], "rows": times})
-        print(markdown(result["rows"]), markdown(times), sep="\n\n")
+        write_json(Path(f"runs/speed/{args.config.stem}.json"), {"command": content["command"], "rows": times})
+        print(markdown(content["rows"]), markdown(times), sep="\n\n")
         if args.pictures:
             draw(run, found, args.pictures, Path("runs/pictures"))
 

@@ -11,11 +11,10 @@ Without `--families` the plan of the device is measured. Rows that the result fi
 again, so that a killed run goes on where it stopped.
 """
 
-import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ from unittest.mock import patch
 import torch
 from tqdm.auto import tqdm
 
-from eval.common.files import write_json
+from eval.common.files import expecting, writable, write_json
 from eval.common.processes import now
+from eval.common.programs import at_least, command_line, positive
 from eval.common.programs import run as run_program
 from eval.common.provenance import command, fingerprint
 from eval.common.tables import markdown
@@ -154,8 +154,11 @@ def measure(cases: list[Case], device: str, seconds: float, result: Path) -> lis
     """Rows of all cases, written after each one: old ones of other code or settings are replaced, others kept."""
     run = {"code": fingerprint(*MODULES, seconds=seconds), "command": command(), "torch": torch.__version__}
     name, found = device_name(device), {}
-    for row in json.loads(result.read_text())["rows"] if result.exists() else []:
-        found[row["device"], *(row[key] for key in Case.__dataclass_fields__)] = row
+    if result.exists():
+        with expecting("rows of eval.speed", result, "move it away, or name another --result"):
+            for row in json.loads(result.read_text())["rows"]:
+                found[row["device"], *(row[key] for key in Case.__dataclass_fields__)] = row
+                _ = row["run"]["command"]
     for case in cases:
         key = name, *asdict(case).values()
         if found.get(key, {}).get("run") != run:
@@ -165,23 +168,23 @@ def measure(cases: list[Case], device: str, seconds: float, result: Path) -> lis
     return list(found.values())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", choices=list(ARCHITECTURES))
-    parser.add_argument("--sizes", type=int, nargs="+", help="the native one by default")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--sizes", type=at_least(8), nargs="+", help="the native one by default")
+    parser.add_argument("--batch", type=at_least(1), nargs="+", default=[1])
     parser.add_argument("--options", default="", help='for example "every=2 agreement_rows=256 working_size=32"')
-    parser.add_argument("--seconds", type=float, default=150, help="to spend on the steps of a row, at the least")
+    parser.add_argument("--seconds", type=positive, default=150, help="to spend on the steps of a row, at the least")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda by default")
     parser.add_argument("--result", type=Path, help="results/speed-DEVICE.json by default")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     dtype, plan = args.dtype or {"cpu": "float32", "cuda": "bfloat16"}[args.device], PLANS[args.device]
     if args.families:
         sizes = {family: args.sizes or [ARCHITECTURES[family].size] for family in args.families}
         plan = [(family, size, batch) for family in args.families for size in sizes[family] for batch in args.batch]
     cases = [Case(*place, dtype, args.options) for place in plan]
-    result = args.result or Path(f"results/speed-{args.device}.json")
+    result = writable(args.result or Path(f"results/speed-{args.device}.json"))
     print(markdown(measure(cases, args.device, args.seconds, result)))
 
 

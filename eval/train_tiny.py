@@ -9,7 +9,6 @@ Each stage resumes from its last checkpoint in --run when it is started again; w
 the step's number alone, so a resumed run and an unbroken one see the same data.
 """
 
-import argparse
 import csv
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from eval.common.files import replacing
+from eval.common.programs import at_least, command_line, positive
 from eval.common.programs import run as run_program
 from eval.common.provenance import weights_digest
 from eval.scenes.scene import scene
@@ -307,20 +307,20 @@ def samples(args):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("stage", choices=("vae", "unet", "export", "samples"))
     parser.add_argument(
         "--run", type=Path, default=Path("runs/tiny-sd"), help="folder of scenes, checkpoints and logs"
     )
     parser.add_argument("--out", type=Path, default=Path("goca_guidance/models/tiny-sd"), help="where `export` writes")
-    parser.add_argument("--scenes", type=int, default=50_000, help="training scenes")
+    parser.add_argument("--scenes", type=at_least(1), default=50_000, help="training scenes")
     parser.add_argument(
-        "--steps", type=int, default=4000, help="optimiser steps in all, those of earlier runs included"
+        "--steps", type=at_least(1), default=4000, help="optimiser steps in all, those of earlier runs included"
     )
-    parser.add_argument("--batch", type=int, default=64, help="samples a step and process")
-    parser.add_argument("--decay", type=float, default=0.5, help="last fraction of the run in which the rate falls")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="samples a step and process")
+    parser.add_argument("--decay", type=positive, default=0.5, help="last fraction of the run in which the rate falls")
     parser.add_argument(
-        "--every", type=int, default=250, help="steps between a log row with a checkpoint and the next"
+        "--every", type=at_least(1), default=250, help="steps between a log row with a checkpoint and the next"
     )
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16", "fp16"))
     parser.add_argument("--seed", type=int, default=0)

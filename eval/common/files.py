@@ -1,41 +1,97 @@
-"""Files that are written whole or not at all, and what stands for them."""
+"""Files that are written whole or not at all, what stands for them, and what is told of one that is damaged."""
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
 
 
+# ---- writing ---------------------------------------------------------------------------------------------------------
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write to a temporary name and rename when whole, so that nothing half-written is ever taken for whole.
 
-    What was begun is removed where the disk does not take it.
+    What was begun is removed where it fails. A folder is replaced by a folder only: ValueError for a file in its place.
     """
-    part = path.with_name(f".part-{path.name}")
+    part, old = path.with_name(f".part-{path.name}"), path.with_name(f".old-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if part.is_dir():
-        shutil.rmtree(part)
+    _remove(part)
     try:
         yield part
-    except OSError:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
+        if path.is_dir() and not part.is_dir():
+            raise ValueError(f"Expected {path} to be a file, or not to be there, but it is a folder: move it away.")
+    except BaseException:
+        _remove(part)
         raise
-    old = path.with_name(f".old-{path.name}")
     if path.is_dir():
         path.replace(old)  # a folder is not replaced in one step: the old one steps aside until the new one is there
     part.replace(path)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def recovered(path: Path) -> Path:
+    """A folder that `replacing` wrote; where a kill left only the old one, that one is put back."""
+    old = path.with_name(f".old-{path.name}")
+    if old.is_dir() and not path.exists():
+        old.replace(path)
+    return path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def writable(path: Path) -> Path:
+    """The path; ValueError where no file can be written there, so that it is known before hours are spent on what is in it."""
+    if path.is_dir():
+        raise ValueError(f"Expected the name of a file to write, but {path} is a folder: add a name.")
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if place.is_dir() else "is a file"
+        raise ValueError(f"Expected a folder that {path} can be written to, but {place} {reason}: name another place.")
+    return path
+
+
 def write_json(path: Path, value) -> None:
     """Readable JSON, whole or not at all."""
     with replacing(path) as part:
         part.write_bytes((json.dumps(value, indent=1) + "\n").encode())
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+@contextmanager
+def expecting(what: str, path: Path, advice: str) -> Iterator[None]:
+    """ValueError, which names the file and says what to do, for whatever its content makes fail in the block.
+
+    Parsers of damaged files raise anything; what the machine refuses (`OSError` with a number) passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"Expected {what} in {path}, but got {reason}: {advice}.") from error
+
+
+def intact(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file that a program keeps; None where there is none, or a damaged one, which is told."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except Exception as error:  # parsers of damaged files raise anything
+        tqdm.write(f"{path} is damaged and is made again ({type(error).__name__}: {error})")
+        return None
 
 
 def file_digest(path: Path) -> str:

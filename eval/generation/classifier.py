@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torchvision.models import resnet18
 from tqdm.auto import tqdm
 
-from eval.common.files import replacing
+from eval.common.files import intact, replacing
 from eval.scenes.scene import CLASSES, OBJECTS, scene
 
 
@@ -47,14 +47,22 @@ def reproduced(vae, scenes) -> torch.Tensor:
 
 def classifier(vae, settings: ClassifierSettings, path: Path) -> torch.nn.Module:
     """A trained classifier, from disk if it was trained before."""
-    torch.manual_seed(0)
-    model = resnet18(num_classes=len(CLASSES)).to(vae.device)
-    if not path.exists():
+    model = intact(path, lambda file: network(vae, torch.load(file, map_location=vae.device)))
+    if model is None:
+        torch.manual_seed(0)
+        model = network(vae)
         train(model, vae, settings)
         with replacing(path) as part:
             torch.save(model.state_dict(), part)
-    model.load_state_dict(torch.load(path, map_location=vae.device))
     return model.eval()
+
+
+def network(vae, weights=None) -> torch.nn.Module:
+    """The classifier on the autoencoder's device, of random weights or of those given."""
+    model = resnet18(num_classes=len(CLASSES)).to(vae.device)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
 
 
 def train(model, vae, settings: ClassifierSettings) -> None:

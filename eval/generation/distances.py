@@ -227,8 +227,8 @@ def read_reference(path: str, state: PartialState) -> Reference:
 
 
 def draw_scenes(folder: Path) -> None:
-    """The first scenes of the test split as PNG files, if they are not there."""
-    if not folder.exists():
+    """The first scenes of the test split as PNG files, if they are not all there."""
+    if len([*folder.glob("*.png")]) != SCENES:
         with replacing(folder) as part:
             part.mkdir(parents=True)
             for number in range(SCENES):

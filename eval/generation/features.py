@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from eval.common.files import replacing
+from eval.common.files import intact, replacing
 from eval.common.processes import progress, share, slices
 from eval.common.provenance import fingerprint, versions
 from eval.generation.networks import Backbone
@@ -35,7 +36,7 @@ def kept(items: Sequence[Item], backbone: Backbone, state: PartialState, batch: 
     """The file of the features, computed if it is not there; no edit but of the code that computes them matters."""
     inputs = {"backbone": backbone.settings, "batch": batch, "images": [item.identity() for item in items]}
     path = RUNS / f"{fingerprint(*MODULES, **inputs, versions=versions(PACKAGES))}.npy"
-    if not path.exists():
+    if intact(path, partial(rows_of, len(items))) is None:
         compute(items, backbone, state, batch, path)
     return path
 
@@ -47,7 +48,7 @@ def compute(items: Sequence[Item], backbone: Backbone, state: PartialState, batc
     mine = share(list(zip(parts, chunks, strict=True)), state)
     with progress((chunk for _, chunk in mine), backbone.settings["network"], state, leave=False) as bar:
         for part, chunk in mine:
-            if not part.exists():
+            if intact(part, partial(rows_of, len(chunk))) is None:
                 save(part, encoded(chunk, backbone, state.device, batch))
             bar.update(len(chunk))
     state.wait_for_everyone()
@@ -55,6 +56,14 @@ def compute(items: Sequence[Item], backbone: Backbone, state: PartialState, batc
         save(path, np.concatenate([np.load(part) for part in parts]))
         shutil.rmtree(path.with_suffix(""))
     state.wait_for_everyone()
+
+
+def rows_of(count: int, path: Path) -> np.ndarray:
+    """Kept rows; ValueError unless there are `count`."""
+    rows = np.load(path, mmap_mode="r")
+    if rows.ndim != 2 or len(rows) != count:
+        raise ValueError(f"an array of shape {rows.shape}, of {count} images")
+    return rows
 
 
 def encoded(items: Sequence[Item], backbone: Backbone, device: torch.device, batch: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from eval.common.files import replacing, some, write_json
+from eval.common.files import expecting, replacing, some, writable, write_json
 from eval.common.provenance import model_name
 
 
@@ -114,11 +114,13 @@ class RunFolder:
         return self.images / f"{name}.png"
 
     def check(self, made_with: Mapping, ids: Iterable[str]) -> None:
-        """ValueError for a folder of other settings or versions, or with files that are not of this run; changes nothing."""
+        """ValueError for a folder that cannot be written to, of other settings or versions, or with files that are not of
+        this run; changes nothing."""
         expected = {f"{name}.png" for name in ids}
+        self._check_kinds(expected)
         present = [path.name for path in self.images.glob("[!.]*")]
-        if self.settings.exists():
-            self._check_settings(made_with)
+        if before := self.before():
+            self._check_settings(before, made_with)
         else:
             present += [path.name for path in self.root.glob("[!.]*") if path != self.images]
             expected = set()
@@ -128,15 +130,28 @@ class RunFolder:
                 "--out."
             )
 
-    def _check_settings(self, made_with) -> None:
-        try:
-            before = json.loads(self.settings.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"Expected settings in {self.settings}, but it is damaged ({error}): if its images are of the settings given "
-                "now, move them away, start again, and move them back."
-            ) from error
-        old, new = ({**each["settings"], **each["versions"]} for each in (before, made_with))
+    def _check_kinds(self, names: Collection[str]) -> None:
+        """Folders where the run has files, and a file where it has a folder."""
+        writable(self.root / ".lock")
+        if self.images.exists() and not self.images.is_dir():
+            raise ValueError(f"Expected a folder of images, but {self.images} is none: move it away.")
+        files = [*self.root.glob("*.json"), *self.root.glob("*.csv"), *self.images.glob("*.png")]
+        known = {"settings.json", "manifest.csv", "failed.csv", *names}
+        if folders := sorted(path.name for path in files if path.name in known and path.is_dir()):
+            raise ValueError(f"Expected files in {self.root}, but these are folders: {some(folders)}. Move them away.")
+
+    def before(self) -> dict | None:
+        """What a started run says that it is made with; None for a new one, ValueError where it cannot be read."""
+        if not self.settings.exists():
+            return None
+        advice = "if its images are of the settings given now, move them away, start again, and move them back"
+        with expecting("the settings of a run", self.settings, advice):
+            content = json.loads(self.settings.read_text())
+            told = {**content["settings"], **content["versions"]}
+            return {"told": told, "commits": content["commit"].split(", ")}
+
+    def _check_settings(self, before: Mapping, made_with: Mapping) -> None:
+        old, new = before["told"], {**made_with["settings"], **made_with["versions"]}
         names = [name for name in {**old, **new} if name not in MOVABLE and old.get(name) != new.get(name)]
         if names:
             changes = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
@@ -149,8 +164,8 @@ class RunFolder:
         for folder in (self.root, self.images):
             for path in folder.glob(".part-*"):
                 path.unlink()
-        before = json.loads(self.settings.read_text())["commit"].split(", ") if self.settings.exists() else []
-        commits = ", ".join(dict.fromkeys([*before, made_with["commit"]]))
+        before = self.before()
+        commits = ", ".join(dict.fromkeys([*(before["commits"] if before else []), made_with["commit"]]))
         write_json(self.settings, {**made_with, "commit": commits})
 
 
@@ -180,11 +195,7 @@ def read_run(folder: Path) -> FinishedRun:
     if lacking := [name for name in ("settings.json", "manifest.csv") if not (folder / name).is_file()]:
         names = " and no ".join(lacking)
         raise ValueError(f"Expected a run folder of eval.coco30k, but {folder} has no {names}: finish its generation.")
-    content = json.loads((folder / "settings.json").read_text())
-    settings = content.get("settings", {}) | {"versions": content.get("versions")}
-    refuse(
-        folder, "settings of eval.coco30k; these lack", {"method", "model", "captions", "guidance_scale"} - {*settings}
-    )
+    settings = read_settings(folder)
     table, failed = (read_table(folder / name) for name in ("manifest.csv", "failed.csv"))
     refuse(folder, "the columns of manifest.csv; these lack", {"id", "caption", "file", "sha256"} - {*table.columns})
     refuse(folder, "each id once in manifest.csv; these stand twice", {*table["id"][table["id"].duplicated()]})
@@ -201,9 +212,30 @@ def read_run(folder: Path) -> FinishedRun:
     return FinishedRun(folder, settings, tuple(sorted(items, key=lambda item: item.id)), len(failed))
 
 
+def read_settings(folder: Path) -> dict:
+    """The settings that a run was made with, and its versions."""
+    path, needed = (
+        folder / "settings.json",
+        {"method": str, "model": str, "captions": str, "guidance_scale": int | float},
+    )
+    with expecting("the settings of a run", path, "its generation has to be started again"):
+        content = json.loads(path.read_text())
+        settings = {**content["settings"], "versions": content.get("versions")}
+    wrong = {name for name, kind in needed.items() if not isinstance(settings.get(name), kind)}
+    refuse(folder, "settings of eval.coco30k; these lack, or are of another type", wrong)
+    return settings
+
+
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV file of texts as they stand, or no rows where there is no file."""
-    return pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pd.DataFrame()
+    """A CSV file of texts as they stand, every row of as many as there are columns; no rows where there is no file."""
+    if not path.exists():
+        return pd.DataFrame()
+    with expecting("a table of texts", path, "its generation has to be started again"):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file, strict=True) if row]
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError("rows of different lengths" if rows else "no columns")
+    return pd.DataFrame(rows[1:], columns=rows[0])
 
 
 def refuse(folder: Path, expected: str, mistakes: Collection[str]) -> None:

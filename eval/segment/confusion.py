@@ -45,6 +45,14 @@ class Counts:
             facts = json.loads(str(file["facts"]))
             return cls(tuple(facts["images"]), file["cells"], facts["skipped"], facts["seconds"])
 
+    @classmethod
+    def of(cls, ids: Sequence[str], path: Path) -> "Counts":
+        """Those of some images; ValueError if the file holds others."""
+        found = cls.load(path)
+        if {*found.images, *found.skipped} != set(ids) or found.cells.shape[1:] != (5,):
+            raise ValueError("it holds the counts of other images")
+        return found
+
 
 def cells_of(
     image: int, predictions: Int[Tensor, "v H W"], truth: Int[Tensor, "H W"], classes: int, void: int

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
+from eval.common.files import intact
 from eval.common.load import load_pipeline
 from eval.common.processes import now, processes, progress, seed_of, share, slices
 from eval.common.provenance import fingerprint
@@ -93,7 +94,8 @@ class SegmentationRun:
         mine = share(work, self.state)
         with progress((ids for ids, _ in mine), row, self.state) as bar:
             for ids, path in mine:
-                if not path.exists() or Counts.load(path).skipped:  # what was skipped may have been mended
+                known = intact(path, partial(Counts.of, ids))
+                if known is None or known.skipped:  # what was skipped may have been mended
                     self.measure(row, ids).save(path)
                 bar.update(len(ids))
         self.state.wait_for_everyone()

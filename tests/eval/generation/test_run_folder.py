@@ -50,7 +50,7 @@ def spoil_duplicate(folder):
         ),
         (lambda f: (f / "manifest.csv").write_text("id,caption\n1,a\n"), "file, sha256"),
         (lambda f: (f / "manifest.csv").write_text("id,caption,seed,file,sha256\n"), "empty"),
-        (lambda f: (f / "manifest.csv").write_text(""), "No columns"),
+        (lambda f: (f / "manifest.csv").write_text(""), "no columns"),
         (spoil_duplicate, "twice: 000002"),
         (lambda f: (f / "images" / "000001.png").unlink(), "these lack: 000001.png"),
         (lambda f: (f / "images" / "notes.txt").write_text(""), "found: notes.txt"),

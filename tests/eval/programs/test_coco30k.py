@@ -211,7 +211,7 @@ def test_hidden_files_are_nobodys(tmp_path):
 def test_damaged_settings_are_told(tmp_path):
     made(few(), tmp_path, 1)
     (tmp_path / "settings.json").write_text("")
-    with pytest.raises(ValueError, match=r"settings.json, but it is damaged"):
+    with pytest.raises(ValueError, match=r"the settings of a run in .*settings.json, but got JSONDecodeError"):
         coco30k.GenerationRun(few(), tmp_path)()
 
 
