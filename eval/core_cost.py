@@ -27,7 +27,7 @@ from eval.common.provenance import command
 from eval.common.tables import markdown
 from eval.cost.captured_step import Step, full_size
 from eval.cost.full_size import ARCHITECTURES
-from eval.cost.measure import PeakMemory, alone, device_name
+from eval.cost.measure import PeakMemory, add_device, alone, device_name
 from eval.cost.operations import added_flops
 from goca_guidance import GoCAConfig
 from goca_guidance.method import aggregation, segmentor
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--size", type=at_least(8), default=512, help="at which the naive form of every family can be held"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument("--result", type=Path, help="results/core-DEVICE.json by default")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval.common.files import replacing
+from eval.common.files import expecting, replacing
 from eval.common.plots import stack
 from eval.common.programs import command_line
 from eval.common.programs import run as run_program
@@ -31,8 +31,10 @@ def of_result(show):
     """A table of one result, by a function of its rows and of what is wanted of them; then the command that made it."""
 
     def table(results: Path, name: str, *wanted: str) -> str:
-        result = json.loads((results / f"{name}.json").read_text())
-        return f"{show(result['rows'], wanted)}\n\n`{result['command']}`"
+        path = results / f"{name}.json"
+        with expecting("a result for this table", path, "measure it again"):
+            result = json.loads(path.read_text())
+            return f"{show(result['rows'], wanted)}\n\n`{result['command']}`"
 
     return table
 
@@ -65,11 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             part.write_text(fill(document.read_text(), results))
     for path in results.glob("*.json"):
         if draw := PLOTS.get(path.stem.partition("-")[0]):
-            draw(json.loads(path.read_text())["rows"], Path(f"docs/{path.stem}.png"))
+            with expecting("a result for this plot", path, "measure it again"):
+                draw(json.loads(path.read_text())["rows"], Path(f"docs/{path.stem}.png"))
     if demo.exists():
-        parts = [Image.open(demo / f"{name}.png") for name in ("comparison", "strip", "segmentation")]
+        with expecting("the pictures of `make demo`", demo, "make them again"):
+            page = stack([Image.open(demo / f"{name}.png") for name in ("comparison", "strip", "segmentation")])
         with replacing(picture) as part:
-            stack(parts).quantize(256).save(part, format="PNG")
+            page.quantize(256).save(part, format="PNG")
 
 
 if __name__ == "__main__":

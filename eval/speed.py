@@ -30,7 +30,7 @@ from eval.common.programs import run as run_program
 from eval.common.provenance import command, fingerprint
 from eval.common.tables import markdown
 from eval.cost.full_size import ARCHITECTURES, arguments, build, guided_arguments
-from eval.cost.measure import PeakMemory, alone, device_name
+from eval.cost.measure import PeakMemory, add_device, alone, device_name
 from goca_guidance import GoCAConfig, GoCASCFGPipeline, SCFGConfig
 
 
@@ -78,15 +78,27 @@ class Case:
         return {"stock": stock, "guided": guided}
 
     def chosen(self) -> dict[str, int]:
-        """The options, read."""
-        return {key: int(value) for key, value in (pair.split("=") for pair in self.options.split())}
+        """The options, read; ValueError for others than whole numbers of the fields of the two configurations."""
+        try:
+            found = {key: int(value) for key, value in (pair.split("=") for pair in self.options.split())}
+            self.configs(found)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f'Expected options such as "every=2 agreement_rows=256", but got {self.options!r} ({error}).'
+            ) from error
+        return found
+
+    @staticmethod
+    def configs(options: dict[str, int]) -> dict:
+        """The arguments of a guided call."""
+        goca = {name: value for name, value in options.items() if name != "every"}
+        return {"goca": GoCAConfig(**goca), "scfg": SCFGConfig(every=options.get("every", 1))}
 
     def call(self, pipe, name: str, steps: int):
         """Generate latents."""
         kwargs, given = arguments(self.family, pipe, self.size, self.batch, steps), self.chosen()
         if name == "guided":
-            every = given.pop("every", 1)
-            kwargs |= guided_arguments(self.family) | {"goca": GoCAConfig(**given), "scfg": SCFGConfig(every=every)}
+            kwargs |= guided_arguments(self.family) | self.configs(given)
         return pipe(**kwargs)
 
 
@@ -175,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=at_least(1), nargs="+", default=[1])
     parser.add_argument("--options", default="", help='for example "every=2 agreement_rows=256 working_size=32"')
     parser.add_argument("--seconds", type=positive, default=150, help="to spend on the steps of a row, at the least")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda by default")
     parser.add_argument("--result", type=Path, help="results/speed-DEVICE.json by default")
     args = parser.parse_args(arguments)
@@ -184,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes = {family: args.sizes or [ARCHITECTURES[family].size] for family in args.families}
         plan = [(family, size, batch) for family in args.families for size in sizes[family] for batch in args.batch]
     cases = [Case(*place, dtype, args.options) for place in plan]
+    _ = [case.chosen() for case in cases]
     result = writable(args.result or Path(f"results/speed-{args.device}.json"))
     print(markdown(measure(cases, args.device, args.seconds, result)))
 

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from eval.common.files import replacing
+from eval.common.files import expecting, intact, recovered, replacing, writable
 from eval.common.programs import at_least, command_line, positive
 from eval.common.programs import run as run_program
 from eval.common.provenance import weights_digest
@@ -67,19 +67,20 @@ class Autoencoding(torch.nn.Module):
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-def scenes_file(run: Path, split: str, count: int) -> Path:
-    """Draw `count` scenes once: images uint8 and captions, one .npz."""
+def scenes_of(run: Path, split: str, count: int) -> tuple[torch.Tensor, list[str]]:
+    """Images [N 3 H W] uint8 and captions of the first scenes, which are drawn once and kept in one .npz."""
     path = run / f"scenes-{split}-{count}.npz"
-    if not path.exists():
+    if (found := intact(path, _read_scenes)) is None:
         drawn = [scene(split, i, SIZE) for i in tqdm(range(count), desc=f"drawing {split} scenes")]
-        with replacing(path) as part:
-            np.savez(part, images=np.stack([s.image for s in drawn]), captions=np.array([s.caption for s in drawn]))
-    return path
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, images=np.stack([s.image for s in drawn]), captions=np.array([s.caption for s in drawn]))
+        found = _read_scenes(path)
+    return found
 
 
-def images_of(path: Path) -> torch.Tensor:
-    """Images of a scenes file, [N 3 H W] uint8."""
-    return torch.from_numpy(np.load(path)["images"]).permute(0, 3, 1, 2).contiguous()
+def _read_scenes(path):
+    with np.load(path) as file:
+        return torch.from_numpy(file["images"]).permute(0, 3, 1, 2).contiguous(), file["captions"].tolist()
 
 
 # ---- a resumable loop ------------------------------------------------------------------------------------------------
@@ -104,10 +105,11 @@ class Stage:
         return min(1.0, (step + 1) / 200, max(left, 0.01))
 
     def _resume(self):
-        path = self.run / "checkpoint"
+        path = recovered(self.run / "checkpoint")
         if path.exists():
-            self.accelerator.load_state(path)
-            self.ema.load_state_dict(torch.load(path / "ema.pt", map_location=self.accelerator.device))
+            with expecting("a whole checkpoint", path, "remove it, and the stage begins anew"):
+                self.accelerator.load_state(path)
+                self.ema.load_state_dict(torch.load(path / "ema.pt", map_location=self.accelerator.device))
             self.step = self.schedule.last_epoch
 
     def save(self):
@@ -178,8 +180,8 @@ class Stage:
 def train_vae(args):
     """L1 on pixels and on their differences (edges), and the usual small KL."""
     set_seed(args.seed)
-    images = images_of(scenes_file(args.run, "train", args.scenes))
-    held_out = _pixels(images_of(scenes_file(args.run, "validation", 256)))
+    images, _ = scenes_of(args.run, "train", args.scenes)
+    held_out = _pixels(scenes_of(args.run, "validation", 256)[0])
     stage = Stage("vae", Autoencoding(build_vae()).to(memory_format=torch.channels_last), args, learning_rate=1e-3)
     device = stage.accelerator.device
 
@@ -218,15 +220,16 @@ def _save_vae(vae, images, path, device):
 def latents_of(run: Path, split: str, count: int, device) -> torch.Tensor:
     """Scaled latents of every scene, [N 4 16 16], encoded once for each autoencoder."""
     path = run / f"latents-{split}-{count}-{weights_digest(str(run / 'vae'))}.pt"
-    if not path.exists():
+    if (found := intact(path, torch.load)) is None:
         vae = AutoencoderKL.from_pretrained(run / "vae" / "weights").to(device, memory_format=torch.channels_last)
-        chunks, encoded = images_of(scenes_file(run, split, count)).split(128), []
+        chunks, encoded = scenes_of(run, split, count)[0].split(128), []
         with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
             for chunk in tqdm(chunks, desc=f"encoding {split} scenes"):
                 encoded.append(vae.encode(_pixels(chunk).to(device)).latent_dist.mode().float().cpu())
+        found = (torch.cat(encoded) * vae.config.scaling_factor).half()
         with replacing(path) as part:
-            torch.save((torch.cat(encoded) * vae.config.scaling_factor).half(), part)
-    return torch.load(path).float()
+            torch.save(found, part)
+    return found.float()
 
 
 def train_unet(args):
@@ -237,7 +240,7 @@ def train_unet(args):
     device, noiser = stage.accelerator.device, DDPMScheduler(**SCHEDULE)
 
     def load(split, count):
-        captions = np.load(scenes_file(args.run, split, count))["captions"].tolist()
+        _, captions = scenes_of(args.run, split, count)
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return latents_of(args.run, split, count, device), ids
 
@@ -306,6 +309,21 @@ def samples(args):
     print("\n".join(captions))
 
 
+def check_stage(args) -> None:
+    """ValueError unless what the stage reads is there, and what it writes can be written."""
+    needed = {"unet": ["vae/weights"], "export": ["vae/weights", "unet/checkpoint"], "samples": []}.get(args.stage, [])
+    for place in needed:
+        if not recovered(args.run / place).is_dir():
+            raise ValueError(
+                f"Expected {args.run / place}, but it is not there: run the stage {place.split('/')[0]} first."
+            )
+    writable((args.run if args.stage in ("vae", "unet") else args.out) / "part")
+    there = args.out.is_dir() and any(args.out.iterdir())
+    reads_model = args.stage == "samples" or (args.stage == "export" and there)
+    if reads_model and not (args.out / "model_index.json").is_file():
+        raise ValueError(f"Expected a model in {args.out}, but there is none: name the folder of one with --out.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line(__doc__)
     parser.add_argument("stage", choices=("vae", "unet", "export", "samples"))
@@ -325,6 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16", "fp16"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    check_stage(args)
     {"vae": train_vae, "unet": train_unet, "export": export, "samples": samples}[args.stage](args)
 
 

@@ -1,5 +1,6 @@
 """Peak memory of a block, a function in a process of its own, and the name of what was measured on."""
 
+import argparse
 import multiprocessing
 import platform
 import threading
@@ -40,6 +41,12 @@ def alone(function, *args):
     """What a function returns in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The argument --device: what there is of cuda and cpu, the first by default."""
+    there = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=there, default=there[0])
 
 
 def device_name(device: str) -> str:
