@@ -2,7 +2,17 @@
 
 from pathlib import Path
 
-from eval.datasets.folders import VOID, Dataset, Layout, base_folder, existing_folder, indexed, names_in, split_folder
+from eval.datasets.folders import (
+    VOID,
+    Dataset,
+    Layout,
+    OtherForm,
+    base_folder,
+    existing_folder,
+    indexed,
+    names_in,
+    split_folder,
+)
 
 
 # ADE20K (Zhou et al., CVPR 2017), objectInfo150.txt of the scene parsing challenge: the first of each class's synonyms
@@ -21,6 +31,7 @@ ADE20K = names_in(
     "bulletin board, shower, radiator, glass, clock, flag"
 )
 ADE20K_LABELS = {0: VOID, **{id: id - 1 for id in range(1, 151)}}
+OTHERS = (OtherForm("reduced: 255 for other, and all labels one less", {*range(150), 255}, {*range(151)}),)
 
 
 def ade20k(root: Path, split: str) -> Layout:
@@ -35,7 +46,7 @@ def ade20k(root: Path, split: str) -> Layout:
     folder = {"train": "training", "val": "validation"}.get(split, split)
     images, masks = split_folder(base / "images", folder), split_folder(existing_folder(base, "annotations"), folder)
     files = {path.stem: (path, masks / f"{path.stem}.png") for path in images.glob(f"ADE_{split}_*.jpg")}
-    return Layout(ADE20K, files, indexed(ADE20K_LABELS))
+    return Layout(ADE20K, files, indexed(ADE20K_LABELS), OTHERS)
 
 
 DATASET = Dataset(

@@ -85,6 +85,7 @@ def benchmark(
             f"Expected images in split {split!r} of {name} in {root}, but it is empty. Unpack the images there."
         )
     chosen = _chosen(ids, layout.files.__contains__, layout.files, f"split {split!r} of {name} in {root}")
+    _refuse_other_forms(name, layout)
     kept = Layout(layout.classes, {id: layout.files[id] for id in chosen}, layout.decode)
     return Benchmark(name, layout.classes, chosen, partial(_read, kept))
 
@@ -116,6 +117,31 @@ def _chosen(ids: Iterable[str] | None, known: Callable[[str], bool], everything:
     if not chosen:
         raise ValueError(f"Expected some ids of {where}, but got none. Leave ids out to take all.")
     return chosen
+
+
+def _refuse_other_forms(name: str, layout: Layout) -> None:
+    """ValueError where the split's masks are of another form, whichever of them are evaluated.
+
+    Masks are read until one of them holds what only the dataset's own form holds: mostly the first few.
+    """
+    held, masks, waiting = set(), 0, [(form, 0) for form in layout.others]
+    for id, (_, path) in layout.files.items():
+        if not waiting:
+            return
+        try:
+            ids, _ = layout.decode(id, path)
+        except Exception:  # what cannot be read is told when its turn comes
+            continue
+        held, masks = held | {*np.unique(ids).tolist()}, masks + 1
+        waiting = [(form, alike + form.looks(ids)) for form, alike in waiting if not held & (form.ours - form.theirs)]
+    for form, alike in waiting:
+        if form.told_by(held, masks, alike):
+            foreign = sorted(held & (form.theirs - form.ours))[:5]
+            raise ValueError(
+                f"Expected the masks of {name} in their original form, but those in {path.parent} seem to be in another "
+                f"({form.name}): some of {masks} hold {foreign or 'little else than 255'}, and none holds one of "
+                f"{sorted(form.ours - form.theirs)[-5:]}. Take the masks of the release."
+            )
 
 
 def _scenes(root, split, ids) -> Benchmark:

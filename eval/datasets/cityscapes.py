@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from eval.datasets.folders import VOID, Dataset, Layout, existing_folder, first_existing, one_channel, split_folder
+from eval.datasets.folders import (
+    VOID,
+    Dataset,
+    Layout,
+    OtherForm,
+    existing_folder,
+    first_existing,
+    one_channel,
+    split_folder,
+)
 
 
 # Cityscapes (Cordts et al., CVPR 2016), cityscapesScripts labels.py: the 19 classes that are evaluated, by label id
@@ -17,6 +26,10 @@ CITYSCAPES_LABELS = {
     **{id: index for index, id in enumerate(_CITYSCAPES_IDS)},
 }
 CITYSCAPES_TRAIN_LABELS = {**{i: i for i in range(19)}, 255: VOID}
+OTHERS = {
+    "labelIds": OtherForm("train ids", CITYSCAPES_TRAIN_LABELS.keys(), CITYSCAPES_LABELS.keys()),
+    "labelTrainIds": OtherForm("label ids", CITYSCAPES_LABELS.keys(), CITYSCAPES_TRAIN_LABELS.keys()),
+}
 
 
 def cityscapes(root: Path, split: str) -> Layout:
@@ -31,8 +44,11 @@ def cityscapes(root: Path, split: str) -> Layout:
     for image in split_folder(images, split).rglob("*_leftImg8bit.png"):
         id = image.name.removesuffix("_leftImg8bit.png")
         start = masks / image.parent.relative_to(images) / f"{id}_gtFine"
-        files[id] = (image, first_existing(*(Path(f"{start}_{kind}.png") for kind in ("labelIds", "labelTrainIds"))))
-    return Layout(CITYSCAPES, files, _cityscapes_mask)
+        files[id] = (image, first_existing(*(Path(f"{start}_{kind}.png") for kind in OTHERS)))
+    kind = next(
+        (kind for kind in OTHERS if any(mask.name.endswith(f"_{kind}.png") for _, mask in files.values())), None
+    )
+    return Layout(CITYSCAPES, files, _cityscapes_mask, (OTHERS[kind],) if kind else ())
 
 
 def _cityscapes_mask(id, path):

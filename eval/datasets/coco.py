@@ -4,10 +4,12 @@ import json
 from functools import partial
 from pathlib import Path
 
+from eval.common.files import expecting
 from eval.datasets.folders import (
     VOID,
     Dataset,
     Layout,
+    OtherForm,
     existing_file,
     existing_folder,
     indexed,
@@ -37,6 +39,14 @@ _COCO = names_in(
 _COCO_IDS = {id: name for id, name in enumerate(_COCO, start=1) if name != "-"}
 STUFF_171 = tuple(_COCO_IDS.values())
 STUFF_171_LABELS = {**{id - 1: index for index, id in enumerate(_COCO_IDS)}, 255: VOID}
+STUFF_OTHERS = tuple(
+    OtherForm(name, ids, STUFF_171_LABELS.keys())
+    for name, ids in (
+        ("the ids of labels.txt, which are one more", {0, *_COCO_IDS}),
+        ("train ids, 0 to 170", {*range(171), 255}),
+        ("stuff alone, 92 to 183", {0, *range(92, 184)}),
+    )
+)
 
 # The 27 supercategories of COCO-Stuff in the order of IIC, PiCIE and STEGO: of things by the last id, of stuff by name
 _THING_GROUPS = (
@@ -103,11 +113,14 @@ def coco_object(root: Path, split: str) -> Layout:
     index = existing_file(root, f"annotations/panoptic_{split}2017.json", f"panoptic_{split}2017.json")
     masks = existing_folder(root, f"annotations/panoptic_{split}2017", f"panoptic_{split}2017")
     images = existing_folder(root, f"{split}2017", f"images/{split}2017")
-    content = json.loads(index.read_text())
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    annotations = {Path(names[a["image_id"]]).stem: a for a in content["annotations"]}
-    files = {id: (images / names[a["image_id"]], masks / a["file_name"]) for id, a in annotations.items()}
-    segments = {id: a["segments_info"] for id, a in annotations.items()}
+    with expecting("COCO's panoptic annotations", index, "take the JSON of the release"):
+        content = json.loads(index.read_text())
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        annotations = {Path(names[a["image_id"]]).stem: a for a in content["annotations"]}
+        files = {id: (images / names[a["image_id"]], masks / a["file_name"]) for id, a in annotations.items()}
+        segments = {id: a["segments_info"] for id, a in annotations.items()}
+        if unknown := {s["category_id"] for each in segments.values() for s in each} - {*_THINGS, *_PANOPTIC_STUFF}:
+            raise ValueError(f"categories {sorted(unknown)[:5]}, which COCO does not have (contiguous ids?)")
     return Layout(COCO_OBJECT, files, partial(_panoptic, segments))
 
 
@@ -121,8 +134,8 @@ def coco_stuff(root: Path, split: str, coarse: bool = False) -> Layout:
     images = existing_folder(root, f"{split}2017", f"images/{split}2017")
     files = {image.stem: (image, masks / f"{image.stem}.png") for image in images.glob("*.jpg")}
     if coarse:
-        return Layout(STUFF_27, files, indexed(STUFF_27_LABELS))
-    return Layout(STUFF_171, files, indexed(STUFF_171_LABELS))
+        return Layout(STUFF_27, files, indexed(STUFF_27_LABELS), STUFF_OTHERS)
+    return Layout(STUFF_171, files, indexed(STUFF_171_LABELS), STUFF_OTHERS)
 
 
 def _panoptic(segments, id, path):

@@ -3,7 +3,7 @@
 Nothing is read here but lists and folders; `eval.datasets.benchmarks` reads the samples and checks them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -22,6 +22,30 @@ def names_in(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class OtherForm:
+    """Another form in which a dataset's masks get around, whose ids would be read here as other classes without a word.
+
+    Args:
+        name: what was done to the masks.
+        theirs: ids that masks of that form can hold.
+        ours: ids that masks of the form that is read can hold.
+        looks: whether a mask looks like one of that form, where all its ids are ours too; most masks of a set must.
+    """
+
+    name: str
+    theirs: Set[int]
+    ours: Set[int]
+    looks: Callable[[np.ndarray], bool] = lambda ids: False
+
+    def told_by(self, held: Set[int], masks: int, alike: int) -> bool:
+        """Whether a set of `masks` is of that form, which hold these ids, and so many of which look so.
+
+        It holds what ours cannot hold, and nothing that only ours can hold.
+        """
+        return bool(held & (self.theirs - self.ours) or 2 * alike > masks) and not held & (self.ours - self.theirs)
+
+
+@dataclass(frozen=True)
 class Layout:
     """The samples of one split.
 
@@ -30,11 +54,13 @@ class Layout:
         files: image and mask by id.
         decode: (id, path of a mask) to the ids that it holds, [H W], and what these mean: {id: index of a class, or VOID}.
             What that lacks is no id of the dataset. ValueError ("expected ..., but got ...") for a mask of another form.
+        others: forms of masks that `decode` would take for its own.
     """
 
     classes: tuple[str, ...]
     files: dict[str, tuple[Path, Path]]
     decode: Callable[[str, Path], tuple[np.ndarray, Mapping[int, int]]]
+    others: tuple[OtherForm, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from eval.datasets.folders import (
     VOID,
     Dataset,
     Layout,
+    OtherForm,
     base_folder,
     existing_folder,
     first_existing,
@@ -25,6 +26,14 @@ VOC = names_in(
     "motorbike, person, potted plant, sheep, sofa, train, tv monitor"
 )
 VOC_LABELS = {**{i: i for i in range(21)}, 255: VOID}
+_VOC_GREY = {0, 15, 19, 34, 38, 52, 53, 57, 72, 75, 76, 90, 94, 109, 113, 128, 133, 147, 151, 220}
+VOC_OTHERS = (
+    OtherForm("the palette's colours as grey", _VOC_GREY, VOC_LABELS.keys()),
+    OtherForm(
+        "reduced: 255 for background, and all ids one less", {*range(20), 255}, VOC_LABELS.keys(),
+        lambda ids: not (ids == 0).any() and (ids == 255).mean() > 0.5,
+    ),
+)  # fmt: skip
 
 
 def voc(root: Path, split: str) -> Layout:
@@ -41,7 +50,7 @@ def voc(root: Path, split: str) -> Layout:
         id: (base / "JPEGImages" / f"{id}.jpg", first_existing(*(mask / f"{id}.png" for mask in masks)))
         for id in listed(base, f"ImageSets/Segmentation/{split}.txt", f"{split}.txt")
     }
-    return Layout(VOC, files, indexed(VOC_LABELS))
+    return Layout(VOC, files, indexed(VOC_LABELS), VOC_OTHERS)
 
 
 # Pascal Context (Mottaghi et al., CVPR 2014): the 59 frequent classes in alphabetical order, by their ids among the
@@ -59,6 +68,13 @@ CONTEXT_IDS = {
 CONTEXT = ("background", *CONTEXT_IDS.values())
 CONTEXT_LABELS = {**dict.fromkeys(range(460), 0), **{id: index for index, id in enumerate(CONTEXT_IDS, start=1)}}
 CONTEXT_PNG_LABELS = {**{i: i for i in range(60)}, 255: VOID}  # the converted form of mmsegmentation
+CONTEXT_OTHERS = {
+    ".mat": (OtherForm("converted to 0 (background) and 59 classes", {*range(60)}, {*range(1, 460)}),),
+    ".png": (
+        OtherForm("reduced: 255 for background, and all ids one less", {*range(59), 255}, {*range(60)}),
+        OtherForm("the release's 459 ids", {*range(1, 460)}, {*range(60)}),
+    ),
+}
 
 
 def context(root: Path, split: str, background: bool = True) -> Layout:
@@ -81,7 +97,7 @@ def context(root: Path, split: str, background: bool = True) -> Layout:
     lists = "ImageSets/SegmentationContext/* pascalcontext_* * ImageSets/Main/* ImageSets/Segmentation/*".split()
     ids = listed(base, *(f"{place.replace('*', split)}.txt" for place in lists))
     files = {id: (base / "JPEGImages" / f"{id}.jpg", masks / f"{id}{ending}") for id in ids}
-    return Layout(CONTEXT[not background :], files, partial(_context_mask, background))
+    return Layout(CONTEXT[not background :], files, partial(_context_mask, background), CONTEXT_OTHERS[ending])
 
 
 def _context_mask(background, id, path):

@@ -1,5 +1,6 @@
 """Readers of the benchmarks on generated miniatures of each layout, and beside torchvision's; mistakes are named."""
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -292,3 +293,133 @@ def test_ids_outside_the_label_set_of_context(tmp_path):
     savemat(path, {"LabelMap": np.full(SIZE, 460, np.uint16)})
     with pytest.raises(BadSample, match=r"got \[460\] in 192 pixels"):
         benchmark("context", tmp_path).read("2008_000002")
+
+
+# other forms of masks, which would be read as other classes
+
+
+def _rewrite(truths, change):
+    """Every mask of one channel, changed."""
+    for truth in truths.values():
+        with Image.open(truth.annotation) as file:
+            Image.fromarray(change(np.array(file)).astype(np.uint8)).save(truth.annotation)
+
+
+def _fill(truth, *ids):
+    """A mask of these ids, in columns of equal width, as a PNG file."""
+    Image.fromarray(np.resize(np.repeat(ids, SIZE[1] // len(ids)), SIZE).astype(np.uint8)).save(truth.annotation)
+
+
+def _reduced(ids):
+    """As `reduce_zero_label` of mmsegmentation has it: 0 to 255, all else one less."""
+    return np.where((ids == 0) | (ids == 255), 255, ids - 1)
+
+
+def _train_ids(ids):
+    known = {c.id: 255 if c.ignore_in_eval else c.train_id for c in Cityscapes.classes}
+    return np.vectorize(known.get)(ids)
+
+
+def _grey(ids):
+    """The masks of VOC in its palette's colours, saved as grey."""
+    colours = {0: (0, 0, 0), 1: (128, 0, 0), 12: (64, 0, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
+    picture = np.array([colours[i] for i in ids.flat], np.uint8).reshape(*ids.shape, 3)
+    return np.array(Image.fromarray(picture).convert("L"))
+
+
+def _one_more(ids):
+    return np.where(ids == 255, 0, ids + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "likely", "telling", "change", "form"),
+    [
+        ("ade20k", (1, 13), (0, 1), _reduced, "reduced: 255 for other"),
+        ("voc", (12, 0, 0, 0), (12, 0, 0, 0), _reduced, "reduced: 255 for background"),
+        ("voc", (0, 255), (0, 12), _grey, "colours as grey"),
+        ("cityscapes", (7, 8), (7, 4), _train_ids, "train ids"),
+        ("coco-stuff-171", (0, 64), (0, 181), _one_more, "one more"),
+        ("coco-stuff-27", (0, 64), (0, 66), _one_more, "one more"),
+        ("coco-stuff-171", (0, 255), (27, 255), lambda ids: np.where(ids == 27, 25, ids), "train ids, 0 to 170"),
+        (
+            "coco-stuff-171",
+            (92, 100),
+            (181, 255),
+            lambda ids: ids + 2 * (ids == 181) - 255 * (ids == 255),
+            "stuff alone",
+        ),
+    ],
+)
+def test_masks_of_another_form_are_refused(tmp_path, name, likely, telling, change, form):
+    """A mask with `likely` ids could be of both forms; another mask of the split tells, whichever is evaluated."""
+    truths = miniature(name, tmp_path)
+    for truth, ids in zip(truths.values(), (likely, likely, telling), strict=True):
+        _fill(truth, *ids)
+    assert benchmark(name, tmp_path).ids == tuple(sorted(truths))  # as they are, they are ours
+    _rewrite(truths, change)
+    with pytest.raises(ValueError, match=f"in their original form, .*{form}"):
+        benchmark(name, tmp_path, ids=[min(truths)])
+
+
+def test_label_ids_under_the_name_of_train_ids(tmp_path):
+    for truth in miniature("cityscapes", tmp_path).values():
+        _fill(truth, 7, 26)
+        truth.annotation.rename(str(truth.annotation).replace("labelIds", "labelTrainIds"))
+    with pytest.raises(ValueError, match=r"another \(label ids\): some of 3 hold \[26\]"):
+        benchmark("cityscapes", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "form"), [((255, 0, 58), "reduced"), ((2, 59), None), ((0, 255), "reduced"), ((2, 187), "459 ids")]
+)
+def test_converted_masks_of_context(tmp_path, ids, form):
+    truths = miniature("context", tmp_path)
+    shutil.rmtree(tmp_path / "trainval")
+    folder = tmp_path / "VOCdevkit/VOC2010/SegmentationClassContext"
+    folder.mkdir()
+    for id in truths:
+        Image.fromarray(np.resize(ids, SIZE).astype(np.uint8)).save(folder / f"{id}.png")
+    if form is None:
+        assert benchmark("context", tmp_path).ids
+    else:
+        with pytest.raises(ValueError, match=f"another .*{form}"):
+            benchmark("context", tmp_path)
+
+
+def test_matlab_masks_of_context_in_60_classes(tmp_path):
+    for truth in miniature("context", tmp_path).values():
+        savemat(truth.annotation, {"LabelMap": np.resize([0, 59], SIZE).astype(np.uint16)})
+    with pytest.raises(ValueError, match="converted to 0"):
+        benchmark("context", tmp_path)
+
+
+def test_one_damaged_mask_is_no_other_form(tmp_path):
+    """Where any mask holds what only ours can hold, a strange one costs one image; and so where nothing tells."""
+    first, second, _ = miniature("ade20k", tmp_path).values()
+    _fill(first, 255, 3)
+    _fill(second, 150, 3)
+    found = benchmark("ade20k", tmp_path)
+    with pytest.raises(BadSample, match=r"got \[255\]"):
+        found.read(found.ids[0])
+    _fill(first, 4, 5)
+    assert benchmark("ade20k", tmp_path, ids=[found.ids[0]]).read(found.ids[0])
+
+
+def test_contiguous_categories_of_coco(tmp_path):
+    miniature("coco-object", tmp_path)
+    path = tmp_path / "annotations" / "panoptic_val2017.json"
+    content = json.loads(path.read_text())
+    for each in content["annotations"]:
+        for number, segment in enumerate(each["segments_info"]):
+            segment["category_id"] = number
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"panoptic_val2017.json, but got .*categories \[0"):
+        benchmark("coco-object", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"images": [], "annotations": [{}]}'])
+def test_damaged_annotations_of_coco_are_named(tmp_path, text):
+    miniature("coco-object", tmp_path)
+    (tmp_path / "annotations" / "panoptic_val2017.json").write_text(text)
+    with pytest.raises(ValueError, match=r"annotations in .*panoptic_val2017.json, but got"):
+        benchmark("coco-object", tmp_path)
