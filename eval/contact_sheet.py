@@ -21,7 +21,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eval.common.configs import from_mapping
+from eval.common.configs import from_mapping, inside
 from eval.common.files import writable
 from eval.common.plots import write
 from eval.common.processes import processes
@@ -73,7 +73,9 @@ def pixels(item: Item) -> np.ndarray:
 def looks(run: FinishedRun, items: Sequence[Item]) -> dict[str, Look]:
     """What guided the images, by id; ValueError if the captions are no longer those of the run."""
     known = {k: v for k, v in run.settings.items() if k in GenerationSettings.__dataclass_fields__}
-    settings, wanted, found = from_mapping(GenerationSettings, known), {item.id: item for item in items}, {}
+    with inside(run.folder / "settings.json"):
+        settings = from_mapping(GenerationSettings, known)
+    wanted, found = {item.id: item for item in items}, {}
     texts = settings.texts()
     if any(run.settings.get(name) != value for name, value in settings.described(texts).items()):
         raise ValueError(

@@ -1,17 +1,17 @@
 """TOML files to dataclasses. A file may include others, so that it holds only what is its own."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+from goca_guidance.schema import at_least, between, check_names, read
 
 
-TYPES = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a table", list: "a list",
-    NoneType: "left out",
-}  # fmt: skip
+Count = Annotated[int, at_least(1)]
+Seed = Annotated[int, between(0, 2**63 - 1)]
 
 
 def read_toml(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -26,8 +26,8 @@ def read_toml(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     if including and not path.is_file():
         raise ValueError(f"Expected the file {path}, as {including[-1]} includes it, but it is not there.")
     try:
-        values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected well-formed TOML in {path}, but got: {error}.") from error
     names, merged = values.pop("include", []), {}
     names = [names] if isinstance(names, str) else names
@@ -44,27 +44,48 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     return {**first, **second, **both}
 
 
+def from_file(cls: type, path: Path, **changes: Any):
+    """A dataclass from a TOML file, with some fields changed; a mistake in it names the file."""
+    values = read_toml(path) | changes
+    with inside(path):
+        return from_mapping(cls, values)
+
+
 def from_mapping(cls: type, values: Mapping[str, Any]):
-    """A dataclass from a table of a TOML file; an unknown key and a value of another type are errors."""
+    """A dataclass from a table of a TOML file, each value read by its field's annotation (`goca_guidance.schema`).
+
+    ValueError for a key that is no field, with the one that it may have been meant for, and for a value of another type.
+    """
     check_keys(cls, values)
-    check_types(cls, values)
-    return cls(**values)
+    hints = get_type_hints(cls, include_extras=True)
+    with _as_value_error():
+        return cls(**{name: read(name, value, hints[name]) for name, value in values.items()})
 
 
 def check_keys(cls: type, values: Mapping[str, Any], others: tuple[str, ...] = ()) -> None:
-    """ValueError, which lists the known ones, for a key that is neither a field of `cls` nor one of the others."""
-    known = {*(each.name for each in fields(cls)), *others}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"Expected keys of {cls.__name__} among {sorted(known)}, but got {unknown}.")
+    """ValueError for a key that is neither a field of `cls` nor one of the others, with the one that is spelled most alike."""
+    with _as_value_error():
+        check_names(values, {*(each.name for each in fields(cls)), *others}, f"a key of {cls.__name__}")
 
 
-def check_types(cls: type, values: Mapping[str, Any]) -> None:
-    """ValueError for a value that is not of its field's type; whole numbers serve as floats, true and false as neither."""
-    hints = get_type_hints(cls)
-    for name, value in values.items():
-        options = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
-        kinds = [get_origin(option) or option for option in options]
-        fits = isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join(TYPES.get(kind, kind.__name__) for kind in kinds)
-            raise ValueError(f"Expected `{name}` to be {wanted}, but got {value!r}.")
+def checked_value(name: str, value: Any, hint: Any) -> Any:
+    """One value of a TOML file, read by a type annotation; ValueError for another."""
+    with _as_value_error():
+        return read(name, value, hint)
+
+
+@contextmanager
+def inside(place: object) -> Iterator[None]:
+    """A mistake in the block says where it stands: in a file, in a table of it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(str(error)) from error

@@ -3,22 +3,24 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from tqdm.auto import tqdm
 
-from eval.common.configs import from_mapping, read_toml
+from eval.common.configs import Count, Seed, from_file
 from eval.common.load import DTYPES, load_pipeline
 from eval.common.processes import seed_of, slices
 from eval.common.provenance import weights_digest
 from eval.generation.captions import captions_of, digest_of
+from eval.scenes.scene import SPLITS
 from goca_guidance import TINY_SD, GoCASCFGPipeline, GoCASCFGPipelineOutput, SCFGConfig
 from goca_guidance.denoisers.adapters import denoiser_of
+from goca_guidance.schema import above, at_least, checked
 from goca_guidance.stock import exact_arguments, guidance_arguments
 
 
@@ -29,6 +31,7 @@ METHODS: dict[str, dict] = {  # arguments of the pipeline
 }
 
 
+@checked
 @dataclass(frozen=True)
 class GenerationSettings:
     """The fields of a TOML file: what an image depends on.
@@ -53,39 +56,32 @@ class GenerationSettings:
             the noise itself is another).
     """
 
-    method: str = "goca"
+    method: Literal[*METHODS] = "goca"
     captions: str = "scenes"
-    split: str = "test"
-    count: int = 2000
+    split: Literal[*SPLITS] = "test"
+    count: Count = 2000
     model: str = TINY_SD
     denoiser: str | None = None
-    dtype: str = "float32"
+    dtype: Literal[*DTYPES] = "float32"
     scheduler: str | None = None
-    guidance_scale: float = 5.0
-    steps: int = 50
-    size: int | None = None
-    batch: int = 8
-    seed: int = 42
+    guidance_scale: Annotated[float, above(0)] = 5.0
+    steps: Count = 50
+    size: Annotated[int, at_least(8)] | None = None
+    batch: Count = 8
+    seed: Seed = 42
     one_seed: bool = False
 
     def __post_init__(self):
-        for name, choices in (("method", METHODS), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"Expected `{name}` among {', '.join(choices)}, but got {getattr(self, name)!r}.")
-        for name in ("count", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, but got {getattr(self, name)}.")
-        if self.guidance_scale <= 0:
-            raise ValueError(f"Expected a positive `guidance_scale`, but got {self.guidance_scale}.")
-        if self.size is not None and (self.size < 8 or self.size % 8):
+        if self.size is not None and self.size % 8:
             raise ValueError(f"Expected `size` to be a multiple of 8 pixels, but got {self.size}.")
-        if self.scheduler is not None and not hasattr(getattr(diffusers, self.scheduler, None), "from_config"):
+        kind = getattr(diffusers, self.scheduler, None) if self.scheduler else SchedulerMixin
+        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
             raise ValueError(f"Expected `scheduler` to be a scheduler of diffusers, but got {self.scheduler!r}.")
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> "GenerationSettings":
         """From a TOML file, with some fields changed; unknown keys are an error."""
-        return from_mapping(cls, read_toml(path) | changes)
+        return from_file(cls, path, **changes)
 
     def texts(self) -> dict[str, str]:
         """The captions by id, in the order of the ids."""
@@ -176,7 +172,12 @@ def pipeline(settings: GenerationSettings, device: str | torch.device | None = N
     """The model with the denoiser and the scheduler that the settings name, without safety checker and watermark."""
     replaced: dict[str, Any] = {}
     if settings.denoiser:
-        name = next(name for name in ("unet", "transformer") if name in DiffusionPipeline.load_config(settings.model))
+        parts = DiffusionPipeline.load_config(settings.model)
+        name = next((name for name in ("unet", "transformer") if name in parts), None)
+        if name is None:
+            raise ValueError(
+                f"Expected a model with a unet or a transformer, which `denoiser` replaces, but got {settings.model}."
+            )
         dtype = getattr(torch, settings.dtype)
         replaced[name] = AutoModel.from_pretrained(settings.denoiser, subfolder=name, torch_dtype=dtype)
     pipe = load_pipeline(settings.model, settings.dtype, device, **replaced)

@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import requests
 from filelock import FileLock
@@ -16,6 +17,7 @@ from eval.common.files import write_json
 from eval.datasets.benchmarks import BadSample
 from eval.prompts.phrases import BACKGROUND
 from eval.prompts.sources import CaptionSource, read_captions
+from goca_guidance.schema import above, at_least, checked
 
 
 INSTRUCTION = """\
@@ -27,6 +29,7 @@ REFUSED = (400, 413, 415, 422)  # HTTP statuses that are about the picture: the 
 BUSY = (408, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another try
 
 
+@checked
 class Endpoint(CaptionSource):
     """Prompts of captions that a vision model writes when an image is first asked for.
 
@@ -45,9 +48,9 @@ class Endpoint(CaptionSource):
         cache: str | Path,
         aliases: Mapping[str, str] | None = None,
         key_variable: str = "OPENAI_API_KEY",
-        retries: int = 5,
-        backoff: float = 1.0,
-        timeout: float = 120.0,
+        retries: Annotated[int, at_least(0)] = 5,
+        backoff: Annotated[float, at_least(0)] = 1.0,
+        timeout: Annotated[float, above(0)] = 120.0,
         **settings,
     ):
         super().__init__(classes, aliases, **settings)

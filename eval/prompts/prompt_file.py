@@ -8,6 +8,7 @@ from PIL import Image
 
 from eval.common.files import replacing
 from eval.prompts.sources import Entity, Prompt, parsed, require_entries
+from goca_guidance.schema import checked
 
 
 def write_prompts(path: str | Path, prompts: Mapping[str, Sequence[Prompt]], classes: Sequence[str]) -> None:
@@ -22,6 +23,7 @@ def _entry(prompt, classes):
     return {"text": prompt.text, "entities": named}
 
 
+@checked
 class Written:
     """Prompts that `write_prompts` wrote, exactly as they were; lines may have been edited since."""
 

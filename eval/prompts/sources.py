@@ -15,12 +15,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+from eval.common.configs import Count
 from eval.datasets.benchmarks import bare, dataset_of
 from eval.prompts.phrases import BACKGROUND, caption_groups, class_names, clean, name_index, named
+from goca_guidance.schema import checked
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def joined(entities: Sequence[Entity]) -> list[Prompt]:
     return [Prompt(", ".join(entity.words for entity in entities), tuple(entities))] if entities else []
 
 
+@checked
 class Source:
     """Gives the prompts of an image. `names` are the classes as prompts spell them."""
 
@@ -93,13 +97,12 @@ class Tags(Source):
         return joined(self.entities(self.asked(present)))
 
 
+@checked
 class Vocabulary(Source):
     """The names of all classes, whatever the image holds, in as few prompts of nearly equal length as `chunk` names allow."""
 
-    def __init__(self, classes: Sequence[str], chunk: int = 20):
+    def __init__(self, classes: Sequence[str], chunk: Count = 20):
         super().__init__(classes)
-        if chunk < 1:
-            raise ValueError(f"Expected a chunk of at least one name, but got {chunk}.")
         labels = [label for label, name in enumerate(self.names) if name != BACKGROUND]
         parts = np.array_split(labels, max(1, math.ceil(len(labels) / chunk)))
         self.prompts = [prompt for part in parts for prompt in joined(self.entities(part))]
@@ -153,6 +156,7 @@ def release(benchmark: str) -> dict:
     return {"append_missing": dataset.append_missing, "background": dataset.background_words}
 
 
+@checked
 class CaptionSource(Source):
     """Prompts of captions; where these come from, `caption` of a subclass says.
 
@@ -167,11 +171,9 @@ class CaptionSource(Source):
         aliases: Mapping[str, str] | None = None,
         background: Sequence[str] = (),
         append_missing: bool = True,
-        labels: str = "tags",
+        labels: Literal["tags", "caption"] = "tags",
     ):
         super().__init__(classes)
-        if labels not in ("tags", "caption"):
-            raise ValueError(f'Expected labels "tags" or "caption", but got {labels!r}.')
         self.index = name_index(classes, aliases or {})
         self.background = tuple(map(clean, background))
         self.append_missing, self.labels = append_missing, labels
@@ -193,6 +195,7 @@ class CaptionSource(Source):
         return tuple(sorted({named(phrase, self.index) for group in groups for phrase in group} - {None}))
 
 
+@checked
 class Captions(CaptionSource):
     """Prompts of a caption file in the released format: {"image file name": {"caption": "noun, (noun, part), noun."}}.
 

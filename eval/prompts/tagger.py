@@ -1,6 +1,7 @@
 """Image tags without ground truth: open_clip says which of a benchmark's classes an image shows (zero-shot)."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -9,8 +10,13 @@ from torch import Tensor
 from eval.common.load import load_open_clip
 from eval.prompts.phrases import BACKGROUND
 from eval.prompts.sources import Source, joined
+from goca_guidance.schema import Bound, above, checked
 
 
+UP_TO_1 = Bound("and up to 1", lambda value: value <= 1)
+
+
+@checked
 class Tagger(Source):
     """Prompts of the classes that CLIP (arXiv 2103.00020, section 3.1) finds in an image; the ground truth is not read.
 
@@ -26,12 +32,10 @@ class Tagger(Source):
         classes: Sequence[str],
         model: str = "ViT-B-32",
         pretrained: str | None = "openai",
-        threshold: float = 0.1,
+        threshold: Annotated[float, above(0), UP_TO_1] = 0.1,
         device: str | torch.device = "cpu",
     ):
         super().__init__(classes)
-        if not 0 < threshold <= 1:
-            raise ValueError(f"Expected a threshold of probability, above 0 and up to 1, but got {threshold}.")
         self.threshold, self.device = threshold, torch.device(device)
         self.labels = [label for label, name in enumerate(self.names) if name != BACKGROUND]
         self.model, self.preprocess, tokenizer = load_open_clip(model, pretrained, self.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.common.files import replacing
+from eval.common.files import replacing, writable
 from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
 from eval.scenes.scene import CLASSES, SPLITS, scene
@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=at_least(8), default=64)
     parser.add_argument("--out", type=Path, default=Path("scenes.png"))
     args = parser.parse_args(arguments)
+    writable(args.out)
     palette = np.random.default_rng(3).integers(40, 255, (len(CLASSES), 3)).astype(np.uint8)
     pairs = [(s.image, palette[s.mask]) for s in (scene(args.split, i, args.size) for i in range(args.count))]
     rows = [pairs[i : i + 12] for i in range(0, len(pairs) - len(pairs) % 12, 12)] or [pairs]

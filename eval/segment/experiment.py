@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from eval.common.configs import check_keys, from_mapping, read_toml
+from eval.common.configs import Count, Seed, check_keys, checked_value, from_file, from_mapping, inside
 from eval.common.files import file_digest
 from eval.common.load import DTYPES
 from eval.common.provenance import weights_digest
@@ -20,6 +20,7 @@ from eval.prompts.tagger import Tagger
 from eval.segment.crf import CRF
 from eval.segment.methods import METHODS, BackgroundRule, Method
 from goca_guidance import TINY_SD, GoCAConfig
+from goca_guidance.schema import FILLED, at_least, checked
 
 
 SOURCES: Mapping[str, Callable] = {
@@ -32,9 +33,16 @@ SOURCES: Mapping[str, Callable] = {
 }
 
 
+Timestep = Annotated[int, at_least(0)] | None
+ROW = {  # of a row, what is no field of `GoCAConfig`; the last ones are of single methods
+    "timestep": Timestep, "num_noises": Count | None, "crf": bool | dict[str, Any], "template": str,
+    "text_layers": list[str] | None, "self_layer": str | None, "grid_weights": list[float] | None,
+    "threshold": float, "alpha": float, "layer": str | None,
+}  # fmt: skip
 NOT_GOCA = ("base", "timestep", "num_noises", "background", "crf")  # a row's keys that are no field of `GoCAConfig`
 
 
+@checked
 @dataclass(frozen=True)
 class Experiment:
     """The fields of a TOML file.
@@ -59,43 +67,32 @@ class Experiment:
         seed: noise is seeded by it and the image's id.
     """
 
-    methods: dict[str, dict] = field(default_factory=dict)
-    grid: dict[str, list] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grid: dict[str, Annotated[list[Any], FILLED]] = field(default_factory=dict)
     benchmark: str = "scenes"
     root: str | None = None
     split: str | None = None
-    limit: int | None = None
-    protocol: str = "standard"
-    prompts: dict = field(default_factory=lambda: {"source": "tags"})
-    background: dict = field(default_factory=lambda: {"kind": "offset", "values": [0.2]})
-    tune: int = 0
+    limit: Count | None = None
+    protocol: Literal[*PROTOCOLS] = "standard"
+    prompts: dict[str, Any] = field(default_factory=lambda: {"source": "tags"})
+    background: dict[str, Any] = field(default_factory=lambda: {"kind": "offset", "values": [0.2]})
+    tune: Annotated[int, at_least(0)] = 0
     model: str = TINY_SD
-    dtype: str = "float32"
-    size: int | None = None
-    timestep: int | None = None
-    num_noises: int = 1
-    batch: int = 8
-    seed: int = 0
+    dtype: Literal[*DTYPES] = "float32"
+    size: Annotated[int, at_least(8)] | None = None
+    timestep: Timestep = None
+    num_noises: Count = 1
+    batch: Count = 8
+    seed: Seed = 0
 
     def __post_init__(self):
         dataset_of(self.benchmark)
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"Expected a protocol among {', '.join(PROTOCOLS)}, but got {self.protocol!r}.")
         if not self.methods and not self.grid:
             raise ValueError("Expected at least one method or a grid, but got neither.")
-        self._check_numbers()
         rule_from(self.background)
         for name, settings in self.rows.items():
-            method_of(name, settings)
-
-    def _check_numbers(self):
-        least = {"batch": 1, "num_noises": 1, "limit": 1, "size": 8, "tune": 0, "timestep": 0, "seed": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise ValueError(f"Expected `{name}` to be a whole number of at least {low}, but got {value!r}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"Expected `dtype` among {', '.join(DTYPES)}, but got {self.dtype!r}.")
+            with inside(f"the row {name!r}"):
+                method_of(name, settings)
 
     @property
     def rows(self) -> dict[str, dict]:
@@ -130,7 +127,7 @@ class Experiment:
     @classmethod
     def read(cls, path: Path, **changes: Any) -> "Experiment":
         """From a TOML file, with some fields changed; unknown keys are an error."""
-        return from_mapping(cls, read_toml(path) | changes)
+        return from_file(cls, path, **changes)
 
     def only(self, names: list[str]) -> "Experiment":
         """Some of the rows."""
@@ -156,23 +153,18 @@ def images_of(experiment: Experiment) -> Benchmark:
 def source_of(experiment: Experiment, images: Benchmark) -> Source:
     """The source of prompts: "tags", "vocabulary", "captions", "tagger", "endpoint" or "written"."""
     settings = dict(experiment.prompts)
-    kind = settings.pop("source", "tags")
-    if kind not in SOURCES:
-        raise ValueError(f"Expected a source of prompts among {', '.join(SOURCES)}, but got {kind!r}.")
+    kind = checked_value("source", settings.pop("source", "tags"), Literal[*SOURCES])
     if kind in ("captions", "endpoint"):
         aliases = aliases_of(images.name, images.classes)
         counted = {phrase: experiment.chosen_protocol.asked(images.name, name) for phrase, name in aliases.items()}
         settings = {"aliases": counted, **release(images.name), **settings}
-    try:
+    with inside(f"prompts of the source {kind!r}"):
         return SOURCES[kind](classes=images.classes, **settings)
-    except TypeError as error:
-        given = sorted(experiment.prompts)
-        raise ValueError(f"Expected the settings of the source {kind!r}, but got {given} ({error}).") from error
 
 
 def base_of(name: str, settings: Mapping[str, Any]) -> str:
     """The method of `eval.segment.methods` that a row starts from: the one that it says as `base`, or the one of its name."""
-    base = settings.get("base", name)
+    base = checked_value("base", settings.get("base", name), str)
     if base not in METHODS:
         raise ValueError(
             f"Expected a row with the name of a method, or with a `base`, among {', '.join(METHODS)}, but got {base!r}."
@@ -185,12 +177,13 @@ def method_of(name: str, settings: Mapping[str, Any]) -> Method:
     method = METHODS[base_of(name, settings)]
     config = {key: value for key, value in settings.items() if key not in (*NOT_GOCA, *method.extra)}
     check_keys(GoCAConfig, config, (*NOT_GOCA, *method.extra))
-    changes = {key: settings[key] for key in ("timestep", "num_noises") if key in settings}
-    if "crf" in settings:
-        changes["crf"] = crf_from(settings["crf"])
+    given = {key: checked_value(key, settings[key], hint) for key, hint in ROW.items() if key in settings}
+    changes = {key: given[key] for key in ("timestep", "num_noises") if key in given}
+    if "crf" in given:
+        changes["crf"] = crf_from(given["crf"])
     if "background" in settings:
         changes["rule"] = rule_from(settings["background"])
-    changes["extra"] = {key: settings.get(key, value) for key, value in method.extra.items()}
+    changes["extra"] = {key: given.get(key, value) for key, value in method.extra.items()}
     return replace(method, config=replace(method.config, **config), **changes)
 
 
@@ -198,11 +191,8 @@ def crf_from(settings: bool | Mapping[str, Any]) -> CRF | None:
     """A CRF as a TOML file has it: true, false, or a table of the constants that differ from FTTM's."""
     if isinstance(settings, bool):
         return CRF() if settings else None
-    if not isinstance(settings, Mapping):
-        raise ValueError(
-            f"Expected `crf` to be true, false or a table such as {{theta_beta = 10}}, but got {settings!r}."
-        )
-    return from_mapping(CRF, settings)
+    with inside("crf"):
+        return from_mapping(CRF, settings)
 
 
 def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> BackgroundRule | None:
@@ -220,12 +210,14 @@ def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Backgr
 
 def rule_from(settings: Mapping[str, Any]) -> BackgroundRule:
     """A rule as a TOML file has it: its kind, and a list of values."""
-    if set(settings) != {"kind", "values"} or not isinstance(settings["values"], list):
+    settings = checked_value("background", settings, dict[str, Any])
+    if missing := sorted({"kind", "values"} - set(settings)):
         raise ValueError(
-            f'Expected a background such as {{kind = "offset", values = [0.2]}}, but got {dict(settings)}.'
+            f'Expected a background such as {{kind = "offset", values = [0.2]}}, but got {settings}, without {missing}.'
         )
-    return BackgroundRule(settings["kind"], tuple(map(float, settings["values"])))
+    with inside("background"):
+        return from_mapping(BackgroundRule, settings)
 
 
 def _in_words(value) -> str:
-    return " + ".join(value) if isinstance(value, list) else str(value)
+    return " + ".join(map(str, value)) if isinstance(value, list) else str(value)

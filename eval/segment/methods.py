@@ -12,7 +12,7 @@ diffcut        segments without names, given the best ones by Hungarian matching
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,11 +24,13 @@ from eval.prompts.sources import Entity, Prompt
 from eval.segment.baselines import FTTM, DiffSegmenter
 from eval.segment.crf import CRF
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
+from goca_guidance.schema import FILLED, checked
 
 
 KINDS = ("offset", "constant", "max", "square")
 
 
+@checked
 @dataclass(frozen=True)
 class BackgroundRule:
     """What the background scores: for each of the `values` v, with e the highest background entity's score and s the highest
@@ -37,15 +39,12 @@ class BackgroundRule:
     All values share one forward, and one count: they ascend, and what the background wins at one it wins at all above.
     """
 
-    kind: str
-    values: tuple[float, ...]
+    kind: Literal[*KINDS]
+    values: Annotated[tuple[float, ...], FILLED]
 
     def __post_init__(self):
-        if self.kind not in KINDS or not self.values or list(self.values) != sorted(set(self.values)):
-            raise ValueError(
-                f"Expected a background rule among {', '.join(KINDS)} with at least one value, in ascending order, but got "
-                f"{self.kind!r} with {list(self.values)}."
-            )
+        if list(self.values) != sorted(set(self.values)):
+            raise ValueError(f"Expected `values` in ascending order, each once, but got {list(self.values)}.")
         if self.kind == "square" and self.values[0] < 0:
             raise ValueError(f"Expected values of at least 0 for this rule, but got {list(self.values)}.")
 

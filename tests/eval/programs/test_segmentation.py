@@ -79,7 +79,7 @@ def test_settings_that_a_method_has_of_its_own(tiny):
         )
     assert read == [[f"an image of {names[2]} there", f"an image of {names[16]} there"]]
     assert scores.labels == (2, 16)
-    with pytest.raises(ValueError, match="GoCAConfig among"):
+    with pytest.raises(ValueError, match="a key of GoCAConfig, but got `template`: known are"):
         experiment.method_of("goca", {"template": "{}"})
 
 
@@ -305,19 +305,49 @@ def test_nothing_to_count_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scenes": 3}, "Experiment among"),
+        ({"scenes": 3}, "a key of Experiment, but got `scenes`"),
+        ({"method": {"goca": {}}}, "got `method`: write `methods`"),
         ({"methods": {}}, "at least one method"),
-        ({"methods": {"goca": {"head": 1}}}, "GoCAConfig among"),
+        ({"methods": {"goca": {"head": 1}}}, "the row 'goca': .* got `head`: write `heads`"),
+        (
+            {"methods": {"goca": {"blur_sigma": float("nan")}}},
+            "`blur_sigma` to be a finite number above 0, but got nan",
+        ),
+        ({"methods": {"goca": {"refine_order": 1.5}}}, "`refine_order` to be a whole number"),
+        ({"methods": {"goca": {"timestep": "x"}}}, "the row 'goca': .*`timestep` to be a whole number"),
+        ({"methods": {"goca": {"num_noises": 0}}}, "`num_noises` to be a whole number of at least 1"),
+        ({"methods": {"goca": {"background": [0.2]}}}, "the row 'goca': .*`background` to be a mapping"),
+        ({"methods": {"diffsegmenter": {"template": 3}}}, "`template` to be a text, but got 3"),
+        ({"methods": {"diffcut": {"threshold": "x"}}}, "`threshold` to be a finite number"),
+        ({"methods": ["goca"]}, "`methods` to be a mapping"),
+        ({"methods": {"goca": 3}}, r"`methods\['goca'\]` to be a mapping"),
+        ({"grid": {"heads": "uniform"}}, r"`grid\['heads'\]` to be a non-empty list"),
+        ({"grid": {"heads": []}}, r"`grid\['heads'\]` to be a non-empty list"),
+        ({"grid": {"heads": ["uniform", 3]}}, "the row 'heads 3': "),
         ({"methods": {"goca": {"base": "gocha"}}}, "with a `base`, among"),
         ({"methods": {"vanila": {}}}, "got 'vanila'"),
-        ({"protocol": "mine"}, "a protocol among"),
+        ({"protocol": "mine"}, "`protocol` to be one of 'standard', 'goca', but got 'mine'"),
         ({"batch": 0}, "`batch` to be a whole number of at least 1"),
-        ({"prompts": {"source": "guess"}}, "source of prompts among"),
-        ({"prompts": {"source": "captions"}}, "settings of the source 'captions'"),
-        ({"prompts": {"source": "tags", "path": "x"}}, "settings of the source 'tags'"),
+        ({"prompts": {"source": "guess"}}, "`source` to be one of 'tags', .*, but got 'guess'"),
+        ({"prompts": {"source": "captions"}}, "prompts of the source 'captions': .*missing .*'path'"),
+        ({"prompts": {"source": "tags", "path": "x"}}, "prompts of the source 'tags': .* got `path`"),
+        (
+            {"prompts": {"source": "vocabulary", "chunk": 2.5}},
+            "`chunk` to be a whole number of at least 1, but got 2.5",
+        ),
+        ({"prompts": {"source": "captions", "path": 3}}, "`path` to be .*, but got 3"),
+        ({"prompts": "tags"}, "`prompts` to be a mapping"),
         ({"background": {"kind": "offset"}}, "a background such as"),
-        ({"background": {"kind": "offset", "values": 0.2}}, "a background such as"),
-        ({"dtype": "fp16"}, "`dtype` among"),
+        ({"background": {"kind": "offset", "values": 0.2}}, "`values` to be a non-empty list of finite numbers"),
+        (
+            {"background": {"kind": "offset", "values": [float("inf")]}},
+            r"`values\[0\]` to be a finite number, but got inf",
+        ),
+        ({"background": {"kind": "offset", "values": [0.3, 0.2]}}, "`values` in ascending order"),
+        ({"background": {"kind": "ofset", "values": [0.2]}}, "`kind` to be one of 'offset'"),
+        ({"background": {"kind": "offset", "value": [0.2]}}, "a background such as"),
+        ({"dtype": "fp16"}, "`dtype` to be one of"),
+        ({"num_noises": True}, "`num_noises` to be a whole number"),
         ({"limit": "3"}, "`limit` to be a whole number"),
         ({"tune": -1}, "`tune` to be a whole number of at least 0"),
         ({"timestep": "x"}, "`timestep` to be a whole number"),
