@@ -49,7 +49,7 @@ def measured_rows(folder: Path) -> dict[tuple, list[float]]:
             for row in json.loads(path.read_text())["rows"]:
                 images = row["images"] + row["skipped"]
                 names = (row[name] for name in ("benchmark", "protocol", "prompts", "split"))
-                found[row["method"], Path(row["model"]).name, *names, images].append(row["miou"])
+                found[row["method"], Path(row["model"]).name, *names, images].append(float(row["miou"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Expected a result of eval.segmentation in {path}, but it is none ({error!r})."

@@ -1,7 +1,10 @@
 """How a program ends."""
 
+import errno
+
 import pytest
 
+from eval.common import programs
 from eval.common.programs import run
 
 
@@ -14,6 +17,22 @@ def test_a_mistake_of_the_user_is_one_line(error, capsys):
         run(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("Expected this,\n  but got\tthat."), "Expected this, but got that."),
+        (RuntimeError(), "RuntimeError"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.png"), "The disk of a.png is full. Make room and start again"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "The disk of the files is full."),
+        (OSError(errno.EROFS, "Read-only file system", "runs/a"), "Expected runs/a as a file or folder that can be used"),
+        (OSError("not a repository\nof the hub"), "not a repository of the hub"),
+    ],
+)  # fmt: skip
+def test_every_error_is_told_in_one_line(error, told):
+    assert programs.told(error).startswith(told) or told in programs.told(error)
+    assert "\n" not in programs.told(error)
 
 
 def test_a_fault_of_ours_is_a_traceback():

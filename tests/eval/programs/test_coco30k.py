@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 
 from eval import coco30k
+from eval.common import programs
+from eval.common.load import load_pipeline
 from eval.generation import generator as generation
 from eval.generation.generator import Generator
 from eval.generation.run_folder import png_bytes
@@ -192,6 +194,42 @@ def test_foreign_files_are_named_and_kept(tmp_path):
     assert (tmp_path / "images" / "holiday.png").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["images/000001.png", "settings.json", "manifest.csv"])
+def test_a_folder_in_a_files_place_is_named_and_kept(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"these are folders: {Path(name).name}. Move them away"):
+        coco30k.GenerationRun(few(), tmp_path)()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name / "mine.txt"]
+
+
+def test_a_file_in_the_place_of_the_images(tmp_path):
+    (tmp_path / "images").write_text("mine")
+    with pytest.raises(ValueError, match=r"a folder of images, but .*images is none"):
+        coco30k.GenerationRun(few(), tmp_path)()
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    """As on a file system that is mounted read-only, where even root may not write."""
+    made(few(), tmp_path, 1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    for out in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match="cannot be written to: name another place"):
+            coco30k.GenerationRun(few(), out)()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", [{"model": "nowhere"}, {"denoiser": "nowhere"}, {"captions": "nowhere.csv"}])
+def test_a_failed_start_claims_no_folder(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(generation, "load_pipeline", load_pipeline)
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        coco30k.GenerationRun(few(**change), tmp_path / "run")()
+    assert not (tmp_path / "run").exists()
+    assert len(made(few(), tmp_path / "run", 1)) == 1  # and it is free for another start
+
+
 @pytest.mark.parametrize("name", ["images/000001.png", "thesis.txt"])
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, name):
     (tmp_path / "images").mkdir()
@@ -208,11 +246,17 @@ def test_hidden_files_are_nobodys(tmp_path):
     assert len(whole) == 7
 
 
-def test_damaged_settings_are_told(tmp_path):
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", "null", '{"settings": {}}', '{"settings": [], "versions": {}}', "\xff"]
+)
+def test_damaged_settings_are_told(tmp_path, content):
     made(few(), tmp_path, 1)
-    (tmp_path / "settings.json").write_text("")
-    with pytest.raises(ValueError, match=r"the settings of a run in .*settings.json, but got JSONDecodeError"):
+    (tmp_path / "settings.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"the settings of a run in .*settings.json, but got .*: if its images are of"
+    ):
         coco30k.GenerationRun(few(), tmp_path)()
+    assert (tmp_path / "settings.json").read_bytes() == content.encode("latin-1")
 
 
 def test_one_run_at_a_time(tmp_path, monkeypatch):
@@ -355,18 +399,19 @@ def test_empty_captions_are_listed_under_every_method(tmp_path):
 
 
 @pytest.mark.parametrize("full", ["000004.png", "manifest.csv", "settings.json"])
-def test_a_full_disk_stops_at_once(tmp_path, monkeypatch, full):
+def test_a_full_disk_stops_at_once(tmp_path, monkeypatch, capsys, full):
     toml, out, real = config(tmp_path / "run.toml", few()), tmp_path / "run", Path.write_bytes
 
     def write(self, data):
         if self.name == f".part-{full}":
             real(self, data[:10])
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
         return real(self, data)
 
     monkeypatch.setattr(Path, "write_bytes", write)
-    with pytest.raises(SystemExit, match=r"The disk of .* is full"):
-        coco30k.main([str(toml), "--out", str(out)])
+    with pytest.raises(SystemExit, match="2"):
+        programs.run(lambda: coco30k.main([str(toml), "--out", str(out)]))
+    assert re.search(r"error: The disk of .* is full. Make room and start again", capsys.readouterr().err)
     present = [path for path in out.rglob("*") if path.is_file()]
     assert not [path for path in present if path.name.startswith(".part") or path.name == full]
     assert len(list(out.glob("images/*"))) == {"000004.png": 4, "manifest.csv": 7, "settings.json": 0}[full]

@@ -130,6 +130,28 @@ def test_a_killed_run_goes_on(monkeypatch):
     assert running.result(scenes(limit=6)) == whole
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "bytes", "others", "folder"])
+def test_damaged_counts_are_told_and_measured_again(damage, capsys):
+    whole = running.result(scenes())
+    paths = sorted(running.RUNS.rglob("*.npz"))
+    assert len(paths) == 4
+    before, other = paths[0].read_bytes(), next(p for p in paths[1:] if p.parent == paths[0].parent).read_bytes()
+    flipped = bytes([before[len(before) // 2] ^ 255])
+    content = {"empty": b"", "cut": before[:-30], "others": other, "folder": b"",
+               "bytes": before[: len(before) // 2] + flipped + before[len(before) // 2 + 1 :]}[damage]  # fmt: skip
+    paths[0].unlink()
+    if damage == "folder":
+        paths[0].mkdir()
+        with pytest.raises(ValueError, match=f"{paths[0].name} to be a file, or not to be there"):
+            running.result(scenes())
+        paths[0].rmdir()
+    else:
+        paths[0].write_bytes(content)
+        assert running.result(scenes()) == whole
+        assert f"{paths[0]} is damaged and is made again" in capsys.readouterr().out
+    assert running.result(scenes()) == whole
+
+
 def test_two_processes_count_the_same(tmp_path):
     """Each process counts some of the images, and the sums are exactly those of one."""
     config = tmp_path / "config.toml"

@@ -48,7 +48,7 @@ def test_constants_of_the_crf():
     assert method_of("goca", {}).crf is None
     assert method_of("goca", {"crf": {"theta_beta": 10}}).crf == CRF(theta_beta=10)
     for wrong, message in (
-        ("yes", "true, false or a table"),
+        ("yes", "`crf` to be True or False or a mapping"),
         ({"theta": 1}, "keys of CRF"),
         ({"w1": "a"}, "a number"),
     ):
