@@ -49,8 +49,8 @@ def test_constants_of_the_crf():
     assert method_of("goca", {"crf": {"theta_beta": 10}}).crf == CRF(theta_beta=10)
     for wrong, message in (
         ("yes", "`crf` to be True or False or a mapping"),
-        ({"theta": 1}, "keys of CRF"),
-        ({"w1": "a"}, "a number"),
+        ({"theta": 1}, "got `theta`: write `theta_beta`"),
+        ({"w1": "a"}, "`w1` to be a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             method_of("goca", {"crf": wrong})
