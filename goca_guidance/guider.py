@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
@@ -51,6 +52,8 @@ class GoCAGuidance(ClassifierFreeGuidance):
     ):
         super().__init__(guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled)
         self._call: GuidedCall | None = None
+        self._mixing = False  # from where a step begins to where it mixes: forwards outside are not the loop's
+        self._mixed = False  # in any step of the call
         self.goca = goca if isinstance(goca, GoCAConfig) else GoCAConfig(**(goca or {}))
         self.scfg = scfg if isinstance(scfg, SCFGConfig) else SCFGConfig(**(scfg or {}))
         self.region_tokens = region_tokens
@@ -72,17 +75,18 @@ class GoCAGuidance(ClassifierFreeGuidance):
             self.scfg,
             separate=True,
             is_guided=lambda step: self._is_cfg_enabled(),
+            own=lambda: self._mixing,
             region_tokens=self.region_tokens,
             keep_regions=keep_regions,
             keep_negative=keep_negative,
         )
-        self._call, self._prepared_both = call, False
+        self._call, self._mixed = call, False
         try:
             with call.installed():
                 yield call
         finally:
-            self._call = None
-        if self._prepared_both:
+            self._call, self._mixing = None, False
+        if self._mixed:
             call.check()
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
@@ -94,31 +98,44 @@ class GoCAGuidance(ClassifierFreeGuidance):
                     "Expected one pipeline call inside `with guider.watching(pipe):`, but this is a second one."
                 )
             self._call.begin_step()
+            self._mixing = True
 
     def prepare_inputs(self, data: Mapping) -> list:
         """Conditional inputs, then unconditional ones; both must be there, and someone must watch."""
-        if self._is_cfg_enabled():
-            if self._call is None:
-                raise RuntimeError(
-                    "Expected GoCAGuidance to watch the pipeline: call it inside `with guider.watching(pipe):`, or use "
-                    "`guider.disable()`."
-                )
-            text = data.get("encoder_hidden_states", data.get("prompt_embeds"))
-            if not isinstance(text, tuple) or any(part is None for part in text):
-                raise ValueError(
-                    "Expected conditional and unconditional text embeddings to guide with, but got the conditional ones only: "
-                    'pass `negative_prompt=""` (without it, this pipeline guides nothing and does not say so).'
-                )
-            self._prepared_both = True
+        text = data.get("encoder_hidden_states", data.get("prompt_embeds"))
+        self._check(not isinstance(text, tuple) or any(part is None for part in text))
         return super().prepare_inputs(data)
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: Mapping) -> list:
+        """As `prepare_inputs`, where a pipeline names the fields of its state."""
+        pairs = [names for names in input_fields.values() if isinstance(names, tuple)]
+        found = [tuple(getattr(data, name, None) for name in names) for names in pairs]
+        self._check(all(unconditional is None for _, unconditional in found))
+        return super().prepare_inputs_from_block_state(data, input_fields)
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None):
         """The stock combination, its scale spatial."""
-        if self._call is None or not self._is_cfg_enabled():
+        if not self._is_cfg_enabled():
             return super().forward(pred_cond, pred_uncond)
-        scale = self.guidance_scale
+        self._check(pred_uncond is None)
+        scale, self._mixed = self.guidance_scale, True
         self.guidance_scale = SpatialGuidanceScale(scale, self._call.rate)
         try:
             return super().forward(pred_cond, pred_uncond)
         finally:
-            self.guidance_scale = scale
+            self.guidance_scale, self._mixing = scale, False
+
+    def _check(self, one_only: bool) -> None:
+        """Where guidance is on, someone must watch, and there must be two predictions to mix."""
+        if not self._is_cfg_enabled():
+            return
+        if self._call is None:
+            raise RuntimeError(
+                "Expected GoCAGuidance to watch the pipeline: call it inside `with guider.watching(pipe):`, or use "
+                "`guider.disable()`."
+            )
+        if one_only:
+            raise ValueError(
+                "Expected conditional and unconditional text embeddings to guide with, but got the conditional ones only: "
+                'pass `negative_prompt=""` (without it, this pipeline guides nothing and does not say so).'
+            )

@@ -5,8 +5,9 @@ import functools
 import inspect
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 
 import diffusers
@@ -21,8 +22,10 @@ from torch import Tensor
 from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
 from goca_guidance.denoisers.layouts import named_words
+from goca_guidance.denoisers.readings import Asked, forms_of
 from goca_guidance.denoisers.words import tokenise
-from goca_guidance.hooks.guided import GuidedCall, check_input, config_of
+from goca_guidance.hooks.callers import OwnCalls
+from goca_guidance.hooks.guided import GuidedCall, check_alone, check_input, config_of
 from goca_guidance.method.records import Regions, WordMaps
 from goca_guidance.method.scfg import SpatialGuidanceScale
 from goca_guidance.real_images.discover import discover
@@ -158,7 +161,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
                 arguments,
                 config_of(goca, GoCAConfig, "goca"),
                 config_of(scfg, SCFGConfig, "scfg"),
-                is_guided=lambda step: scfg_start <= step / self._step_count() < scfg_stop,
+                is_guided=self._window(scfg_start, scfg_stop),
                 region_tokens=region_tokens,
                 keep_regions=output_regions,
                 keep_negative=output_negative_maps,
@@ -175,8 +178,10 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     def _is_guided(self, arguments, given) -> bool:
         scale = arguments[scale_name(stock_of(type(self)))]
-        if getattr(family_of(denoiser_of(self.components)).denoiser.config, "time_cond_proj_dim", None) is not None:
-            return False  # a latent consistency model: the scale is embedded, and nothing is mixed
+        embedded = hasattr(self, "get_guidance_scale_embedding")  # where the denoiser takes it: a latent consistency model
+        config = family_of(denoiser_of(self.components)).denoiser.config
+        if embedded and getattr(config, "time_cond_proj_dim", None) is not None:
+            return False  # nothing is mixed
         if scale_name(stock_of(type(self))) == "guidance_scale":
             return scale > 1
         if "true_cfg_scale" in given and scale <= 1:
@@ -190,6 +195,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     def _guided_call(self, arguments, goca, scfg, **kwargs) -> GuidedCall:
         denoiser = denoiser_of(self.components)
+        check_alone(self.components, denoiser)
         prompt, embeds = arguments["prompt"], arguments.get("prompt_embeds")
         prompts = 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
         return GuidedCall(
@@ -201,11 +207,40 @@ class GoCASCFGPipeline(DiffusionPipeline):
             prompts=prompts,
             prompt_read=prompt is not None,
             separate=scale_name(stock_of(type(self))) == "true_cfg_scale",
+            own=OwnCalls(self, denoiser),
+            asked=self._asked(arguments, prompts),
             **kwargs,
         )
 
-    def _step_count(self) -> int:
-        return max(1, getattr(self, "num_timesteps", None) or len(self.scheduler.timesteps))
+    def _asked(self, arguments, prompts) -> Asked:
+        """The texts of a call, as its encoders may read them."""
+        tokenizers = [part for name, part in self.components.items() if "tokenizer" in name and part is not None]
+
+        def forms(name):
+            given = [arguments.get(key) for key in (name, f"{name}_2", f"{name}_3")]
+            texts = [each for number, each in enumerate(given) if number == 0 or each is not None]
+            return [form for each in texts for t in tokenizers for form in forms_of(each, prompts, partial(self._as_read, tokenizer=t))]
+
+        return Asked(forms("prompt"), forms("negative_prompt"), stock_of(type(self)).__module__.startswith("diffusers."))
+
+    def _window(self, start: float, stop: float) -> Callable[[int], bool]:
+        """Which steps lie between two fractions of them. They are counted once: a callback may use the scheduler."""
+
+        @functools.cache
+        def count():
+            return max(1, getattr(self, "num_timesteps", None) or len(self.scheduler.timesteps))
+
+        def holds(step: int) -> bool:
+            if (start, stop) == (0, 1):
+                return True
+            if step >= count():
+                raise RuntimeError(
+                    f"Expected {count()} steps, of which `scfg_start` and `scfg_stop` are fractions, but this loop makes more: "
+                    "leave them at 0 and 1."
+                )
+            return start <= step / count() < stop
+
+        return holds
 
     def _run(self, stock, arguments, state):
         """The stock call; with a state, observed, and its scale spatial: as argument, and as property (`guidance_scale`)."""
@@ -214,7 +249,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
         name = scale_name(stock_of(type(self)))
         spatial = SpatialGuidanceScale(arguments[name], state.rate)
         with state.installed(), self._in_call(state):
-            output = stock(**{**arguments, name: spatial, "return_dict": True})
+            output = state.own.run(stock, {**arguments, name: spatial, "return_dict": True})
         if not getattr(self, "interrupt", False):
             state.check()
         return output
@@ -222,11 +257,14 @@ class GoCASCFGPipeline(DiffusionPipeline):
     @contextmanager
     def _in_call(self, state):
         key = id(self), threading.get_ident()
-        _CALLS[key] = state
+        outer, _CALLS[key] = _CALLS.get(key), state  # a callback may call this very pipeline
         try:
             yield
         finally:
-            del _CALLS[key]
+            if outer is None:
+                del _CALLS[key]
+            else:
+                _CALLS[key] = outer
             if isinstance(getattr(self, "_guidance_scale", None), SpatialGuidanceScale):
                 self._guidance_scale = float(self._guidance_scale)
 
@@ -335,6 +373,10 @@ def _output(stock, state, return_dict, regions, negative_maps):
     ours = {"regions": found[0], "guidance_maps": found[1]} if regions else {}
     ours |= {"negative_maps": found[2]} if negative_maps else {}
     fields = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
-    if not set(fields) <= {field.name for field in dataclasses.fields(GoCASCFGPipelineOutput)}:
-        return stock if return_dict else tuple(fields.values())  # of another kind; the images must not be lost
-    return GoCASCFGPipelineOutput(**fields, **ours) if return_dict else (*fields.values(), *ours.values())
+    if not return_dict:
+        return (*fields.values(), *ours.values())
+    if set(fields) <= {field.name for field in dataclasses.fields(GoCASCFGPipelineOutput)}:
+        return GoCASCFGPipelineOutput(**fields, **ours)
+    for name, value in ours.items():  # of another kind (images with depth), which has fields of its own
+        stock[name] = value
+    return stock

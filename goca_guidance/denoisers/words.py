@@ -19,11 +19,22 @@ Words = list[tuple[str, list[int]]]  # words in order, with the positions of the
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one text encoder read: `ids` b n, whose first token stands at `start` in the denoiser's text sequence."""
+    """What one text encoder read: `ids` b n, whose first token stands at `start` in the denoiser's text sequence.
+
+    A long prompt may be read in `chunks` of equal length, each with a start and an end of its own.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     ids: Int[Tensor, "b n"]
     start: int = 0
+    chunks: int = 1
+
+    def words(self, image: int) -> Words:
+        """The words of one image's prompt, with their positions in the denoiser's text sequence."""
+        rows = self.ids[image].unflatten(0, (self.chunks, -1)).tolist()
+        starts = range(self.start, self.start + self.ids.shape[1], len(rows[0]))
+        found = [(start, words(self.tokenizer, row)) for start, row in zip(starts, rows, strict=True)]
+        return [(word, [start + p for p in positions]) for start, of_row in found for word, positions in of_row]
 
 
 def encoder_ids(args: tuple, kwargs: dict) -> Int[Tensor, "b n"]:
@@ -129,11 +140,11 @@ def sentence(encoded: Sequence[Encoded], image: int, chosen: Callable[[Words], W
     found: dict[tuple[str, int], tuple[str, list[int]]] = {}
     for part in encoded:
         seen: dict[str, int] = {}
-        read = words(part.tokenizer, part.ids[image].tolist())
-        for word, positions in chosen([pair for pair in read if not is_unknown(part.tokenizer, pair[0])]):
+        read = [pair for pair in part.words(image) if not is_unknown(part.tokenizer, pair[0])]
+        for word, positions in chosen(read):
             occurrence = seen[word.lower()] = seen.get(word.lower(), -1) + 1
             _, known = found.setdefault((word.lower(), occurrence), (word, []))
-            known.extend(part.start + position for position in positions)
+            known.extend(positions)
     return list(found.values())
 
 

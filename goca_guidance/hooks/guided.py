@@ -9,8 +9,11 @@ from torch import Tensor
 from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.adapters import family_of
 from goca_guidance.denoisers.layouts import named_layout, prompt_layout, token_layout
+from goca_guidance.denoisers.readings import Asked, told_apart
 from goca_guidance.denoisers.words import Encoded, sentence
+from goca_guidance.hooks.callers import OwnCalls
 from goca_guidance.hooks.observer import check_seen
+from goca_guidance.hooks.steps import Steps
 from goca_guidance.hooks.watch import Watch
 from goca_guidance.method.records import Regions, TokenLayout, WordMaps
 from goca_guidance.method.scfg import SCFGSegmentor, rate_map
@@ -29,17 +32,18 @@ GuidanceRule = Callable[[Tensor, Regions, float, SCFGConfig], Tensor]
 class GuidedCall(Watch):
     """One guided generation: regions at every step, and the answer to the loop's question for the rate.
 
-    A step, as `Watch` brings it, and what is held between:
+    A step, as `Watch` brings it, and what is held between (`Steps` counts, and tells predictions apart):
 
     1. `on_forward`, conditional prediction begun: it is decided whether the step is guided (`_guided`), and unless the last
-       regions still serve, a segmentor is made. The product of scale and difference is now awaited (`_awaited`).
+       regions still serve, a segmentor is made. The product of scale and difference is now awaited.
     2. `on_attention`, until the prediction ends: the segmentor reads each record, and `negative` those of the negative prompt.
-    3. Where predictions are `separate`, 1 and 2 again for the unconditional one, known by `_awaited`.
+    3. Where predictions are `separate`, 1 and 2 again for the unconditional one.
     4. `rate`: the loop multiplies scale and difference. The segmentor answers with regions and is let go; `rule` gives the
        rate; nothing is awaited. A step that is not guided, or a product that is not the loop's, is answered by None.
 
+    Where a step is predicted in parts (views of a panorama), each part is guided by regions of its own.
     `_regions_found` and `_words_found` stay until the next ones are found, for `_steps_served` steps (`SCFGConfig.every`).
-    After the loop `check` says whether a product was seen at all, and whether all were finite.
+    After the loop `check` says whether every prediction was multiplied, and whether all were finite.
 
     Args:
         denoiser: predicts twice a step: unconditional and conditional halves of one batch, or, if `separate`, the
@@ -51,6 +55,8 @@ class GuidedCall(Watch):
         prompt_read: whether an encoder reads the prompt; with prompt embeddings it reads the negative prompt at most.
         separate: see `denoiser`.
         is_guided: number of a step to whether regions guide it.
+        own: whether a forward, or a product, is the loop's own, and not a callback's, a hook's or another pipeline's.
+        asked: the prompts; None where only the encoders know them.
         region_tokens: regions named by the caller.
         keep_regions, keep_negative: what `results` returns: regions and guidance maps; the negative prompt's word maps.
     """
@@ -68,6 +74,8 @@ class GuidedCall(Watch):
         prompt_read: bool = True,
         separate: bool = False,
         is_guided: Callable[[int], bool] = lambda step: True,
+        own: OwnCalls | Callable[[], bool] = lambda: True,
+        asked: Asked | None = None,
         region_tokens: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
         keep_regions: bool = False,
         keep_negative: bool = False,
@@ -75,6 +83,7 @@ class GuidedCall(Watch):
         super().__init__(family_of(denoiser), text_encoders)
         self.goca, self.scfg, self.rule, self.images, self.prompts = goca, scfg, rule, images, prompts
         self.separate, self.prompt_read, self.is_guided = separate, prompt_read, is_guided
+        self.own, self.asked = own, asked
         self.region_tokens, self.keep_regions, self.keep_negative = region_tokens, keep_regions, keep_negative
         if region_tokens is None and not (prompt_read and self.text_encoders):
             raise ValueError(
@@ -82,12 +91,10 @@ class GuidedCall(Watch):
                 '`region_tokens={"cat": [2], "grass": [5]}` (positions in the text sequence; `pipe.words(prompt)` finds '
                 "them), or `use_scfg=False`."
             )
-        self.step = 0  # conditional predictions begun
-        self.branches: tuple[int, ...] = ()  # of the denoiser's call in progress: 0 unconditional, 1 conditional
+        self.steps = Steps(images, separate)
         self.negative: GoCASegmentor | None = None  # reads the negative prompt's words in the unconditional prediction
         self._guided = False  # the step in progress is guided, by its own regions or the last ones
-        self._awaited = False  # the step's product of scale and difference is still to come
-        self._product_seen = False  # in any step
+        self._expected: tuple[int, ...] = ()  # size of the step's difference: images, then places
         self._regions_found: Any = None  # the last ones
         self._words_found: WordMaps | None = None  # of the negative prompt, the last ones
         self._steps_served = 0  # by them
@@ -97,17 +104,23 @@ class GuidedCall(Watch):
         self._negative_maps: list[WordMaps] = []
         self._finite: list[Tensor] = []  # one flag a guided step, read after the loop: no synchronisation inside it
 
+    @property
+    def step(self) -> int:
+        """Steps begun."""
+        return self.steps.count
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """Of the denoiser's call in progress: 0 unconditional, 1 conditional."""
+        return self.steps.branches
+
     # ---- life of the call --------------------------------------------------------------------------------------------
     def check(self) -> None:
-        """After the loop: guidance was really applied, and stayed finite."""
-        if self.step and not self._product_seen:
+        """After the loop: guidance was really applied, to every prediction, and stayed finite."""
+        if self.steps.awaited and not (self.separate and self.steps.products):
             raise RuntimeError(
-                "Expected a product of guidance scale and guidance difference in the loop, but saw none."
-            )
-        if self._product_seen and not self.step:
-            raise RuntimeError(
-                "Expected the denoiser to be called in the thread that watches it, but it was called in another one or not at "
-                "all, so nothing was guided by regions: call the pipeline in that thread, or pass `use_scfg=False`."
+                "Expected a product of guidance scale and guidance difference in the loop for each of its "
+                f"{self.steps.predictions} predictions, but saw {self.steps.products or 'none'}."
             )
         if self._finite and not torch.stack(self._finite).all():
             first = torch.stack(self._finite).logical_not().nonzero()[0].item()
@@ -123,17 +136,32 @@ class GuidedCall(Watch):
         return [regions.to("cpu") for regions in self._regions], maps, words
 
     # ---- what the hooks bring ----------------------------------------------------------------------------------------
+    def is_own(self) -> bool:
+        return self.own()
+
     def on_forward(self, call, device) -> None:
-        self.branches = self._predicted()
-        if 1 in self.branches:
+        if not self.steps.count:
+            self._check_processors()
+        branches = self.steps.forward(call, self.timestep, self.text)
+        if 1 in branches:
+            self._expected = self.shape[0] // len(branches), *_places(self.shape)
             self.observer.seen.clear()
             self.segmentor = self.negative = None
-            self._guided = self.is_guided(self.step)
-            if self._guided and (self._regions_found is None or self._steps_served >= self.scfg.every):
+            self._guided = self.is_guided(self.steps.count - 1)
+            stale = self._steps_served >= self.scfg.every or self.steps.parts
+            if self._guided and (self._regions_found is None or stale):
                 self._make_segmentors(device)
-            self.step, self._awaited = self.step + 1, True
-        unread = self.branches == (0,) and not (self.negative or self._unconditional_sink)
-        self.observer.paused = self.segmentor is None or not self.branches or unread
+        unread = branches == (0,) and not (self.negative or self._unconditional_sink)
+        self.observer.paused = self.segmentor is None or not branches or unread
+
+    def _check_processors(self) -> None:
+        """Before the first prediction: pipelines of other methods (SAG, Attend-and-Excite, PAG) watch or change attention too."""
+        others = {type(module.processor) for module, processor in self.processors if not _alike(module, processor)}
+        if others:
+            raise ValueError(
+                "Expected attention as the denoiser's own processors compute it, but this pipeline has put "
+                f"{', '.join(sorted(cls.__name__ for cls in others))} in their place, for a method of its own: pass use_scfg=False."
+            )
 
     def on_attention(self, record) -> None:
         self.segmentor.keep(record, self.branches)
@@ -146,24 +174,8 @@ class GuidedCall(Watch):
 
     def begin_step(self) -> None:
         """The next call of the denoiser is the first one of a step (where a loop tells; `rate` says so too)."""
-        self.segmentor, self._guided, self._awaited = None, False, False
-
-    def _predicted(self) -> tuple[int, ...]:
-        """Which predictions this call of the denoiser makes: 0 unconditional, 1 conditional; none where nothing is mixed."""
-        batch, images = self.call.batch, self.images or self.call.batch
-        if self.separate and batch == images:
-            return (0,) if self._awaited else (1,)
-        if not self.separate and batch in (images, 2 * images):
-            if batch == images and self.step == 0:
-                raise ValueError(
-                    f"Expected two predictions of {images} images in one batch, but the denoiser got one of them: this "
-                    "pipeline's guidance is distilled, or its predictions come one by one. Pass use_scfg=False."
-                )
-            return (0, 1) if batch == 2 * images else ()
-        raise ValueError(
-            f"Expected unconditional and conditional predictions of {images} images, but the denoiser got a batch of {batch}. "
-            "Pipelines that mix three predictions (PAG, InstructPix2Pix) are not supported: pass use_scfg=False."
-        )
+        self.segmentor, self._guided = None, False
+        self.steps.begin()
 
     @property
     def _unconditional_sink(self) -> bool:
@@ -183,7 +195,7 @@ class GuidedCall(Watch):
 
     def _new_layouts(self):
         sink, drop = self.family.sink, self.goca.drop_stop_words
-        encoded = self._prompt(0)
+        encoded, negative = self._texts()
         if self.region_tokens is not None:
             prompts = self.prompts or (len(encoded[0].ids) if encoded else 1)
             yield named_layout(self.region_tokens, prompts, self.call.text, sink, encoded)
@@ -191,7 +203,6 @@ class GuidedCall(Watch):
             _, layout_rule = SEGMENTORS[self.scfg.segmentor]
             yield layout_rule(encoded, sink, drop)
         if self.keep_negative:
-            negative = self._prompt(1)
             if not negative or not all(sentence(negative, image) for image in range(len(negative[0].ids))):
                 raise ValueError(
                     "Expected a `negative_prompt` of at least one word for its word maps, but the text encoders read none: "
@@ -199,19 +210,37 @@ class GuidedCall(Watch):
                 )
             yield prompt_layout(negative, None, drop)
 
-    def _prompt(self, which):
-        """What the encoders read: the prompt (0), which comes first, or the negative prompt (1)."""
-        return self.encoded(which - (not self.prompt_read))
+    def _texts(self) -> tuple[list[Encoded], list[Encoded]]:
+        """What the encoders read of the prompt and of the negative prompt. Regions that the caller names need neither."""
+        asked, reads, whole = self.asked, self.reads, len(self.text_encoders) == len(self.family.encoders)
+        if not self.prompt_read:
+            asked = asked and Asked(asked.negatives, (), asked.trusted)
+        tokenizers = [tokenizer for _, tokenizer in self.text_encoders]
+        whole = whole or self.family.side_by_side
+        found = told_apart(reads, tokenizers, self.call.text, whole, self.prompts, asked) if any(reads) else ([], [])
+        if found is None or (self.prompt_read and not found[0]):
+            if self.region_tokens is not None and not self.keep_negative:
+                return [], []
+            texts = ", ".join(f"{len(ids)} x {ids.shape[1]}" for of_encoder in reads for ids in of_encoder) or "none"
+            raise ValueError(
+                "Expected the text encoders to read the prompt and the negative prompt, but which of the texts that they read "
+                f"({texts} tokens, for {self.call.text} of the denoiser) is which cannot be told: pass `region_tokens`, for "
+                'example `{"cat": [2], "grass": [5]}` (positions in the text sequence), or `use_scfg=False`.'
+            )
+        return found if self.prompt_read else ([], found[0])
 
     # ---- what the loop asks ------------------------------------------------------------------------------------------
     def rate(self, delta: Tensor, scale: float) -> Tensor | None:
         """Factor of this step's guidance difference, or None where guidance is plain."""
-        guided, awaited = self._guided, self._awaited
-        self._guided, self._awaited, self._product_seen = False, False, True
-        if not guided or not awaited:  # or not the loop's own product
+        if not self.own():
+            return None
+        self._check_product()
+        guided, self._guided = self._guided, False
+        if not guided:
             self.segmentor = None
             return None
         with torch.autocast(delta.device.type, enabled=False):
+            self._check_size(delta)
             regions = self._find_regions()
             maps = self.family.unpack(delta, self.call)
             predicted = maps if self.scfg.variance_channels else maps[:, : self.family.denoiser.config.in_channels]
@@ -221,6 +250,23 @@ class GuidedCall(Watch):
             self._regions.append(regions)
             self._maps.append(scale * rate)
         return self.family.pack(rate.expand_as(maps))
+
+    def _check_product(self) -> None:
+        if not self.steps.count:
+            stranger = getattr(self.own, "stranger", "")
+            raise RuntimeError(
+                "Expected the denoiser to be called by the pipeline's own loop, in the thread that watches it, but it was called "
+                f"{f'by {stranger}' if stranger else 'in another one or not at all'}, so nothing would be guided by regions: "
+                "call it in the pipeline's class, in that thread, or pass `use_scfg=False`."
+            )
+        self.steps.product()
+
+    def _check_size(self, delta: Tensor) -> None:
+        if (len(delta), *_places(delta.shape)) != self._expected:
+            raise RuntimeError(
+                f"Expected a guidance difference of {self._expected} (images and places), as the denoiser predicted it, but got "
+                f"{(len(delta), *_places(delta.shape))}: this loop puts parts together before it mixes. Pass use_scfg=False."
+            )
 
     def _find_regions(self) -> Regions:
         """Those of this step's attention, or, between recomputations, the last ones; word maps alike."""
@@ -236,6 +282,15 @@ class GuidedCall(Watch):
         return self._regions_found
 
 
+def _places(shape: torch.Size) -> tuple[int, ...]:
+    """Of a prediction b c H W, or packed b n c, without images and channels."""
+    return tuple(shape[2:]) if len(shape) == 4 else tuple(shape[1:-1])
+
+
+def _alike(module, processor) -> bool:
+    return type(module.processor) is type(processor)
+
+
 def check_input(arguments: Mapping) -> None:
     """Refuse what a stock pipeline would only stumble over later."""
     if arguments["prompt"] is None and arguments.get("prompt_embeds") is None:
@@ -248,6 +303,16 @@ def check_input(arguments: Mapping) -> None:
     latents = arguments.get("latents")
     if latents is not None and not torch.isfinite(latents).all():
         raise ValueError("Expected finite `latents`, but got NaN or infinity among them.")
+
+
+def check_alone(components: Mapping, denoiser: torch.nn.Module) -> None:
+    """Refuse a pipeline that may change its denoiser in the middle of a call: one is watched."""
+    others = [name for name, part in components.items() if part is not denoiser and type(part) is type(denoiser)]
+    if others:
+        raise ValueError(
+            f"Expected one {type(denoiser).__name__} in the pipeline, but it has {', '.join(others)} besides the one that would "
+            "be watched: pass use_scfg=False."
+        )
 
 
 def config_of(value, cls: type, name: str):
