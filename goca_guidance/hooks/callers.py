@@ -83,15 +83,15 @@ def _code_called(callback: Callable) -> CodeType | None:
 @functools.cache
 def _codes_of(cls: type) -> frozenset[CodeType]:
     """The code of every function that a class and its bases define, decorated and nested ones too."""
-    found: set[CodeType] = set()
     waiting = [member for base in cls.__mro__ if base is not object for member in vars(base).values()]
+    functions: dict[int, FunctionType] = {}  # wrappers of one decorator share their code
     while waiting:
         member = waiting.pop()
         function = getattr(member, "fget", getattr(member, "__func__", member))  # a property's, or a class method's
-        if isinstance(function, FunctionType) and function.__code__ not in found:
-            found.update(_nested(function.__code__))
+        if isinstance(function, FunctionType) and id(function) not in functions:
+            functions[id(function)] = function
             waiting += [getattr(cell, "cell_contents", None) for cell in function.__closure__ or ()]  # what is decorated
-    return frozenset(found)
+    return frozenset(code for function in functions.values() for code in _nested(function.__code__))
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

@@ -117,6 +117,8 @@ class GuidedCall(Watch):
     # ---- life of the call --------------------------------------------------------------------------------------------
     def check(self) -> None:
         """After the loop: guidance was really applied, to every prediction, and stayed finite."""
+        if getattr(self.own, "stranger", ""):
+            self._check_called()
         if self.steps.awaited and not (self.separate and self.steps.products):
             raise RuntimeError(
                 "Expected a product of guidance scale and guidance difference in the loop for each of its "
@@ -234,7 +236,8 @@ class GuidedCall(Watch):
         """Factor of this step's guidance difference, or None where guidance is plain."""
         if not self.own():
             return None
-        self._check_product()
+        self._check_called()
+        self.steps.product()
         guided, self._guided = self._guided, False
         if not guided:
             self.segmentor = None
@@ -251,7 +254,7 @@ class GuidedCall(Watch):
             self._maps.append(scale * rate)
         return self.family.pack(rate.expand_as(maps))
 
-    def _check_product(self) -> None:
+    def _check_called(self) -> None:
         if not self.steps.count:
             stranger = getattr(self.own, "stranger", "")
             raise RuntimeError(
@@ -259,7 +262,6 @@ class GuidedCall(Watch):
                 f"{f'by {stranger}' if stranger else 'in another one or not at all'}, so nothing would be guided by regions: "
                 "call it in the pipeline's class, in that thread, or pass `use_scfg=False`."
             )
-        self.steps.product()
 
     def _check_size(self, delta: Tensor) -> None:
         if (len(delta), *_places(delta.shape)) != self._expected:
