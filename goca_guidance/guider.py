@@ -103,32 +103,31 @@ class GoCAGuidance(ClassifierFreeGuidance):
     def prepare_inputs(self, data: Mapping) -> list:
         """Conditional inputs, then unconditional ones; both must be there, and someone must watch."""
         text = data.get("encoder_hidden_states", data.get("prompt_embeds"))
-        self._check(not isinstance(text, tuple) or any(part is None for part in text))
+        if self._is_cfg_enabled():
+            self._watched(not isinstance(text, tuple) or any(part is None for part in text))
         return super().prepare_inputs(data)
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Mapping) -> list:
         """As `prepare_inputs`, where a pipeline names the fields of its state."""
         pairs = [names for names in input_fields.values() if isinstance(names, tuple)]
         found = [tuple(getattr(data, name, None) for name in names) for names in pairs]
-        self._check(all(unconditional is None for _, unconditional in found))
+        if self._is_cfg_enabled():
+            self._watched(all(unconditional is None for _, unconditional in found))
         return super().prepare_inputs_from_block_state(data, input_fields)
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None):
         """The stock combination, its scale spatial."""
         if not self._is_cfg_enabled():
             return super().forward(pred_cond, pred_uncond)
-        self._check(pred_uncond is None)
-        scale, self._mixed = self.guidance_scale, True
-        self.guidance_scale = SpatialGuidanceScale(scale, self._call.rate)
+        call, scale = self._watched(pred_uncond is None), self.guidance_scale
+        self.guidance_scale, self._mixed = SpatialGuidanceScale(scale, call.rate), True
         try:
             return super().forward(pred_cond, pred_uncond)
         finally:
             self.guidance_scale, self._mixing = scale, False
 
-    def _check(self, one_only: bool) -> None:
-        """Where guidance is on, someone must watch, and there must be two predictions to mix."""
-        if not self._is_cfg_enabled():
-            return
+    def _watched(self, one_only: bool) -> GuidedCall:
+        """The call in progress: someone must watch, and there must be two predictions to mix."""
         if self._call is None:
             raise RuntimeError(
                 "Expected GoCAGuidance to watch the pipeline: call it inside `with guider.watching(pipe):`, or use "
@@ -139,3 +138,4 @@ class GoCAGuidance(ClassifierFreeGuidance):
                 "Expected conditional and unconditional text embeddings to guide with, but got the conditional ones only: "
                 'pass `negative_prompt=""` (without it, this pipeline guides nothing and does not say so).'
             )
+        return self._call

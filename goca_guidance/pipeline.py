@@ -178,7 +178,9 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     def _is_guided(self, arguments, given) -> bool:
         scale = arguments[scale_name(stock_of(type(self)))]
-        embedded = hasattr(self, "get_guidance_scale_embedding")  # where the denoiser takes it: a latent consistency model
+        embedded = hasattr(
+            self, "get_guidance_scale_embedding"
+        )  # where the denoiser takes it: a latent consistency model
         config = family_of(denoiser_of(self.components)).denoiser.config
         if embedded and getattr(config, "time_cond_proj_dim", None) is not None:
             return False  # nothing is mixed
@@ -219,9 +221,16 @@ class GoCASCFGPipeline(DiffusionPipeline):
         def forms(name):
             given = [arguments.get(key) for key in (name, f"{name}_2", f"{name}_3")]
             texts = [each for number, each in enumerate(given) if number == 0 or each is not None]
-            return [form for each in texts for t in tokenizers for form in forms_of(each, prompts, partial(self._as_read, tokenizer=t))]
+            return [
+                form
+                for each in texts
+                for t in tokenizers
+                for form in forms_of(each, prompts, partial(self._as_read, tokenizer=t))
+            ]
 
-        return Asked(forms("prompt"), forms("negative_prompt"), stock_of(type(self)).__module__.startswith("diffusers."))
+        return Asked(
+            forms("prompt"), forms("negative_prompt"), stock_of(type(self)).__module__.startswith("diffusers.")
+        )
 
     def _window(self, start: float, stop: float) -> Callable[[int], bool]:
         """Which steps lie between two fractions of them. They are counted once: a callback may use the scheduler."""
@@ -235,8 +244,8 @@ class GoCASCFGPipeline(DiffusionPipeline):
                 return True
             if step >= count():
                 raise RuntimeError(
-                    f"Expected {count()} steps, of which `scfg_start` and `scfg_stop` are fractions, but this loop makes more: "
-                    "leave them at 0 and 1."
+                    f"Expected {count()} steps, of which `scfg_start` and `scfg_stop` are fractions, but this loop makes "
+                    "more: leave them at 0 and 1."
                 )
             return start <= step / count() < stop
 

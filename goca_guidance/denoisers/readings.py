@@ -71,7 +71,12 @@ def _told(reads, tokenizer, chunks, prompts, asked) -> Reading | None:
     if asked is None:
         return stock
     told = [
-        (ids, negative, _says(tokenizer, ids, chunks, asked.prompts), _says(tokenizer, negative, chunks, asked.negatives))
+        (
+            ids,
+            negative,
+            _says(tokenizer, ids, chunks, asked.prompts),
+            _says(tokenizer, negative, chunks, asked.negatives),
+        )
         for ids, negative in _orders(torch.cat(list(reads)), chunks, prompts)
     ]
     sure = [(ids, negative) for ids, negative, positive, other in told if positive and other]
@@ -85,7 +90,7 @@ def _told(reads, tokenizer, chunks, prompts, asked) -> Reading | None:
 
 
 def _orders(rows: Tensor, chunks: int, prompts: int) -> Iterator[Reading]:
-    """Every order in which texts, chunks and prompts may have been read: one or two texts, and the prompt may be the second."""
+    """Every order in which one or two texts, their chunks and images may have been read; the prompt may be the second."""
     texts, rest = divmod(len(rows), chunks * prompts)
     if rest or texts not in (1, 2):
         return

@@ -8,8 +8,10 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 
-PASSED = ("torch", "accelerate", "peft", "jaxtyping", "beartype", "diffusers.hooks", "diffusers.models")  # call through
-PASSED += ("goca_guidance.hooks", "goca_guidance.method")
+PASSED = (  # modules that call through
+    *("torch", "accelerate", "peft", "jaxtyping", "beartype", "diffusers.hooks", "diffusers.models"),
+    *("goca_guidance.hooks", "goca_guidance.method"),
+)
 
 
 class OwnCalls:
@@ -81,7 +83,7 @@ def _code_called(callback: Callable) -> CodeType | None:
 
 
 @functools.cache
-def _codes_of(cls: type) -> frozenset[CodeType]:
+def _codes_of(cls: Any) -> frozenset[CodeType]:
     """The code of every function that a class and its bases define, decorated and nested ones too."""
     waiting = [member for base in cls.__mro__ if base is not object for member in vars(base).values()]
     functions: dict[int, FunctionType] = {}  # wrappers of one decorator share their code
@@ -90,7 +92,9 @@ def _codes_of(cls: type) -> frozenset[CodeType]:
         function = getattr(member, "fget", getattr(member, "__func__", member))  # a property's, or a class method's
         if isinstance(function, FunctionType) and id(function) not in functions:
             functions[id(function)] = function
-            waiting += [getattr(cell, "cell_contents", None) for cell in function.__closure__ or ()]  # what is decorated
+            waiting += [
+                getattr(cell, "cell_contents", None) for cell in function.__closure__ or ()
+            ]  # what is decorated
     return frozenset(code for function in functions.values() for code in _nested(function.__code__))
 
 

@@ -157,12 +157,13 @@ class GuidedCall(Watch):
         self.observer.paused = self.segmentor is None or not branches or unread
 
     def _check_processors(self) -> None:
-        """Before the first prediction: pipelines of other methods (SAG, Attend-and-Excite, PAG) watch or change attention too."""
+        """Before the first prediction: other methods (SAG, Attend-and-Excite, PAG) watch or change attention too."""
         others = {type(module.processor) for module, processor in self.processors if not _alike(module, processor)}
         if others:
             raise ValueError(
                 "Expected attention as the denoiser's own processors compute it, but this pipeline has put "
-                f"{', '.join(sorted(cls.__name__ for cls in others))} in their place, for a method of its own: pass use_scfg=False."
+                f"{', '.join(sorted(cls.__name__ for cls in others))} in their place, for a method of its own: pass "
+                "use_scfg=False."
             )
 
     def on_attention(self, record) -> None:
@@ -258,16 +259,16 @@ class GuidedCall(Watch):
         if not self.steps.count:
             stranger = getattr(self.own, "stranger", "")
             raise RuntimeError(
-                "Expected the denoiser to be called by the pipeline's own loop, in the thread that watches it, but it was called "
-                f"{f'by {stranger}' if stranger else 'in another one or not at all'}, so nothing would be guided by regions: "
+                "Expected the denoiser to be called by the pipeline's own loop, in the thread that watches it, but it was "
+                f"called {f'by {stranger}' if stranger else 'in another one or not at all'}, so nothing would be guided by regions: "
                 "call it in the pipeline's class, in that thread, or pass `use_scfg=False`."
             )
 
     def _check_size(self, delta: Tensor) -> None:
         if (len(delta), *_places(delta.shape)) != self._expected:
             raise RuntimeError(
-                f"Expected a guidance difference of {self._expected} (images and places), as the denoiser predicted it, but got "
-                f"{(len(delta), *_places(delta.shape))}: this loop puts parts together before it mixes. Pass use_scfg=False."
+                f"Expected a guidance difference of {self._expected} (images and places), as the denoiser predicted it, but "
+                f"got {(len(delta), *_places(delta.shape))}: this loop puts parts together before it mixes. Pass use_scfg=False."
             )
 
     def _find_regions(self) -> Regions:
@@ -312,8 +313,8 @@ def check_alone(components: Mapping, denoiser: torch.nn.Module) -> None:
     others = [name for name, part in components.items() if part is not denoiser and type(part) is type(denoiser)]
     if others:
         raise ValueError(
-            f"Expected one {type(denoiser).__name__} in the pipeline, but it has {', '.join(others)} besides the one that would "
-            "be watched: pass use_scfg=False."
+            f"Expected one {type(denoiser).__name__} in the pipeline, but it has {', '.join(others)} besides the one that "
+            "would be watched: pass use_scfg=False."
         )
 
 

@@ -60,8 +60,8 @@ class Steps:
         """The loop multiplies scale and difference."""
         if not self.awaited:
             raise RuntimeError(
-                "Expected each product of guidance scale and difference to follow a prediction by the pipeline's denoiser, but "
-                f"product {self.products + 1} does not: another model predicts some steps, or the loop multiplies several "
+                "Expected each product of guidance scale and difference to follow a prediction of the pipeline's denoiser, "
+                f"but product {self.products + 1} does not: another model predicts some steps, or the loop multiplies several "
                 "times. Pass use_scfg=False."
             )
         self.awaited, self.products = False, self.products + 1
@@ -76,8 +76,8 @@ class Steps:
             return ()
         how = ("", "one after the other") if self.separate else ("2 x ", "unconditional and conditional")
         raise ValueError(
-            f"Expected predictions of {images} images in a batch of {how[0]}{images} ({how[1]}), but the denoiser got a batch of "
-            f"{batch}: this loop mixes other predictions than two (a distilled model: none), or makes them in parts. Pass "
+            f"Expected predictions of {images} images in a batch of {how[0]}{images} ({how[1]}), but the denoiser got a batch "
+            f"of {batch}: this loop mixes other predictions than two (a distilled model: none), or makes them in parts. Pass "
             "use_scfg=False."
         )
 

@@ -24,7 +24,11 @@ def told(*reads, length=LENGTH, prompts=1, asked=ASKED, whole=True, tokenizer=TO
 
 def chunks(text, size=LENGTH):
     """Rows of `size` tokens, each with a start and an end of its own."""
-    tokens, start, end = TOKENIZER(text, add_special_tokens=False).input_ids, TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
+    tokens, start, end = (
+        TOKENIZER(text, add_special_tokens=False).input_ids,
+        TOKENIZER.bos_token_id,
+        TOKENIZER.eos_token_id,
+    )
     parts = [tokens[i : i + size - 2] for i in range(0, max(len(tokens), 1), size - 2)]
     return [torch.tensor([[start, *part, end] + [end] * (size - 2 - len(part))]) for part in parts]
 
@@ -53,7 +57,10 @@ def test_chunks_are_joined():
         (encoded,), _ = told_apart([list(reads)], [TOKENIZER], 2 * LENGTH, True, 1, asked)
         found = sentence([encoded], 0)
         assert " ".join(word for word, _ in found) == LONG
-        assert [at for word, at in found if word == "dog"] == [[LONG.split().index("dog") + 1], [LONG.split().index("dog", 9) + 3]]
+        assert [at for word, at in found if word == "dog"] == [
+            [LONG.split().index("dog") + 1],
+            [LONG.split().index("dog", 9) + 3],
+        ]
     assert told(first, second, length=2 * LENGTH, asked=asked) == [LONG, None]
 
 
@@ -63,7 +70,11 @@ def test_chunks_of_several_prompts(prompts):
     asked = Asked([texts], [[NEGATIVE] * prompts], trusted=False)
     rows = torch.stack([torch.cat(chunks(text)) for text in texts])  # image, chunk
     negative = torch.cat([chunks(NEGATIVE)[0], chunks("")[0]]).expand_as(rows)
-    for reads in [(*rows, *negative), (*rows.transpose(0, 1), *negative.transpose(0, 1)), (torch.cat([negative, rows], 0).flatten(0, 1),)]:
+    for reads in [
+        (*rows, *negative),
+        (*rows.transpose(0, 1), *negative.transpose(0, 1)),
+        (torch.cat([negative, rows], 0).flatten(0, 1),),
+    ]:
         found = told_apart([list(reads)], [TOKENIZER], 2 * LENGTH, True, prompts, asked)
         assert [words_of(found, image) for image in range(prompts)] == [[text.strip(), NEGATIVE] for text in texts]
 
@@ -72,7 +83,9 @@ def test_what_cannot_be_told_is_not():
     first, second = chunks(LONG)
     assert told(first, second, length=2 * LENGTH) is None  # another text than was asked for
     assert told(first, second, length=2 * LENGTH, asked=None) is None
-    assert told(first, second, length=2 * LENGTH - 2, asked=Asked([[LONG]], [[""]], False)) is None  # cut in the middle
+    assert (
+        told(first, second, length=2 * LENGTH - 2, asked=Asked([[LONG]], [[""]], False)) is None
+    )  # cut in the middle
     assert told(ids(POSITIVE), length=LENGTH + 16) is None  # something else is among the text
     assert told(ids(POSITIVE), ids("a bus"), ids(NEGATIVE)) is None
     assert told(ids(POSITIVE), ids("a bus")) is None  # an enhanced prompt, and no negative one?

@@ -372,7 +372,9 @@ class Tiling(Writing):
     """One half is predicted, and repeated."""
 
     def step(self, latents, t, told, embeds, scale):
-        negative, positive = self.unet(latents[..., :8].repeat(2, 1, 1, 1), told, embeds).sample.repeat(1, 1, 1, 2).chunk(2)
+        negative, positive = (
+            self.unet(latents[..., :8].repeat(2, 1, 1, 1), told, embeds).sample.repeat(1, 1, 1, 2).chunk(2)
+        )
         return self.scheduler.step(negative + scale * (positive - negative), t, latents).prev_sample
 
 
@@ -386,7 +388,8 @@ class Twice(Writing):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [(Merging, "predicts again before it"), (Tiling, "puts parts together"), (Twice, "several times")]
+    ("kind", "message"),
+    [(Merging, "predicts again before it"), (Tiling, "puts parts together"), (Twice, "several times")],
 )
 def test_a_loop_that_mixes_otherwise_is_refused(kind, message):
     pipe = guided(built(kind))
@@ -406,7 +409,7 @@ class Helped(Writing):
 
 
 def test_a_loop_whose_forwards_cannot_be_told_from_others_is_refused():
-    with pytest.raises(RuntimeError, match="called by elsewhere in tests.hooks.test_steps"):
+    with pytest.raises(RuntimeError, match=r"called by elsewhere in tests\.hooks\.test_steps"):
         guided(built(Helped))("a cat on grass")
 
 
@@ -427,5 +430,11 @@ def test_steps_without_a_product_are_counted(monkeypatch):
         seen.append((call.step, call.branches))
 
     monkeypatch.setattr(GuidedCall, "on_forward", noted)
-    run(pipe, "sd", num_inference_steps=3, callback_on_step_end=cut, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    run(
+        pipe,
+        "sd",
+        num_inference_steps=3,
+        callback_on_step_end=cut,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )
     assert seen == [(1, (0, 1)), (2, ()), (3, (0, 1))]
