@@ -27,7 +27,7 @@ class OwnCalls:
 
     def __init__(self, pipe: Any, denoiser: Any):
         self.pipe, self.stranger = pipe, ""
-        self._methods, self._through = _codes_of(type(pipe)), _codes_of(type(denoiser))
+        self._methods, self._through = _codes_of(type(pipe).__mro__), _codes_of(type(denoiser).__mro__)
 
     def run(self, call: Callable, arguments: Mapping[str, Any]) -> Any:
         """The pipeline's call, inside which own calls are made."""
@@ -83,9 +83,9 @@ def _code_called(callback: Callable) -> CodeType | None:
 
 
 @functools.cache
-def _codes_of(cls: Any) -> frozenset[CodeType]:
-    """The code of every function that a class and its bases define, decorated and nested ones too."""
-    waiting = [member for base in cls.__mro__ if base is not object for member in vars(base).values()]
+def _codes_of(classes: tuple[type, ...]) -> frozenset[CodeType]:
+    """The code of every function that these classes define, decorated and nested ones too."""
+    waiting = [member for base in classes if base is not object for member in vars(base).values()]
     functions: dict[int, FunctionType] = {}  # wrappers of one decorator share their code
     while waiting:
         member = waiting.pop()

@@ -260,15 +260,16 @@ class GuidedCall(Watch):
             stranger = getattr(self.own, "stranger", "")
             raise RuntimeError(
                 "Expected the denoiser to be called by the pipeline's own loop, in the thread that watches it, but it was "
-                f"called {f'by {stranger}' if stranger else 'in another one or not at all'}, so nothing would be guided by regions: "
-                "call it in the pipeline's class, in that thread, or pass `use_scfg=False`."
+                f"called {f'by {stranger}' if stranger else 'in another one or not at all'}, so nothing would be guided by "
+                "regions: call it in the pipeline's class, in that thread, or pass `use_scfg=False`."
             )
 
     def _check_size(self, delta: Tensor) -> None:
         if (len(delta), *_places(delta.shape)) != self._expected:
             raise RuntimeError(
                 f"Expected a guidance difference of {self._expected} (images and places), as the denoiser predicted it, but "
-                f"got {(len(delta), *_places(delta.shape))}: this loop puts parts together before it mixes. Pass use_scfg=False."
+                f"got {(len(delta), *_places(delta.shape))}: this loop puts parts together before it mixes. Pass "
+                "use_scfg=False."
             )
 
     def _find_regions(self) -> Regions:
