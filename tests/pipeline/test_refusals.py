@@ -82,18 +82,24 @@ def test_an_output_of_another_kind_keeps_its_fields_and_gets_ours():
     assert len(found.regions) == len(found["guidance_maps"]) == len(found.negative_maps) == 2
     assert (ours(PROMPT, **call, scfg=NEUTRAL, **seeded()).depth == plain.depth).all()
     as_tuple = ours(PROMPT, **call, **asked, return_dict=False, **seeded())
-    assert len(as_tuple) == len(plain.keys()) + (plain.nsfw_content_detected is None) + 2
-    assert len(as_tuple[-2][0]) == 2
+    assert len(as_tuple) == len(plain.keys()) + (plain.nsfw_content_detected is None) + 3
+    assert len(as_tuple[-3]) == 2
 
 
 def latent_upscaler():
     blocks = {
-        "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D"),
-        "up_block_types": ("KCrossAttnUpBlock2D", "KUpBlock2D"),
+        "down_block_types": ("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3),
+        "up_block_types": (*("KCrossAttnUpBlock2D",) * 3, "KUpBlock2D"),
+        "layers_per_block": 2,
         "mid_block_type": None,
         "only_cross_attention": False,
     }
-    sizes = {"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 2 * 64 + 32, "block_out_channels": (16, 32)}
+    sizes = {
+        "in_channels": 8,
+        "out_channels": 5,
+        "time_cond_proj_dim": 2 * 64 + 32,
+        "block_out_channels": (32, 32, 64, 64),
+    }
     kinds = {"act_fn": "gelu", "resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier"}
     kernels = {"conv_in_kernel": 1, "conv_out_kernel": 1, "timestep_post_act": "gelu", "norm_num_groups": 4}
     unet = tiny_components(**blocks, **sizes, **kinds, **kernels)["unet"]
