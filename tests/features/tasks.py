@@ -77,7 +77,7 @@ def second_picture(name):
     with patch.dict(FAMILIES[name].call):
         del FAMILIES[name].call["height"], FAMILIES[name].call["width"]  # the picture's
         reason = "three predictions are mixed; `use_scfg=False`"
-        return refused(name, "three predictions", reason, stock=stock, image=_picture())
+        return refused(name, "a batch of 3", reason, stock=stock, image=_picture())
 
 
 def _picture(side=32):
