@@ -2,24 +2,34 @@
 
 import argparse
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
 
 from goca_guidance import TINY_SD, Background, SCFGConfig
+from goca_guidance.config import Count
+from goca_guidance.schema import read
 
 
 SAMPLE = Path(TINY_SD).parent / "scene.png"  # a held-out scene; its class names are in the file's "names" text
 DEMO_PROMPT = "a cat and a bus on grass"
+NUMBERS = {"steps": Count, "num_noises": Count, "seed": int, "guidance_scale": float, "height": Count | None,
+           "width": Count | None, "threshold": float | None}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a mistake of the user is one line on stderr and exit status 2."""
     args = _parser().parse_args(arguments)
     try:
+        for name, value in vars(args).items():
+            if name in NUMBERS:
+                read(f"--{name.replace('_', '-')}", value, NUMBERS[name])
+        if "out" in args and args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"Expected --out to be a folder, but {str(args.out)!r} is a file.")
         args.run(args)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        print(f"goca: error: {error}", file=sys.stderr)
+        print(f"goca: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -75,8 +85,11 @@ def generate(args) -> None:
     if (args.height is None) != (args.width is None):
         raise ValueError("Expected both --height and --width, or neither, but got one of them.")
     kwargs = {k: v for k in ("height", "width", "negative_prompt") if (v := getattr(args, k)) is not None}
+    pipe = _load(args)
+    if Path(args.model) == Path(TINY_SD):
+        _note_unknown_words(pipe, args.prompt)
     output = _generate(
-        _load(args), args.prompt, args.seed, args.steps, args.guidance_scale, use_scfg=not args.no_scfg, **kwargs
+        pipe, args.prompt, args.seed, args.steps, args.guidance_scale, use_scfg=not args.no_scfg, **kwargs
     )
     _draw_generation(output, args.out)
 
@@ -92,6 +105,8 @@ def segment(args) -> None:
         if args.background or args.threshold is not None
         else None
     )
+    if rule is None and len(args.classes) == 1:
+        _note("one class without a background wins everywhere: pass --threshold (0.5, for example) or --background")
     pipe = _load(args)
     result = pipe.segment(
         image,
@@ -187,6 +202,23 @@ def _load(args):
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"Expected --dtype to be float32, bfloat16 or float16, but got {args.dtype!r}.")
     return _pipeline(args.model, dtype=dtype).to(args.device or best)
+
+
+def _note_unknown_words(pipe, prompt) -> None:
+    """The embedded model spells what it does not know: each word of its captions is one token, and no letter alone but "a"."""
+    end = "</w>"
+    known = {word.removesuffix(end) for word in pipe.tokenizer.get_vocab() if word.endswith(end)}
+    known = {word for word in known if len(word) > 1 and word.isalpha()} | {"a"}
+    words = re.findall(r"[^\W_]+", prompt.lower())
+    if unknown := [word for word in dict.fromkeys(words) if word not in known]:
+        _note(
+            f"the embedded model does not know {', '.join(unknown)}, and draws something else: it knows "
+            f"{', '.join(sorted(known))}; pass --model for another one"
+        )
+
+
+def _note(text) -> None:
+    print(f"goca: note: {text}", file=sys.stderr)
 
 
 def _generator(seed):

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
@@ -13,6 +13,7 @@ from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
 from goca_guidance.hooks.guided import GuidedCall
 from goca_guidance.method.scfg import SpatialGuidanceScale
+from goca_guidance.schema import between, checked
 
 
 class GoCAGuidance(ClassifierFreeGuidance):
@@ -38,16 +39,17 @@ class GoCAGuidance(ClassifierFreeGuidance):
     guidance_scale: float
 
     @register_to_config
+    @checked
     def __init__(
         self,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
-        start: float = 0.0,
-        stop: float = 1.0,
+        start: Annotated[float, between(0, 1)] = 0.0,
+        stop: Annotated[float, between(0, 1)] = 1.0,
         enabled: bool = True,
-        goca: GoCAConfig | Mapping | None = None,
-        scfg: SCFGConfig | Mapping | None = None,
+        goca: GoCAConfig | Mapping[str, Any] | None = None,
+        scfg: SCFGConfig | Mapping[str, Any] | None = None,
         region_tokens: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
     ):
         super().__init__(guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled)
@@ -60,6 +62,7 @@ class GoCAGuidance(ClassifierFreeGuidance):
         saved = {"goca": dataclasses.asdict(self.goca), "scfg": dataclasses.asdict(self.scfg)}
         self.register_to_config(**saved, _use_default_values=[])  # a positional argument would count as a default
 
+    @checked
     @contextmanager
     def watching(self, pipe, keep_regions: bool = False, keep_negative: bool = False) -> Iterator[GuidedCall]:
         """Watch one call of `pipe`, whose guider this is; what was seen is in the yielded call's `results()`."""

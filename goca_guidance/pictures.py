@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from goca_guidance.method.records import Regions
+from goca_guidance.schema import FILLED, at_least, checked
 
 
 PANEL = 3.2  # inches of one panel
@@ -26,6 +28,7 @@ def colour(index: int) -> tuple[float, float, float]:
     return colormaps["tab20"](2 * strong + pale)[:3]
 
 
+@checked
 def overlay(
     image: Image.Image, labels: Sequence[Int[Tensor, "_ _"]], classes: Sequence[str], titles: Sequence[str] = ("",)
 ) -> Figure:
@@ -51,7 +54,10 @@ def _painted(image, label_map, strength=0.6):
     return (1 - strength) * np.asarray(image) / 255 + strength * palette[index]
 
 
-def region_strip(regions: Sequence[Regions], sample: int = 0, columns: int = 8) -> Figure:
+@checked
+def region_strip(
+    regions: Annotated[Sequence[Regions], FILLED], sample: int = 0, columns: Annotated[int, at_least(1)] = 8
+) -> Figure:
     """Regions of one image over its guided steps, evenly chosen; what is not foreground is pale."""
     steps = np.unique(np.linspace(0, len(regions) - 1, min(columns, len(regions))).round().astype(int))
     names = regions[0].labels[sample]
@@ -63,6 +69,7 @@ def region_strip(regions: Sequence[Regions], sample: int = 0, columns: int = 8) 
     return figure
 
 
+@checked
 def painted_regions(regions: Regions, sample: int = 0) -> np.ndarray:
     """Regions of one image in colours, H W 3 in [0, 1]; what is not foreground is pale."""
     paint = np.array([colour(i) for i in range(len(regions.labels[sample]))])[as_labels(regions, sample).numpy()]
@@ -70,6 +77,7 @@ def painted_regions(regions: Regions, sample: int = 0) -> np.ndarray:
     return 1 - shade * (1 - paint)
 
 
+@checked
 def guidance_frames(maps: Float[Tensor, "steps H W"]) -> list[Image.Image]:
     """One frame a guided step: guidance scale times rate, one colour scale for all steps."""
     low, high, frames = maps.min().item(), maps.max().item(), []
@@ -86,7 +94,8 @@ def guidance_frames(maps: Float[Tensor, "steps H W"]) -> list[Image.Image]:
     return frames
 
 
-def comparison(images: Sequence[Image.Image], titles: Sequence[str]) -> Figure:
+@checked
+def comparison(images: Annotated[Sequence[Image.Image], FILLED], titles: Sequence[str]) -> Figure:
     """Images side by side, each under its title."""
     figure, axes = _panels(1, len(images))
     for axis, image, title in zip(axes, images, titles, strict=True):
@@ -110,8 +119,10 @@ def _legend(figure, entries):
     figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)), fontsize=8, frameon=False)
 
 
-def save(picture: Figure | Image.Image | list[Image.Image], path: Path) -> Path:
+@checked
+def save(picture: Figure | Image.Image | Annotated[list[Image.Image], FILLED], path: str | Path) -> Path:
     """Write a figure, an image or an animation to a temporary name, then rename: no half-written picture is left."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")
     try:
@@ -130,6 +141,7 @@ def save(picture: Figure | Image.Image | list[Image.Image], path: Path) -> Path:
     return path
 
 
+@checked
 def index_image(label_map: Int[Tensor, "H W"]) -> Image.Image:
     """A label map as a palette picture: the pixel value is the index of the class."""
     picture = Image.fromarray(label_map.numpy().astype(np.uint8), mode="L").convert("P")
@@ -137,7 +149,8 @@ def index_image(label_map: Int[Tensor, "H W"]) -> Image.Image:
     return picture
 
 
-def enlarged(image: Image.Image, least: int = 256) -> Image.Image:
+@checked
+def enlarged(image: Image.Image, least: Annotated[int, at_least(1)] = 256) -> Image.Image:
     """A small picture enlarged, for looking at."""
     factor = -(-least // min(image.size))
     return (
@@ -145,6 +158,7 @@ def enlarged(image: Image.Image, least: int = 256) -> Image.Image:
     )
 
 
+@checked
 def as_labels(regions: Regions, sample: int = 0) -> Int[Tensor, "H W"]:
     """The region index of each pixel."""
     return regions.masks[sample].to(torch.uint8).argmax(0)

@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from os import PathLike
 from types import MethodType
+from typing import Annotated, Any, get_type_hints
 
 import diffusers
 import numpy as np
@@ -19,18 +21,29 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from goca_guidance.arguments import bind, check_arguments, check_latents, counts, or_plain
 from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
 from goca_guidance.denoisers.layouts import named_words
 from goca_guidance.denoisers.readings import Asked, forms_of
 from goca_guidance.denoisers.words import tokenise
 from goca_guidance.hooks.callers import OwnCalls
-from goca_guidance.hooks.guided import GuidedCall, check_alone, check_input, config_of
+from goca_guidance.hooks.guided import GuidedCall, check_alone
+from goca_guidance.hooks.pictures import finite_pictures
 from goca_guidance.method.records import Regions, WordMaps
 from goca_guidance.method.scfg import SpatialGuidanceScale
 from goca_guidance.real_images.discover import discover
 from goca_guidance.real_images.segment import Segmentation, segment
-from goca_guidance.stock import PREFIX, check_folder, is_text_to_image, named_pipeline, scale_name, stock_class
+from goca_guidance.schema import between, check_names, checked, shown
+from goca_guidance.stock import (
+    PREFIX,
+    check_folder,
+    is_text_to_image,
+    join_auto_pipelines,
+    named_pipeline,
+    scale_name,
+    stock_class,
+)
 
 
 _CALLS: dict[tuple[int, int], GuidedCall] = {}  # in progress, by pipeline and thread: a copy of a pipeline is in none
@@ -107,14 +120,15 @@ class GoCASCFGPipeline(DiffusionPipeline):
         return SpatialGuidanceScale(scale, call.rate)
 
     @torch.no_grad()
+    @checked
     def __call__(
         self,
         *args,
         use_scfg: bool = True,
         goca: GoCAConfig | None = None,
         scfg: SCFGConfig | None = None,
-        scfg_start: float = 0.0,
-        scfg_stop: float = 1.0,
+        scfg_start: Annotated[float, between(0, 1)] = 0.0,
+        scfg_stop: Annotated[float, between(0, 1)] = 1.0,
         region_tokens: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
         output_regions: bool = False,
         output_negative_maps: bool = False,
@@ -148,24 +162,24 @@ class GoCASCFGPipeline(DiffusionPipeline):
             guidance_maps)` where `output_regions` and by `negative_maps` where `output_negative_maps`.
         """
         stock = super().__call__
-        call = inspect.signature(stock).bind(*args, **kwargs)
-        given = set(call.arguments)
-        call.apply_defaults()
-        if not 0 <= scfg_start <= scfg_stop <= 1:
-            raise ValueError(f"Expected 0 <= `scfg_start` <= `scfg_stop` <= 1, but got {scfg_start} and {scfg_stop}.")
-        arguments = {**{k: v for k, v in call.arguments.items() if k != "kwargs"}, **call.arguments.get("kwargs", {})}
+        arguments, given = bind(stock, stock_of(type(self)).__name__, _our_arguments(), args, kwargs)
+        if scfg_start > scfg_stop:
+            raise ValueError(f"Expected `scfg_start` to be at most `scfg_stop`, but got {scfg_start} and {scfg_stop}.")
+        if use_scfg:
+            check_arguments(arguments, given)
         state = None
         if use_scfg and self._is_guided(arguments, given):
-            check_input(arguments)
-            state = self._guided_call(
-                arguments,
-                config_of(goca, GoCAConfig, "goca"),
-                config_of(scfg, SCFGConfig, "scfg"),
-                is_guided=self._window(scfg_start, scfg_stop),
-                region_tokens=region_tokens,
-                keep_regions=output_regions,
-                keep_negative=output_negative_maps,
-            )
+            self._check_latents(arguments)
+            with or_plain():
+                state = self._guided_call(
+                    arguments,
+                    goca or GoCAConfig(),
+                    scfg or SCFGConfig(),
+                    is_guided=self._window(scfg_start, scfg_stop),
+                    region_tokens=region_tokens,
+                    keep_regions=output_regions,
+                    keep_negative=output_negative_maps,
+                )
         if torch.is_grad_enabled():  # called by `__wrapped__`, as one calls a stock pipeline for gradients
             if state is not None:
                 raise ValueError(
@@ -196,18 +210,16 @@ class GoCASCFGPipeline(DiffusionPipeline):
         return True
 
     def _guided_call(self, arguments, goca, scfg, **kwargs) -> GuidedCall:
-        denoiser = denoiser_of(self.components)
+        denoiser, (prompts, images) = denoiser_of(self.components), counts(arguments)
         check_alone(self.components, denoiser)
-        prompt, embeds = arguments["prompt"], arguments.get("prompt_embeds")
-        prompts = 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
         return GuidedCall(
             denoiser,
             text_encoders_of(self, family_of(denoiser)),
             goca,
             scfg,
-            images=prompts * (arguments.get("num_images_per_prompt") or 1),
+            images=images,
             prompts=prompts,
-            prompt_read=prompt is not None,
+            prompt_read=arguments["prompt"] is not None,
             separate=scale_name(stock_of(type(self))) == "true_cfg_scale",
             own=OwnCalls(self, denoiser),
             asked=self._asked(arguments, prompts),
@@ -251,13 +263,19 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
         return holds
 
+    def _check_latents(self, arguments):
+        channels = getattr(getattr(getattr(self, "vae", None), "config", None), "latent_channels", None)
+        if is_text_to_image(stock_of(type(self))):
+            family = family_of(denoiser_of(self.components))
+            check_latents(arguments.get("latents"), family, channels, counts(arguments)[1])
+
     def _run(self, stock, arguments, state):
         """The stock call; with a state, observed, and its scale spatial: as argument, and as property (`guidance_scale`)."""
         if state is None:
             return stock(**{**arguments, "return_dict": True})
         name = scale_name(stock_of(type(self)))
         spatial = SpatialGuidanceScale(arguments[name], state.rate)
-        with state.installed(), self._in_call(state):
+        with finite_pictures(getattr(self, "vae", None)), or_plain(), state.installed(), self._in_call(state):
             output = state.own.run(stock, {**arguments, name: spatial, "return_dict": True})
         if not getattr(self, "interrupt", False):
             state.check()
@@ -291,6 +309,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
         stock = stock_of(type(self))
         return stock if is_text_to_image(stock) else named_pipeline(family_of(denoiser_of(self.components)))
 
+    @checked
     def words(self, prompt: str) -> dict[str, list[int]]:
         """The words of a prompt with their token positions, in the form that `region_tokens` takes."""
         family = family_of(denoiser_of(self.components))
@@ -307,15 +326,20 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     # ---- loading and saving ------------------------------------------------------------------------------------------
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load as `DiffusionPipeline.from_pretrained` does; the repository says which pipeline it is."""
+    @checked
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs):
+        """Load as `DiffusionPipeline.from_pretrained` does; the repository or `custom_pipeline` says which pipeline it is."""
+        if "dtype" in kwargs and not hasattr(pipeline_utils, "_resolve_dtype"):  # diffusers before 0.40
+            kwargs["torch_dtype"] = kwargs.pop("dtype")
+        check_folder(pretrained_model_name_or_path, kwargs)
         if cls is not GoCASCFGPipeline:
-            if "dtype" in kwargs and not hasattr(pipeline_utils, "_resolve_dtype"):  # diffusers before 0.40
-                kwargs["torch_dtype"] = kwargs.pop("dtype")
-            check_folder(pretrained_model_name_or_path, kwargs)
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        stock = stock_class(pretrained_model_name_or_path, **kwargs)
-        return guided(stock).from_pretrained(pretrained_model_name_or_path, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        elif kwargs.get("custom_pipeline") is not None:
+            loaded = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        else:
+            stock: Any = stock_class(pretrained_model_name_or_path, **kwargs)
+            return guided(stock).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return loaded if isinstance(loaded, GoCASCFGPipeline) else GoCASCFGPipeline.from_pipe(loaded)
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
@@ -326,15 +350,20 @@ class GoCASCFGPipeline(DiffusionPipeline):
             pipeline: a loaded pipeline of any supported family and task.
             kwargs: components or settings that replace the ones of `pipeline`; `dtype` converts the shared modules.
         """
+        if not all(hasattr(pipeline, name) for name in ("components", "config")):
+            raise TypeError(
+                f"Expected a loaded pipeline, but got {shown(pipeline)}: load it first, or use `from_pretrained`."
+            )
         if cls is GoCASCFGPipeline:
             denoiser, ours = denoiser_of(pipeline.components), guided(stock_of(type(pipeline)))
             family_of(denoiser).preset  # noqa: B018 (refuses what has no readable layers)
             return ours.from_pipe(pipeline, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        parameters = inspect.signature(cls.__init__).parameters
+        parameters = {name: p for name, p in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+        check_names(kwargs, parameters, f"a component or a setting of {stock_of(cls).__name__}")
         settings = {name: value for name, value in pipeline.config.items() if name in parameters}
         arguments = {**settings, **{n: c for n, c in pipeline.components.items() if n in parameters}, **kwargs}
-        needed = {name for name, p in parameters.items() if p.default is p.empty and name != "self"}
+        needed = {name for name, p in parameters.items() if p.default is p.empty}
         if missing := sorted(needed - set(arguments)):
             raise ValueError(
                 f"Expected a pipeline with the components of {stock_of(cls).__name__}, but {type(pipeline).__name__} has no "
@@ -342,6 +371,17 @@ class GoCASCFGPipeline(DiffusionPipeline):
             )
         ours = cls(**arguments)
         return ours if dtype is None else ours.to(dtype=dtype)
+
+    def __reduce_ex__(self, protocol):
+        """Pickled and copied by the stock class, from which ours is made anew: it cannot be found by its name."""
+        made, stock = super().__reduce_ex__(protocol), stock_of(type(self))
+        return (_empty, (stock,), *made[2:]) if type(self) is guided(stock) else made
+
+    @property
+    def config(self):
+        """The stock configuration. An `AutoPipeline` asks for it before it looks for the class by name: then it finds it."""
+        join_auto_pipelines(guided)
+        return super().config
 
     def to_json_string(self) -> str:
         """What is saved names the stock pipeline: anyone can load it, with us or without."""
@@ -369,6 +409,11 @@ def guided(stock: type[DiffusionPipeline]) -> type[GoCASCFGPipeline]:
     )
 
 
+def _empty(stock: Any) -> GoCASCFGPipeline:
+    """An instance of the made class, for pickle to fill."""
+    return object.__new__(guided(stock))
+
+
 def __getattr__(name: str):
     """The made classes by name, as pickle asks for them."""
     if name.startswith(PREFIX) and hasattr(diffusers, name.removeprefix(PREFIX)):
@@ -386,6 +431,14 @@ def _output(stock, state, return_dict, regions, negative_maps):
         return (*fields.values(), *ours.values())
     if set(fields) <= {field.name for field in dataclasses.fields(GoCASCFGPipelineOutput)}:
         return GoCASCFGPipelineOutput(**fields, **ours)
-    for name, value in ours.items():  # of another kind (images with depth), which has fields of its own
+    for name, value in ours.items():  # an output of another kind
         stock[name] = value
     return stock
+
+
+@functools.cache
+def _our_arguments() -> dict[str, Any]:
+    """The annotations of the arguments that we add to a stock call."""
+    parameters = inspect.signature(GoCASCFGPipeline.__call__).parameters
+    hints = get_type_hints(GoCASCFGPipeline.__call__, include_extras=True)
+    return {name: hints[name] for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}

@@ -8,7 +8,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -68,7 +68,7 @@ def checked(target: T) -> T:
     @functools.wraps(function)
     def reading(*args, **kwargs):
         if not takes_any_name:
-            check_names(kwargs, read_by_name, owner)
+            check_names(kwargs, read_by_name, owner, hints())
         try:
             call = signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -83,14 +83,31 @@ def checked(target: T) -> T:
     return reading  # type: ignore[return-value]
 
 
-def check_names(given: Iterable[str], known: Iterable[str], owner: str) -> None:
-    """TypeError for a name that is not known, with the known one that is spelled most like it, else with all."""
+def check_names(
+    given: Iterable[str], known: Iterable[str], owner: str, hints: Mapping[str, Any] | None = None
+) -> None:
+    """TypeError for a name that is not known, with the known one that is spelled most like it, else with all.
+
+    Fields of the dataclasses in `hints`, an annotation for each argument, are told where they belong.
+    """
     known = sorted(known)
+    spelled = {**fields_in(hints or {}), **{name: name for name in known}}
     for name in given:
         if name not in known:
-            near = get_close_matches(str(name), known, 1)
-            fix = f"write `{near[0]}`" if near else f"known are {', '.join(known)}"
+            near = [name] if name in spelled else get_close_matches(str(name), spelled, 1)
+            fix = f"write `{spelled[near[0]]}`" if near else f"known are {', '.join(known) or 'none'}"
             raise TypeError(f"Expected {owner}, but got `{name}`: {fix}.")
+
+
+def fields_in(hints: Mapping[str, Any]) -> dict[str, str]:
+    """Fields of the dataclasses among annotations of arguments, with how one writes them."""
+    return {
+        field.name: f"{argument}={cls.__name__}({field.name}=...)"
+        for argument, hint in hints.items()
+        for cls in _options(hint)
+        if isinstance(cls, type) and is_dataclass(cls)
+        for field in fields(cls)
+    }
 
 
 def read(name: str, value: Any, hint: Any) -> Any:
@@ -157,7 +174,7 @@ def _is_a(value, kind) -> bool:
     if kind in (int, float):
         return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if kind in SEQUENCES:
-        return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        return isinstance(value, list if kind is list else Sequence) and not isinstance(value, (str, bytes))
     return isinstance(value, Mapping if kind is dict else kind)
 
 

@@ -2,24 +2,30 @@
 
 import inspect
 import json
+import sys
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 import diffusers
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
 
 from goca_guidance.denoisers.base import Family
+from goca_guidance.schema import shown
 
 
 PREFIX = "GoCASCFG"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 WEIGHTS = (".safetensors", ".bin")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
-def stock_class(repository: str | Path, **kwargs) -> type[DiffusionPipeline]:
+def stock_class(repository: str | PathLike, **kwargs) -> type[DiffusionPipeline]:
     """The pipeline class of diffusers that a repository's `model_index.json` names."""
     check_folder(repository, given=kwargs)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    name = DiffusionPipeline.load_config(repository, **hub)["_class_name"]
+    name = DiffusionPipeline.load_config(repository, **hub).get("_class_name", "nothing")
     name = (name[-1] if isinstance(name, list) else name).removeprefix(PREFIX)
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
@@ -30,7 +36,7 @@ def stock_class(repository: str | Path, **kwargs) -> type[DiffusionPipeline]:
     return found
 
 
-def check_folder(repository: str | Path, given) -> None:
+def check_folder(repository: str | PathLike, given) -> None:
     """Name what a local checkpoint folder lacks, before anything of it is loaded; a hub repository passes."""
     folder = Path(repository)
     if not folder.is_dir():
@@ -38,10 +44,19 @@ def check_folder(repository: str | Path, given) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"Expected a pipeline's folder with a model_index.json, but {str(folder)!r} has none.")
+    listed = _read_json(index)
+    if not isinstance(listed.get("_class_name"), (str, list)):
+        raise ValueError(f"Expected the pipeline's class (`_class_name`) in {str(index)!r}, but got {shown(listed)}.")
     parts = {
-        name: part for name, part in json.loads(index.read_text()).items() if isinstance(part, list) and all(part)
+        name: part for name, part in listed.items() if isinstance(part, list) and name != "_class_name" and any(part)
     }
-    lacking = [lack for name in parts if name not in given for lack in _lacking(folder / name)]
+    if wrong := [
+        name for name, part in parts.items() if len(part) != 2 or not all(isinstance(each, str) for each in part)
+    ]:
+        raise ValueError(
+            f"Expected a library and a class for {wrong[0]} in {str(index)!r}, but got {shown(parts[wrong[0]])}."
+        )
+    lacking = [lack for name in parts if name not in given for lack in _lacking(folder / name, parts[name][1])]
     if lacking:
         raise ValueError(
             f"Expected a complete checkpoint folder, but {str(folder)!r} lacks {', '.join(lacking)}: download it again, or "
@@ -49,19 +64,64 @@ def check_folder(repository: str | Path, given) -> None:
         )
 
 
-def _lacking(part: Path) -> list[str]:
-    """Files that a component's folder should have: any at all, and weights where its configuration is a model's."""
+def _lacking(part: Path, kind: str) -> list[str]:
+    """What a component's folder should have: any file at all, whole weights for a model, a vocabulary for a tokenizer."""
     files = [path.name for path in part.glob("*")]
     if not files:
         return [f"{part.name}/"]
-    shards = {
-        name for path in part.glob("*.index*.json") for name in json.loads(path.read_text())["weight_map"].values()
-    }
+    shards = {name for path in part.glob("*.index*.json") for name in _weight_map(path).values()}
     if missing := sorted(shards - set(files)):
         return [f"{part.name}/{name}" for name in missing]
     if "config.json" in files and not any(name.endswith(WEIGHTS) for name in files):
         return [f"{part.name}/*.safetensors"]
-    return []
+    if "Tokenizer" in kind and not any(name in VOCABULARIES or name.endswith(".model") for name in files):
+        return [f"{part.name}/tokenizer.json"]
+    return [
+        f"a whole {part.name}/{path.name} ({fault})" for path in part.glob("*.safetensors") if (fault := _fault(path))
+    ]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        read = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {str(path)!r}, but got {error}: download it again.") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"Expected a mapping in {str(path)!r}, but got {shown(read)}: download it again.")
+    return read
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The shards that an index of weights names."""
+    found = _read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"Expected a `weight_map` in {str(path)!r}, but got {shown(found)}: download it again.")
+    return found
+
+
+def _fault(weights: Path) -> str | None:
+    """What is wrong with a file of weights by its header, which says how long it is."""
+    try:
+        with safe_open(weights, "pt"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return " ".join(str(error).split())
+
+
+def join_auto_pipelines(guided: Callable[[type], type]) -> None:
+    """Enter guided classes into the tables of `AutoPipeline`, once it is loaded: its `from_pipe` then gives guided ones."""
+    auto = sys.modules.get("diffusers.pipelines.auto_pipeline")
+    for table in getattr(auto, "SUPPORTED_TASKS_MAPPINGS", ()):
+        if not any(name.startswith(PREFIX) for name in table):
+            made = {f"{PREFIX}-{name}": _or_none(guided, stock) for name, stock in table.items()}
+            table.update({name: ours for name, ours in made.items() if ours is not None})
+
+
+def _or_none(guided, stock):
+    try:
+        return guided(stock)
+    except ValueError:  # it mixes no two predictions
+        return None
 
 
 def scale_name(pipeline: type[DiffusionPipeline]) -> str | None:

@@ -18,7 +18,7 @@ LIBRARY = [  # rooms of goca_guidance by floor: one imports itself and lower flo
     {"config"},
     {"method"},
     {"denoisers", "pictures"},
-    {"stock", "hooks"},
+    {"arguments", "stock", "hooks"},
     {"real_images"},
     {"pipeline", "guider"},
     {"cli"},

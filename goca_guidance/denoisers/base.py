@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 from diffusers.models.attention import AttentionModuleMixin
@@ -59,10 +59,7 @@ class Family:
     def preset(self) -> LayerPreset:
         """The layers that GoCA reads."""
         preset = self._generic_preset()
-        logger.warning(
-            f"No preset is known for {type(self.denoiser).__name__}: a generic one reads all its text attention layers. Look "
-            "at the regions before you rely on them."
-        )
+        _warn_of_generic_preset(type(self.denoiser).__name__)
         return preset
 
     def _text_layers(self) -> tuple[str, ...]:
@@ -84,7 +81,13 @@ class Family:
             raise ValueError(
                 "Expected text cross-attention layers (`attn2` beside `attn1`) in the denoiser's blocks, but "
                 f"{type(self.denoiser).__name__} has none. Joint attention is read for Flux.1 and Stable Diffusion 3 only: "
-                "pass use_scfg=False, or use one of the supported families."
+                "use one of the supported families."
+            )
+        processors = (getattr(names[layer], "processor", None) for layer in self_attention_beside(text))
+        if any("Linear" in type(processor).__name__ for processor in processors):
+            raise ValueError(
+                f"Expected softmax attention, but the self-attention of {type(self.denoiser).__name__} is linear and has no "
+                "map to read: use one of the supported families."
             )
         return text
 
@@ -99,6 +102,8 @@ class Family:
         """Sizes of a call of the denoiser, from what a forward pre-hook sees."""
         sample = argument(args, kwargs, 0, "sample", "hidden_states")
         text = argument(args, kwargs, 2, "encoder_hidden_states")
+        if text is None:
+            raise ValueError(f"Expected text tokens for the denoiser, but {type(self.denoiser).__name__} got none.")
         if sample.ndim != 4:
             raise ValueError(f"Expected image latents of shape b c H W, but the denoiser got {tuple(sample.shape)}.")
         return DenoiserCall(sample.shape[0], (sample.shape[2], sample.shape[3]), text.shape[1])
@@ -133,13 +138,22 @@ class Family:
         return prediction
 
 
+@cache
+def _warn_of_generic_preset(denoiser: str) -> None:
+    """Once for each kind of denoiser."""
+    logger.warning(
+        f"No preset is known for {denoiser}: a generic one reads all its text attention layers. Look at the regions before "
+        "you rely on them."
+    )
+
+
 def check_whole(family: Family) -> None:
     """Refuse a denoiser whose attention calls are skipped or split: they would be seen in part."""
     denoiser = family.denoiser
     if getattr(denoiser, "is_cache_enabled", False):
         raise ValueError(
             "Expected a denoiser that runs every block at every step, but a cache is enabled on it: call "
-            "`denoiser.disable_cache()`, or pass use_scfg=False."
+            "`denoiser.disable_cache()`."
         )
     processors = [getattr(module, "processor", None) for module in family.attention_modules.values()]
     split = any(getattr(processor, "_parallel_config", None) is not None for processor in processors)
@@ -147,7 +161,7 @@ def check_whole(family: Family) -> None:
     if split or any(type(parameter).__name__ == "DTensor" for parameter in denoiser.parameters()):
         raise ValueError(
             "Expected a whole denoiser on each device, but this one is split (context or tensor parallel): run one process "
-            "for each image instead, or pass use_scfg=False."
+            "for each image instead."
         )
 
 

@@ -295,20 +295,6 @@ def _alike(module, processor) -> bool:
     return type(module.processor) is type(processor)
 
 
-def check_input(arguments: Mapping) -> None:
-    """Refuse what a stock pipeline would only stumble over later."""
-    if arguments["prompt"] is None and arguments.get("prompt_embeds") is None:
-        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
-    if arguments.get("pag_scale"):  # refused before the loop, which would leave its processors behind
-        raise ValueError(
-            "Expected two predictions to mix, but perturbed-attention guidance makes a third: pass `pag_scale=0.0`, or "
-            "`use_scfg=False`."
-        )
-    latents = arguments.get("latents")
-    if latents is not None and not torch.isfinite(latents).all():
-        raise ValueError("Expected finite `latents`, but got NaN or infinity among them.")
-
-
 def check_alone(components: Mapping, denoiser: torch.nn.Module) -> None:
     """Refuse a pipeline that may change its denoiser in the middle of a call: one is watched."""
     others = [name for name, part in components.items() if part is not denoiser and type(part) is type(denoiser)]
@@ -317,10 +303,3 @@ def check_alone(components: Mapping, denoiser: torch.nn.Module) -> None:
             f"Expected one {type(denoiser).__name__} in the pipeline, but it has {', '.join(others)} besides the one that "
             "would be watched: pass use_scfg=False."
         )
-
-
-def config_of(value, cls: type, name: str):
-    """A configuration, the default one for None."""
-    if value is not None and not isinstance(value, cls):
-        raise TypeError(f"Expected `{name}` to be a {cls.__name__} or None, but got {value!r}.")
-    return value or cls()

@@ -164,7 +164,7 @@ def check_seen(expected: Iterable[str], seen: set[str]) -> None:
             "processors hide it, tiles, merged tokens and chunks split it, and caches skip layers: call "
             "`pipe.disable_attention_slicing()`, or set the processors that the model was loaded with "
             "(`pipe.unet.set_attn_processor(AttnProcessor2_0())`; `set_default_attn_processor` sets legacy ones), and switch "
-            "tiles, token merging and caches off, or pass `use_scfg=False`. Linear attention (Sana) has no map to read at all."
+            "tiles, token merging and caches off."
         )
 
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goca_guidance.config import layers_named
+from goca_guidance.config import Count, layers_named
 from goca_guidance.denoisers.base import Family
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.hooks.shared import hook_here
@@ -17,21 +17,23 @@ from goca_guidance.method.diffcut import cut
 from goca_guidance.method.maps import nearest_index
 from goca_guidance.method.records import AttentionRecord
 from goca_guidance.real_images.forwards import Forwards, noised
+from goca_guidance.schema import above, checked
 
 
 @torch.no_grad()
+@checked
 def discover(
     pipe: DiffusionPipeline,
     stock: type[DiffusionPipeline],
     images,
     *,
     threshold: float = 0.5,
-    alpha: float = 10.0,
+    alpha: Annotated[float, above(0)] = 10.0,
     timestep: int | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    size: int = 128,
+    height: Count | None = None,
+    width: Count | None = None,
+    size: Count = 128,
     layer: str | None = None,
 ) -> list[Int[Tensor, "_ _"]]:
     """Segment real images without names (DiffCut, arXiv 2406.02842): recursive normalised cut of dense features.

@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from goca_guidance.denoisers.base import Family
 from goca_guidance.hooks.watch import Watch
 from goca_guidance.real_images.load import load_image
 from goca_guidance.real_images.noising import HandingScheduler, encode, noisy_latents
-from goca_guidance.stock import exact_arguments
+from goca_guidance.stock import PREFIX, exact_arguments
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,15 @@ def noised(
     width: int | None = None,
 ) -> Noised:
     """Encode images and add noise; see [`goca_guidance.real_images.segment.segment`] for the arguments."""
-    if num_noises < 1:
-        raise ValueError(f"Expected at least one noise, but got num_noises={num_noises}.")
     pictures = [load_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
     if not pictures:
         raise ValueError("Expected at least one image, but got an empty list.")
     family = family_of(denoiser_of(pipe.components))
+    with readable(pipe):
+        return _noised(pipe, family, pictures, timestep, num_noises, generator, height, width)
+
+
+def _noised(pipe, family, pictures, timestep, num_noises, generator, height, width) -> Noised:
     timesteps = _timesteps(timestep, family.preset.timestep, pipe.scheduler.config.num_train_timesteps - 1)
     _check_checkpoint(pipe, family)
     if isinstance(generator, list) and len(generator) != len(pictures):
@@ -57,12 +60,28 @@ def noised(
     return Noised(family, pictures, noisy_latents(pipe, latents, timesteps, num_noises, generator))
 
 
+@contextmanager
+def readable(pipe: DiffusionPipeline):
+    """Refuse a pipeline whose parts or loop turn out to be others than those of a text-to-image one, which alone are read.
+
+    There are too many ways to be another (videos, sounds, boxes, depths, loops that ask more of a scheduler) to name them.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        name, reason = type(pipe).__name__.removeprefix(PREFIX), " ".join(str(error).split())
+        raise ValueError(
+            f"Expected a plain text-to-image pipeline of pictures for segmentation, but {name} works otherwise ({reason}): "
+            "load the checkpoint as the plain one of its family, such as StableDiffusionPipeline."
+        ) from error
+
+
 def _timesteps(timestep, default, last):
     chosen = default if timestep is None else timestep
-    chosen = [chosen] if isinstance(chosen, Real) else list(chosen)
-    if not chosen or not all(t == int(t) and 0 <= t <= last for t in chosen):
-        raise ValueError(f"Expected whole timesteps from 0 to {last}, but got {chosen}.")
-    return [int(t) for t in chosen]
+    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+    if not chosen or not all(0 <= t <= last for t in chosen):
+        raise ValueError(f"Expected timesteps from 0 to {last}, but got {chosen}.")
+    return chosen
 
 
 def _check_checkpoint(pipe, family):
@@ -122,10 +141,11 @@ class Forwards(Watch):
         """Mean result of the noise samples (see `Noised`); `stock` is the text-to-image class that runs the components."""
         height, width = samples[0][1].shape[-2:]
         handed = [(t, self.family.pack(latents)) for t, latents in samples]
-        runner = _fresh(stock, self.pipe, HandingScheduler(self.pipe.scheduler.config, handed))
+        with readable(self.pipe):
+            runner = _fresh(stock, self.pipe, HandingScheduler(self.pipe.scheduler.config, handed))
         off = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "pag_scale": 0.0}
         known = inspect.signature(stock.__call__).parameters
-        with self.installed():
+        with self.installed(), readable(self.pipe):
             runner(
                 list(prompts),
                 height=height * self.pipe.vae_scale_factor,

@@ -4,19 +4,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from unicodedata import category
 
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goca_guidance.config import Background, GoCAConfig
+from goca_guidance.config import Background, Count, GoCAConfig
 from goca_guidance.denoisers.layouts import class_layout, class_prompt
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.method.maps import resize
 from goca_guidance.method.records import AttentionRecord
 from goca_guidance.method.segmentor import GoCASegmentor, ScoringSegmentor
 from goca_guidance.real_images.forwards import Forwards, noised
+from goca_guidance.schema import checked
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ class Segmentation:
     background: Background | None
     entities: Float[Tensor, "b e H W"]
 
+    def __post_init__(self):
+        if self.background is not None:
+            object.__setattr__(self, "background", Background.of(self.background))
+            if self.background.entities and not self.entities.shape[1]:
+                raise ValueError(
+                    "Expected a `background` without entities, because none were segmented, but got "
+                    f"{', '.join(self.background.entities)}: segment again, with `background`."
+                )
+
     @cached_property
     def label_maps(self) -> list[Int[Tensor, "_ _"]]:
         """One H W int64 tensor for each image, at that image's own size, on the CPU: an index into its classes.
@@ -54,6 +65,7 @@ class Segmentation:
 
 
 @torch.no_grad()
+@checked
 def segment(
     pipe: DiffusionPipeline,
     stock: type[DiffusionPipeline],
@@ -62,11 +74,11 @@ def segment(
     *,
     prompt: str | Sequence[str] | None = None,
     timestep: int | Sequence[int] | None = None,
-    num_noises: int = 1,
+    num_noises: Count = 1,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    background: "float | Sequence[str] | Background | None" = None,
-    height: int | None = None,
-    width: int | None = None,
+    background: float | Sequence[str] | Background | None = None,
+    height: Count | None = None,
+    width: Count | None = None,
     goca: GoCAConfig | None = None,
     segmentor: Callable[..., ScoringSegmentor] = GoCASegmentor,
 ) -> Segmentation:
@@ -122,14 +134,9 @@ def segment(
 # ---- input -----------------------------------------------------------------------------------------------------------
 def _checked_names(classes, entities) -> list:
     """The names, in one list or in one for each image, none of which is empty or holds a name twice."""
-    if isinstance(classes, str):
-        raise TypeError(f'Expected a list of class names, but got the string {classes!r}: use ["{classes}"].')
-    groups = [classes] if all(isinstance(name, str) for name in classes) else classes
-    for group in groups:
-        if isinstance(group, str):
-            raise TypeError(f"Expected a list of class names for each image, but got the string {group!r} among them.")
+    for group in [classes] if all(isinstance(name, str) for name in classes) else classes:
         names = [*group, *entities]
-        if not group or not all(isinstance(name, str) and name.strip(" ,") for name in names):
+        if not group or not all(map(_is_named, names)):
             raise ValueError(f"Expected at least one class name and no empty ones, but got {names}.")
         spelled = [" ".join(name.lower().split()) for name in names]
         if repeated := sorted({name for name in spelled if spelled.count(name) > 1}):
@@ -137,6 +144,11 @@ def _checked_names(classes, entities) -> list:
                 f"Expected every class and background name once, but got {', '.join(repeated)} more than once."
             )
     return list(classes)
+
+
+def _is_named(name: str) -> bool:
+    """Whether anything of a name is left without commas, spaces of every kind and characters of no width."""
+    return any(category(letter)[0] in "LNPS" for letter in name.replace(",", ""))
 
 
 def _one_for_each(given, count, what) -> list:

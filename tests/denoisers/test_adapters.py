@@ -22,7 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from goca_guidance.config import RELEASED, GoCAConfig
 from goca_guidance.denoisers.adapters import ADAPTERS, UNetFamily, XLFamily, denoiser_of, family_of, text_encoders_of
-from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
+from goca_guidance.denoisers.base import _warn_of_generic_preset, DenoiserCall, Family, check_whole
 from goca_guidance.stock import named_pipeline
 from tests.helpers import families
 from tests.helpers.families import BERT_TOKENS, FAMILIES, HUNYUAN_T5_TOKENS, MAX_TOKENS, stock_pipeline
@@ -377,8 +377,10 @@ class Unheard(ModelMixin, ConfigMixin):
 
 @pytest.mark.parametrize(("layers", "fine"), [(7, range(2, 4)), (1, range(1)), (12, range(4, 8))])
 def test_an_unknown_transformer_gets_a_generic_preset_and_a_warning(layers, fine, caplog):
+    _warn_of_generic_preset.cache_clear()
     family = family_of(Unheard(layers))
     preset = family.preset
+    assert family_of(Unheard(layers)).preset == preset  # and no second warning
     assert type(family) is Family
     assert preset.text == tuple(f"transformer_blocks.{i}.attn2" for i in range(layers))
     assert preset.self_attention == tuple(f"transformer_blocks.{i}.attn1" for i in range(layers))
