@@ -199,7 +199,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
         if embedded and getattr(config, "time_cond_proj_dim", None) is not None:
             return False  # nothing is mixed
         if scale_name(stock_of(type(self))) == "guidance_scale":
-            return scale > 1
+            return bool(scale > 1)
         if "true_cfg_scale" in given and scale <= 1:
             return False
         if scale <= 1 or all(arguments.get(name) is None for name in ("negative_prompt", "negative_prompt_embeds")):
@@ -296,6 +296,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
                 self._guidance_scale = float(self._guidance_scale)
 
     # ---- real images, and the words of prompts ------------------------------------------------------------------------
+    @checked
     def segment(self, images, classes: Sequence[str] | Sequence[Sequence[str]], **kwargs) -> Segmentation:
         """Segment real images by class names; see [`goca_guidance.real_images.segment.segment`] for the arguments."""
         return segment(self, self._text_to_image_class(), images, classes, **kwargs)

@@ -47,16 +47,16 @@ def check_folder(repository: str | PathLike, given) -> None:
     listed = _read_json(index)
     if not isinstance(listed.get("_class_name"), (str, list)):
         raise ValueError(f"Expected the pipeline's class (`_class_name`) in {str(index)!r}, but got {shown(listed)}.")
-    parts = {
-        name: part for name, part in listed.items() if isinstance(part, list) and name != "_class_name" and any(part)
-    }
-    if wrong := [
-        name for name, part in parts.items() if len(part) != 2 or not all(isinstance(each, str) for each in part)
-    ]:
+    lists = {name: part for name, part in listed.items() if isinstance(part, list) and any(part)}
+    parts = {name: part for name, part in lists.items() if _is_named(part) or (folder / name).is_dir()}
+    if wrong := next((name for name, part in parts.items() if not _is_named(part)), None):
         raise ValueError(
-            f"Expected a library and a class for {wrong[0]} in {str(index)!r}, but got {shown(parts[wrong[0]])}."
+            f"Expected a library and a class for {wrong} in {str(index)!r}, but got {shown(parts[wrong])}."
         )
-    lacking = [lack for name in parts if name not in given for lack in _lacking(folder / name, parts[name][1])]
+    variant = given.get("variant")
+    lacking = [
+        lack for name in parts if name not in given for lack in _lacking(folder / name, parts[name][1], variant)
+    ]
     if lacking:
         raise ValueError(
             f"Expected a complete checkpoint folder, but {str(folder)!r} lacks {', '.join(lacking)}: download it again, or "
@@ -64,7 +64,12 @@ def check_folder(repository: str | PathLike, given) -> None:
         )
 
 
-def _lacking(part: Path, kind: str) -> list[str]:
+def _is_named(part) -> bool:
+    """Whether an entry of the index names a component's library and class."""
+    return isinstance(part, list) and len(part) == 2 and all(isinstance(each, str) for each in part)
+
+
+def _lacking(part: Path, kind: str, variant: str | None) -> list[str]:
     """What a component's folder should have: any file at all, whole weights for a model, a vocabulary for a tokenizer."""
     files = [path.name for path in part.glob("*")]
     if not files:
@@ -76,9 +81,13 @@ def _lacking(part: Path, kind: str) -> list[str]:
         return [f"{part.name}/*.safetensors"]
     if "Tokenizer" in kind and not any(name in VOCABULARIES or name.endswith(".model") for name in files):
         return [f"{part.name}/tokenizer.json"]
-    return [
-        f"a whole {part.name}/{path.name} ({fault})" for path in part.glob("*.safetensors") if (fault := _fault(path))
-    ]
+    weights = [path for path in part.glob("*.safetensors") if _variant(path) == variant]
+    return [f"a whole {part.name}/{path.name} ({fault})" for path in weights if (fault := _fault(path))]
+
+
+def _variant(weights: Path) -> str | None:
+    """Of `model.fp16-00001-of-00002.safetensors` it is fp16; other variants than the one asked for are not loaded."""
+    return weights.stem.partition(".")[2].partition("-")[0] or None
 
 
 def _read_json(path: Path) -> dict:

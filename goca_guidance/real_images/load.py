@@ -38,8 +38,10 @@ def load_image(image) -> Image.Image:
 
 
 def _from_array(array):
-    if array.ndim != 3 or array.shape[-1] != 3:
+    if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise ValueError(f"Expected an array of shape H W 3, but got {array.shape}.")
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"Expected an array of numbers, but got one of {array.dtype}.")
     if array.dtype != np.uint8:
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
             raise ValueError("Expected a uint8 array, or a float array of finite values in [0, 1].")

@@ -18,7 +18,7 @@ from goca_guidance.method.maps import resize
 from goca_guidance.method.records import AttentionRecord
 from goca_guidance.method.segmentor import GoCASegmentor, ScoringSegmentor
 from goca_guidance.real_images.forwards import Forwards, noised
-from goca_guidance.schema import checked
+from goca_guidance.schema import checked, read
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,12 @@ class Segmentation:
     entities: Float[Tensor, "b e H W"]
 
     def __post_init__(self):
-        if self.background is not None:
-            object.__setattr__(self, "background", Background.of(self.background))
-            if self.background.entities and not self.entities.shape[1]:
-                raise ValueError(
-                    "Expected a `background` without entities, because none were segmented, but got "
-                    f"{', '.join(self.background.entities)}: segment again, with `background`."
-                )
+        read("background", self.background, Background | None)
+        if self.background is not None and self.background.entities and not self.entities.shape[1]:
+            raise ValueError(
+                "Expected a `background` without entities, because none were segmented, but got "
+                f"{', '.join(self.background.entities)}: segment again, with `background`."
+            )
 
     @cached_property
     def label_maps(self) -> list[Int[Tensor, "_ _"]]:

@@ -78,6 +78,16 @@ def test_doctor(capsys):
         (["generate", "a cat", "--height", "33", "--width", "64"], "divisible by 8"),
         (["generate", "a cat", "--height", "64"], "both --height and --width"),
         (["generate", "a cat", "--dtype", "float99"], "--dtype"),
+        (["generate", "a cat", "--steps", "0"], "Expected `--steps` to be a whole number of at least 1"),
+        (["generate", "a cat", "--steps", "0", "--no-scfg"], "Expected `--steps` to be a whole number of at least 1"),
+        (["generate", "a cat", "--guidance-scale", "nan"], "Expected `--guidance-scale` to be a finite number"),
+        (["generate", "a cat", "--seed", str(2**70)], "Expected `--seed` to be a whole number"),
+        (["generate", "a cat", "--device", "nowhere"], "nowhere"),
+        (
+            ["segment", str(SAMPLE), "--classes", "cat", "--threshold", "nan"],
+            "Expected `--threshold` to be a finite number",
+        ),
+        (["segment", str(SAMPLE), "--classes", "cat", "--num-noises", "0"], "Expected `--num-noises` to be a whole"),
         (["segment", "nowhere.png", "--classes", "cat"], "readable image file"),
         (["segment", str(SAMPLE), "--classes", "cat", "--prompt", "a dog"], "'cat' among the words"),
         (["generate", "a cat", "--model", "no/such-folder"], "no/such-folder"),
@@ -89,6 +99,44 @@ def test_mistakes_are_one_line_and_leave_nothing(command, message, tmp_path, cap
     assert last.startswith("goca: error: ")
     assert message in last
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "segment"])
+def test_a_file_is_no_folder(command, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    given = {"generate": ["a cat"], "segment": [str(SAMPLE), "--classes", "cat"]}[command]
+    assert main([command, *given, "--out", str(tmp_path / "out")]) == 2
+    assert "Expected --out to be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--classes", "cat"], True),
+        (["--classes", "cat", "--threshold", "0.5"], False),
+        (["--classes", "cat", "--background", "grass"], False),
+        (["--classes", "cat", "bus"], False),
+    ],
+)
+def test_one_class_without_a_background_is_told(given, told, tmp_path, capsys):
+    assert main(["segment", str(SAMPLE), *given, "--out", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert ("goca: note: one class without a background wins everywhere" in error) is told
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("an astronaut riding a horse", "astronaut, riding"),
+        ("A photo of a cat, and a potted plant on grass!", None),
+        ("I saw 3 cats", "i, saw, 3, cats"),
+    ],
+)
+def test_words_that_the_embedded_model_does_not_know_are_told(prompt, unknown, tmp_path, capsys):
+    assert main(["generate", prompt, "--out", str(tmp_path), "--steps", "1"]) == 0
+    error = capsys.readouterr().err
+    assert ("goca: note: the embedded model does not know" in error) is (unknown is not None)
+    assert unknown is None or f"know {unknown}, and" in error
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path):

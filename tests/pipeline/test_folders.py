@@ -1,0 +1,69 @@
+"""Damaged checkpoint folders: what is wrong is named, in one line, before anything is loaded."""
+
+import json
+
+import pytest
+
+from goca_guidance import GoCASCFGPipeline
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def edit(name, change):
+    def edited(folder):
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return edited
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (write("model_index.json", "[]"), r"Expected a mapping in .*model_index.json', but got \[\]"),
+        (write("model_index.json", "{}"), r"Expected the pipeline's class \(`_class_name`\)"),
+        (write("model_index.json", '{"_class_name": "Stable'), "Expected JSON in .*model_index.json"),
+        (write("model_index.json", "null"), "Expected a mapping in .*model_index.json', but got None"),
+        (edit("model_index.json", lambda index: index.update(_class_name=3)), r"Expected the pipeline's class"),
+        (edit("model_index.json", lambda index: index.update(_class_name="Unheard")), "names 'Unheard'"),
+        (edit("model_index.json", lambda index: index.update(unet=["diffusers"])), "a library and a class for unet"),
+        (edit("model_index.json", lambda index: index.update(unet=[1, 2])), "a library and a class for unet"),
+        (drop("tokenizer/tokenizer.json"), "lacks tokenizer/tokenizer.json"),
+        (write("unet/diffusion_pytorch_model.safetensors.index.json", "{}"), "Expected a `weight_map` in"),
+        (write("unet/diffusion_pytorch_model.safetensors.index.json", "[]"), "Expected a mapping in"),
+        (write("unet/diffusion_pytorch_model.safetensors.index.json", "{"), "Expected JSON in"),
+        (write("unet/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": 1}}'), "a `weight_map`"),
+        (lambda folder: cut(folder / "unet/diffusion_pytorch_model.safetensors"), r"lacks a whole unet/diffusion_.* \("),
+        (write("vae/diffusion_pytorch_model.safetensors", ""), r"lacks a whole vae/diffusion_.* \("),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("door", [lambda pipe: GoCASCFGPipeline, type])
+def test_a_damaged_folder(pipe, door, damage, message, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    if not list((tmp_path / "tokenizer").glob("tokenizer.json")):
+        pytest.skip("this tokenizer is saved otherwise")
+    damage(tmp_path)
+    if "Unheard" in message and door is type:
+        return  # the class is chosen already
+    with pytest.raises(ValueError, match=message) as told:
+        door(pipe).from_pretrained(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_weights_that_are_not_asked_for_may_be_damaged(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors").write_text("a pointer")
+    assert GoCASCFGPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks a whole unet/diffusion_pytorch_model.fp16.safetensors"):
+        GoCASCFGPipeline.from_pretrained(tmp_path, variant="fp16")
