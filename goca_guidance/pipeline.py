@@ -274,7 +274,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
         if state is None:
             return stock(**{**arguments, "return_dict": True})
         name = scale_name(stock_of(type(self)))
-        spatial = SpatialGuidanceScale(arguments[name], state.rate)
+        spatial = SpatialGuidanceScale(float(arguments[name]), state.rate)
         with finite_pictures(getattr(self, "vae", None)), or_plain(), state.installed(), self._in_call(state):
             output = state.own.run(stock, {**arguments, name: spatial, "return_dict": True})
         if not getattr(self, "interrupt", False):

@@ -77,6 +77,8 @@ def checked(target: T) -> T:
             call.arguments[key] = read(key, call.arguments[key], hints()[key])
         return function(*call.args, **call.kwargs)
 
+    reading.__signature__ = signature  # type: ignore[attr-defined]
+    del reading.__wrapped__  # type: ignore[attr-defined]  # who unwraps a function of its decorators must not lose the reading
     if isinstance(target, type):
         target.__init__ = reading  # type: ignore[misc]
         return target

@@ -1,5 +1,6 @@
 """What the doors read, and the one line that says what they do not."""
 
+import inspect
 import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -131,6 +132,8 @@ def test_a_dataclass_reads_its_fields():
 
 
 def test_a_function_reads_its_arguments():
+    assert inspect.unwrap(called) is called
+    assert [*inspect.signature(called).parameters] == ["images", "count", "args", "flag", "kwargs"]
     assert called("a", np.int32(2), "b", flag=np.True_, other=3) == ("a", 2, ("b",), True, {"other": 3})
     with pytest.raises(ValueError, match="Expected `count` to be a whole number of at least 1, but got 0"):
         called("a", 0)
@@ -148,7 +151,7 @@ def test_a_function_reads_its_arguments():
         (GoCAConfig, "blur_sgima", "Expected a field of GoCAConfig, but got `blur_sgima`: write `blur_sigma`."),
         (GoCAConfig.vanilla, "refine_oder", "a field of GoCAConfig, but got `refine_oder`: write `refine_order`."),
         (SCFGConfig, "rate_mni", "a field of SCFGConfig, but got `rate_mni`: write `rate_min`."),
-        (Background, "xyz", "a field of Background, but got `xyz`: known are entities, offset, threshold."),
+        (Background, "xyz", "a field of Background, but got `xyz`: known are entities, merged, offset, threshold."),
     ],
 )
 def test_a_name_that_is_not_known(make, name, message):

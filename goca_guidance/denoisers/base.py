@@ -83,7 +83,9 @@ class Family:
                 f"{type(self.denoiser).__name__} has none. Joint attention is read for Flux.1 and Stable Diffusion 3 only: "
                 "use one of the supported families."
             )
-        processors = (getattr(names[layer], "processor", None) for layer in self_attention_beside(text))
+        processors = (
+            getattr(self.attention_modules[layer], "processor", None) for layer in self_attention_beside(text)
+        )
         if any("Linear" in type(processor).__name__ for processor in processors):
             raise ValueError(
                 f"Expected softmax attention, but the self-attention of {type(self.denoiser).__name__} is linear and has no "

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 
 SMALLEST = 8  # pixels on a side
@@ -16,8 +16,9 @@ def load_image(image) -> Image.Image:
             with Image.open(image) as file:
                 file.load()
                 image = file.copy()
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"Expected a readable image file, but {str(image)!r} is not one: {error}") from error
+        except Exception as error:  # of many kinds: of files, of each format, of decompression
+            reason = " ".join(str(error).split())
+            raise ValueError(f"Expected a readable image file, but {str(image)!r} is not one: {reason}.") from error
     if isinstance(image, np.ndarray):
         image = _from_array(image)
     if not isinstance(image, Image.Image):
