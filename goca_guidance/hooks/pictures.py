@@ -14,7 +14,7 @@ def finite_pictures(vae: Any):
 
     What is compiled is not looked at: a hook would have it compiled again at every call.
     """
-    decoder = getattr(vae, "decoder", None)
+    decoder: Any = getattr(vae, "decoder", None)
     looked_at = isinstance(decoder, torch.nn.Module) and not any(map(_is_compiled, (vae, vae.decode, decoder)))
     finite: list[torch.Tensor] = []  # one flag a picture or tile, read at the end: no synchronisation between
 
