@@ -111,12 +111,12 @@ class NaiveSegmentor:
         layout, text = self.layout, self._tokens(0 if self.unconditional_sink else 1)
         winner = self.scores().masked_fill(~layout.present[..., None, None], -torch.inf).argmax(1)
         masks = torch.stack([winner == k for k in range(layout.groups.shape[2])], 1)
-        sink = columns_of(text / text.sum(1, keepdim=True), layout.sink)
+        sink = columns_of(text, layout.sink)
         foreground = self._normalised(self._refined(sink)) < 0.5
         return Regions(nearest(masks, size), nearest(foreground, size), layout.labels)
 
     def _tokens(self, branch):
-        """b n H W: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, for all of the text.
+        """b n H W: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, of whose tokens all sum to one at a pixel.
 
         At a working size it is averaged; but words that share a softmax with pixels are read in the pixels' rows.
         """
@@ -128,7 +128,8 @@ class NaiveSegmentor:
             text = as_maps(self._read(name, text, grid), grid)
             total = total + weights[:, layer, None, None, None] * resize(text, size)
         working = self._grid(max(views, key=lambda name: math.prod(views[name].grid)))
-        return F.adaptive_avg_pool2d(total.clamp(min=0), working)
+        total = F.adaptive_avg_pool2d(total.clamp(min=0), working)
+        return total / total.sum(1, keepdim=True)
 
     def _refined(self, maps):
         if not self.order:

@@ -5,6 +5,7 @@ One axis legend for the project: `b` image, `h` head, `p` pixel token (row-major
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -123,6 +124,11 @@ class TokenLayout:
     def present(self) -> Bool[Tensor, "b k"]:
         """Regions that a prompt really has."""
         return self.groups.sum(1) > 0
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether an image has a single region of content, which nothing rescales."""
+        return bool((((self.groups > 0) & self.content[..., None]).any(1).sum(-1) < 2).any())
 
     def to(self, device) -> "TokenLayout":
         return self._map(self.labels, lambda x: x.to(device))

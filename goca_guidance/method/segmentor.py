@@ -100,7 +100,8 @@ class GoCASegmentor:
         preset = preset.reading(config.layers)
         columns = layout.columns if unconditional_sink else torch.cat([layout.columns, layout.sink], 1)
         shared = layout.sink.shape[1] > 0 and not (unconditional_sink or rescaled_sink)
-        self._conditional = Aggregation(config, preset, columns, refining=self.order > 0, total=shared)
+        total = shared or not config.rescale or layout.alone  # where rescaling divides every map, it cancels
+        self._conditional = Aggregation(config, preset, columns, refining=self.order > 0, total=total)
         self._unconditional = Aggregation(config, preset, layout.sink, total=True) if unconditional_sink else None
 
     @property
@@ -129,22 +130,24 @@ class GoCASegmentor:
 
     def scores(self) -> Float[Tensor, "b k H W"]:
         """One map in [0, 1] for each region of the layout, at the finest text layer's grid; background entities are one."""
-        tokens, _ = self._conditional.merged(self._conditional.finest)
-        return self._scores(tokens[:, : self.layout.columns.shape[1]], self.layout)
+        return self._scores(self._shares(self._conditional)[:, : self.layout.columns.shape[1]], self.layout)
 
     def regions(self, size: tuple[int, int]) -> Regions:
         """The argmax over regions, and the foreground, at `size`."""
-        layout, finest = self.layout, self._conditional.finest
-        tokens, total = self._conditional.merged(finest)
+        layout, tokens = self.layout, self._shares(self._conditional)
         words, sink = tokens.split([layout.columns.shape[1], tokens.shape[1] - layout.columns.shape[1]], 1)
         if self.rescaled_sink:
             scores, sink = self._scores(tokens, layout.with_sink_as_region()).tensor_split([-1], 1)
         else:
             scores = self._scores(words, layout)
-            sink, total = self._unconditional.merged(finest) if self._unconditional else (sink, total)
-            share = sink / total.clamp(min=torch.finfo(total.dtype).tiny)
-            sink = normalise(self._refined(share), self.config)
+            sink = self._shares(self._unconditional) if self._unconditional else sink
+            sink = normalise(self._refined(sink), self.config)
         return Regions(nearest(one_hot(scores, layout.present), size), nearest(sink < 0.5, size), layout.labels)
+
+    def _shares(self, aggregation):
+        """Of all the text's tokens, where the total was asked for."""
+        tokens, total = aggregation.merged(self._conditional.finest)
+        return tokens / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     def _scores(self, tokens, layout):
         content = layout.content if self.config.rescale else torch.zeros_like(layout.content)

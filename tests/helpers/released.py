@@ -164,6 +164,7 @@ class GoCA:
     """One step: the conditional prediction's layers and, where the model has them, the unconditional one's.
 
     `heads`: "contribution" or "uniform". `channels`: of the dense features, None for all. `row_normalise`: a switch of ours.
+    `plain`: the baseline of GoCA's tables, with layers averaged and no rescaling.
     """
 
     preset: LayerPreset
@@ -172,9 +173,12 @@ class GoCA:
     heads: str = "contribution"
     channels: int | None = None
     row_normalise: bool = False
+    plain: bool = False
 
     def layer_weights(self, layers: dict[str, Layer]) -> Tensor:
         """<softmax(F F^T / sqrt(c)), A_self>, not below zero, over the sum of all layers (GoCA, layers)."""
+        if self.plain:
+            return torch.full([len(self.preset.text)], 1 / len(self.preset.text))
         reference, found = layers[self.preset.reference], []
         features = reference.features[self.preset.features][:, : self.channels]
         pseudo = (features @ features.mT / math.sqrt(features.shape[1])).softmax(-1)
@@ -219,10 +223,14 @@ class GoCA:
         return x.mT.unflatten(1, self.grid)
 
     def rescaled(self, words: Sequence[Sequence[int]], content: Sequence[int]) -> Tensor:
-        """k H W: a word's tokens averaged, over the pixel's sum of content tokens, blurred, min-max (GoCA, rescaling)."""
+        """k H W: a word's tokens averaged, over the pixel's sum of content tokens, blurred, min-max (GoCA, rescaling).
+
+        The quotient of a single word would be constant: it stays as it is (ours).
+        """
         tokens = self.aggregated(self.positive)
         maps = torch.stack([tokens[list(positions)].mean(0) for positions in words])
-        return min_max(blur(maps / tokens[list(content)].sum(0)))
+        divided = not self.plain and [list(positions) for positions in words] != [list(content)]
+        return min_max(blur(maps / tokens[list(content)].sum(0) if divided else maps))
 
     def scores(self, words: Sequence[Sequence[int]], content: Sequence[int]) -> Tensor:
         """k H W of the words."""

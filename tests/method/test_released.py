@@ -57,12 +57,13 @@ CHOICES: dict[str, dict] = {
     "default": {},
     "released": {"row_normalise": False, "reference_channels": 1, "drop_stop_words": False},
     "heads": {"heads": "the other kind", "row_normalise": True},
+    "vanilla": {"heads": "uniform", "layers": "uniform", "rescale": False},
 }
 every_model = pytest.mark.parametrize("name", [*FAMILIES, EMBEDDED])
 every_choice = pytest.mark.parametrize(
     ("name", "choice"),
     [(name, "default") for name in (*FAMILIES, *ORDERS, EMBEDDED)]
-    + [(name, choice) for name in FAMILIES if name != "pixart-alpha" for choice in ("released", "heads")],
+    + [(name, choice) for name in FAMILIES if name != "pixart-alpha" for choice in ("released", "heads", "vanilla")],
 )
 
 
@@ -171,7 +172,7 @@ def sink_of(name: str, prompt: str) -> int:
 def goca_of(name: str, config: GoCAConfig, positive: dict, negative: dict | None = None) -> released.GoCA:
     rows = preset(name).row_normalise if config.row_normalise is None else config.row_normalise
     heads, channels = config.heads or preset(name).heads, config.reference_channels
-    return released.GoCA(preset(name), positive, negative or {}, heads, channels, rows)
+    return released.GoCA(preset(name), positive, negative or {}, heads, channels, rows, plain=not config.rescale)
 
 
 def regions_of(name: str, prompt: str, config: GoCAConfig) -> tuple[list[list[int]], list[int]]:
@@ -264,13 +265,13 @@ def test_another_form_of_a_step_would_be_seen(name):
 
 # ---- segmentation ----------------------------------------------------------------------------------------------------
 @cache
-def segmented(name: str, config: GoCAConfig, background: tuple[str, ...] | None = None):
+def segmented(name: str, config: GoCAConfig, background: tuple[str, ...] | None = None, classes: int = len(CLASSES)):
     """Two noisy pictures, and the layers of each."""
     pipe, size = pipeline(name), size_of(name)
     shape = tuple(size.values())
     pictures = list(np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8))
     with released.calls(denoiser_of(pipe.components)) as seen:
-        found = pipe.segment(pictures, CLASSES, goca=config, background=background, **size)
+        found = pipe.segment(pictures, CLASSES[:classes], goca=config, background=background, **size)
     return found, [layers for call in seen for layers in replay(name).layers(call, shape)]
 
 
@@ -297,3 +298,12 @@ def test_background_is_the_released_one(name):
         scores = torch.cat([reference.scores(words[: len(CLASSES)], content), background])
         scores = released.bilinear(scores, tuple(labels.shape))
         assert_argmax(torch.stack([labels == k for k in range(len(scores))]), scores)
+
+
+@every_model
+def test_a_single_class_is_its_share_of_all_tokens(name):
+    found, read = segmented(name, GoCAConfig(), classes=1)
+    words = places(name, CLASSES[0], CLASSES[:1])
+    for scores, layers in zip(found.scores, read, strict=True):
+        reference = goca_of(name, GoCAConfig(), layers).scores(words, words[0])
+        torch.testing.assert_close(scores.double(), reference, atol=TIE, rtol=0)
