@@ -73,7 +73,7 @@ def test_nearest_index_is_interpolates(source, factor):
         (source[0] * factor, source[1] * factor),
         (max(1, source[0] // factor), max(1, source[1] // factor)),
     ]:
-        ours = x.flatten(-2)[..., maps.nearest_index(source, target)].unflatten(-1, target)
+        ours = x.flatten(-2)[..., maps.nearest_index(source, target, x.device)].unflatten(-1, target)
         assert torch.equal(ours, F.interpolate(x, target, mode="nearest"))
 
 
