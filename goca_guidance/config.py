@@ -136,20 +136,20 @@ class Background:
     """The score that the classes of a segmentation must beat (method of the GoCA benchmarks).
 
     Args:
-        entities: names of what is background.
+        entities: names of what is background, for all images, or a list of them for each image.
         merged: their maps are merged by the maximum before they are refined, as released; off refines each by itself, and the
             background is larger at one offset.
         threshold: a constant score, or the least one where there are entities too.
         offset: added to the highest score of the entities, unless there is a threshold.
     """
 
-    entities: tuple[str, ...] = ()
+    entities: tuple[str, ...] | tuple[tuple[str, ...], ...] = ()
     threshold: float | None = None
     offset: float = 0.2
     merged: bool = True
 
     def __post_init__(self):
-        if not self.entities and self.threshold is None:
+        if not any(self.entities) and self.threshold is None:
             raise ValueError("Expected a `threshold`, `entities`, or both for the background, but got neither.")
 
     @classmethod

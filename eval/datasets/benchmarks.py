@@ -1,7 +1,7 @@
 """The segmentation benchmarks, one type for all: `benchmark("voc", root)` gives classes, ids, and image and mask of an id.
 
-The original layout that each one reads is written in its dataset's file beside this one; "scenes" is drawn and needs no
-folder.
+The original layout that each one reads is written in its dataset's file beside this one; "scenes" and "scenes-animals"
+are drawn and need no folder.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from PIL import Image
 
 from eval.datasets import ade20k, cityscapes, coco, pascal
 from eval.datasets.folders import VOID, Dataset, Layout, unique
-from eval.scenes.scene import CLASSES, SPLITS, scene
+from eval.scenes.scene import ANIMALS, CLASSES, SPLITS, scene
 
 
 DATASETS: dict[str, Dataset] = {
@@ -27,6 +27,7 @@ DATASETS: dict[str, Dataset] = {
     "cityscapes": cityscapes.DATASET,
     "ade20k": ade20k.DATASET,
     "scenes": Dataset(None, split="test"),
+    "scenes-animals": Dataset(None, split="test"),
 }
 SCENES = 1000  # how many scenes where no ids are given
 
@@ -35,18 +36,24 @@ class BadSample(ValueError):  # noqa: N818
     """A sample that cannot be evaluated: an image or a mask is missing, corrupt, wrongly sized, or has unknown ids."""
 
 
+def no_words(id: str) -> tuple[str, ...]:
+    """Where nothing is known of what an image shows beside its classes."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """Images with masks; `read(id)` gives an RGB image and its mask [H W] uint8: index into `classes`, or VOID.
 
     `classes` are names as one would write them in a prompt, "background" the first where the labels have one. `ids`
-    are sorted and unique.
+    are sorted and unique. `words(id)` are names of what the image shows beside its classes, where the dataset knows them.
     """
 
     name: str
     classes: tuple[str, ...]
     ids: tuple[str, ...]
     read: Callable[[str], tuple[Image.Image, np.ndarray]]
+    words: Callable[[str], tuple[str, ...]] = no_words
 
     @property
     def background(self) -> int | None:
@@ -73,7 +80,7 @@ def benchmark(
     if isinstance(ids, str):
         raise TypeError(f"Expected a sequence of ids, but got the string {ids!r}. Put it into a list.")
     if dataset.layout is None:
-        return _scenes(root, split or dataset.split, ids)
+        return _scenes(name, root, split or dataset.split, ids)
     if root is None or not Path(root).is_dir():
         raise ValueError(
             f"Expected the folder of {name} as root, but got {root!s}, which is no folder. Give its path."
@@ -144,8 +151,11 @@ def _refuse_other_forms(name: str, layout: Layout) -> None:
             )
 
 
-def _scenes(root, split, ids) -> Benchmark:
-    """Scenes of `eval.scenes`, 64 x 64, ids "000000" and so on, every pixel labelled and no background."""
+def _scenes(name, root, split, ids) -> Benchmark:
+    """Scenes of `eval.scenes`, 64 x 64, ids "000000" and so on, every pixel labelled.
+
+    "scenes" has no background. In "scenes-animals" all but persons and animals is background, and has its words.
+    """
     split = {"val": "validation", "training": "train"}.get(split, split)
     if root is not None:
         raise ValueError(f"Expected no root for scenes, which are drawn, but got {root!s}. Leave root out.")
@@ -153,16 +163,23 @@ def _scenes(root, split, ids) -> Benchmark:
         raise ValueError(f"Expected a split of scenes among {', '.join(SPLITS)}, but got {split!r}.")
     first = (f"{index:06d}" for index in range(SCENES))
     chosen = _chosen(ids, _is_scene, first, f"split {split!r} of scenes (000000 to 9999999)")
-    return Benchmark("scenes", CLASSES, chosen, partial(_draw, split))
+    classes = CLASSES if name == "scenes" else ("background", *ANIMALS)
+    return Benchmark(name, classes, chosen, partial(_draw, split, classes), partial(_others, split, classes))
 
 
 def _is_scene(id: str) -> bool:
     return id.isascii() and id.isdigit() and f"{int(id):06d}" == id and int(id) < 10_000_000
 
 
-def _draw(split: str, id: str) -> tuple[Image.Image, np.ndarray]:
+def _draw(split: str, classes: tuple[str, ...], id: str) -> tuple[Image.Image, np.ndarray]:
+    """What is no class has label 0."""
     drawn = scene(split, int(id))
-    return Image.fromarray(drawn.image), drawn.mask
+    labels = np.array([classes.index(name) if name in classes else 0 for name in CLASSES], np.uint8)
+    return Image.fromarray(drawn.image), labels[drawn.mask]
+
+
+def _others(split: str, classes: tuple[str, ...], id: str) -> tuple[str, ...]:
+    return tuple(name for name in scene(split, int(id)).names if name not in classes)
 
 
 def _read(layout: Layout, id: str) -> tuple[Image.Image, np.ndarray]:

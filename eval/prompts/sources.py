@@ -11,7 +11,7 @@ follows GoCA (arXiv 2603.06178; what its released code does, not its code).
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from eval.common.configs import Count
-from eval.datasets.benchmarks import bare, dataset_of
+from eval.datasets.benchmarks import bare, dataset_of, no_words
 from eval.prompts.phrases import BACKGROUND, caption_groups, class_names, clean, name_index, named
 from goca_guidance.schema import checked
 
@@ -91,10 +91,15 @@ class Source:
 
 
 class Tags(Source):
-    """The names of the classes that the ground truth holds."""
+    """The names of the classes that the ground truth holds, then those of what else an image shows, where `words` knows it."""
+
+    def __init__(self, classes: Sequence[str], words: Callable[[str], Sequence[str]] = no_words):
+        super().__init__(classes)
+        self.words = words
 
     def __call__(self, sample_id, image, present):
-        return joined(self.entities(self.asked(present)))
+        background = [Entity(word, None) for word in self.words(sample_id)]
+        return joined(self.entities(self.asked(present)) + background)
 
 
 @checked

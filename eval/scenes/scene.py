@@ -17,6 +17,7 @@ from PIL import Image
 
 SPRITES = Path(__file__).parent / "sprites"
 OBJECTS = tuple(sorted(path.stem.replace("_", " ") for path in SPRITES.glob("*.webp")))
+ANIMALS = ("bird", "cat", "cow", "dog", "horse", "person", "sheep")  # of the objects, and persons
 GROUNDS = ("grass", "sand", "water", "sky", "brick", "snow", "road", "wood")
 CLASSES = OBJECTS + GROUNDS
 CAPTION_WORDS = ("a", "an", "and", "on", "photo", "of", ",")

@@ -56,7 +56,7 @@ class Experiment:
         limit: the first so many images.
         protocol: see `eval.datasets.protocols`.
         prompts: `source` and its settings, see `source_of`.
-        background: `kind` and `values` of a `BackgroundRule`.
+        background: `kind`, `values` and `merged` of a `BackgroundRule`; None is the protocol's.
         tune: so many training images choose among several values of the background's rule.
         model: the pipeline's repository or folder.
         dtype: "float32", "float16" or "bfloat16".
@@ -75,7 +75,7 @@ class Experiment:
     limit: Count | None = None
     protocol: Literal[*PROTOCOLS] = "standard"
     prompts: dict[str, Any] = field(default_factory=lambda: {"source": "tags"})
-    background: dict[str, Any] = field(default_factory=lambda: {"kind": "offset", "values": [0.2]})
+    background: dict[str, Any] | None = None
     tune: Annotated[int, at_least(0)] = 0
     model: str = TINY_SD
     dtype: Literal[*DTYPES] = "float32"
@@ -89,7 +89,7 @@ class Experiment:
         dataset_of(self.benchmark)
         if not self.methods and not self.grid:
             raise ValueError("Expected at least one method or a grid, but got neither.")
-        rule_from(self.background)
+        rule_from(self.background_settings)
         for name, settings in self.rows.items():
             with inside(f"the row {name!r}"):
                 method_of(name, settings)
@@ -115,6 +115,11 @@ class Experiment:
     def chosen_protocol(self) -> Protocol:
         """The protocol itself."""
         return PROTOCOLS[self.protocol]
+
+    @property
+    def background_settings(self) -> Mapping[str, Any]:
+        """Of the background's rule, its own or the protocol's."""
+        return self.chosen_protocol.background if self.background is None else self.background
 
     def conditions(self) -> dict:
         """What all rows share and each image's counts depend on: the weights and the files of prompts by their digests."""
@@ -158,6 +163,8 @@ def source_of(experiment: Experiment, images: Benchmark) -> Source:
         aliases = aliases_of(images.name, images.classes)
         counted = {phrase: experiment.chosen_protocol.asked(images.name, name) for phrase, name in aliases.items()}
         settings = {"aliases": counted, **release(images.name), **settings}
+    if kind == "tags":
+        settings |= {"words": images.words}
     with inside(f"prompts of the source {kind!r}"):
         return SOURCES[kind](classes=images.classes, **settings)
 
@@ -199,7 +206,7 @@ def rule_of(experiment: Experiment, method: Method, images: Benchmark) -> Backgr
     """The background's rule, where the benchmark has a background and the method names what it sees."""
     if images.background is None or method.nameless:
         return None
-    rule = method.rule or rule_from(experiment.background)
+    rule = method.rule or rule_from(experiment.background_settings)
     if len(rule.values) > 1 and not experiment.chosen_protocol.best_value and not experiment.tune:
         raise ValueError(
             f"Expected one value of the background's rule under the protocol {experiment.protocol!r}, or `tune` training "

@@ -23,7 +23,7 @@ from eval.common.processes import slices
 from eval.prompts.sources import Entity, Prompt
 from eval.segment.baselines import FTTM, DiffSegmenter
 from eval.segment.crf import CRF
-from goca_guidance import GoCAConfig, GoCASCFGPipeline
+from goca_guidance import Background, GoCAConfig, GoCASCFGPipeline
 from goca_guidance.schema import FILLED, checked
 
 
@@ -33,14 +33,18 @@ KINDS = ("offset", "constant", "max", "square")
 @checked
 @dataclass(frozen=True)
 class BackgroundRule:
-    """What the background scores: for each of the `values` v, with e the highest background entity's score and s the highest
-    class's: "offset" v + e, "constant" v, "max" max(v, e), "square" (2 v - s)^2, which is FTTM's.
+    """What the background scores: for each of the `values` v, with e the background entities' score and s the highest class's:
+    "offset" v + e, "constant" v, "max" max(v, e), "square" (2 v - s)^2, which is FTTM's.
+
+    `merged`: e comes from the highest of the entities' maps, taken before it is refined, as in GoCA's released code; else e is
+    the highest of the entities' scores, each refined by itself.
 
     All values share one forward, and one count: they ascend, and what the background wins at one it wins at all above.
     """
 
     kind: Literal[*KINDS]
     values: Annotated[tuple[float, ...], FILLED]
+    merged: bool = True
 
     def __post_init__(self):
         if list(self.values) != sorted(set(self.values)):
@@ -74,7 +78,7 @@ class Scores:
     Args:
         maps: scores in [0, 1] of the classes `labels`.
         labels: indices into the benchmark's classes.
-        background: the highest score of the background's entities, zeros where there are none.
+        background: the score of the background's entities, zeros where there are none.
         segments: numbers of nameless segments, instead of all of these.
     """
 
@@ -86,12 +90,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with their prompts, a seed for the noise of each, and the names of all classes."""
+    """Images with their prompts, a seed for the noise of each, the names of all classes, and `BackgroundRule.merged`."""
 
     images: list[Image.Image]
     prompts: list[list[Prompt]]
     seeds: list[int]
     classes: tuple[str, ...]
+    merged: bool = True
 
     def generators(self, which: Sequence[int]) -> list[torch.Generator]:
         """One for each of some images: an image's noise depends on its seed alone."""
@@ -183,19 +188,31 @@ def by_cut(
 def _answers(pipe, batch, asked, size, **settings) -> list[Scores]:
     """Prompts of several images, `size` of them in a forward."""
     maps: list[dict[int | None, Tensor]] = [{} for _ in batch.images]
+
+    def note(image, label, score):
+        known = maps[image].get(label)
+        maps[image][label] = score if known is None else torch.maximum(known, score)
+
     for part in slices(asked, size):
         images, prompts = zip(*part, strict=True)
-        scores = pipe.segment(
+        named = [[e for e in prompt.entities if e.label is not None] or prompt.entities for prompt in prompts]
+        others = tuple(
+            tuple(e.words for e in prompt.entities if e not in of_prompt)
+            for prompt, of_prompt in zip(prompts, named, strict=True)
+        )
+        found = pipe.segment(
             [batch.images[i] for i in images],
-            [[entity.words for entity in prompt.entities] for prompt in prompts],
+            [[entity.words for entity in of_prompt] for of_prompt in named],
             prompt=[prompt.text for prompt in prompts],
             generator=batch.generators(images),
+            background=Background(entities=others, merged=batch.merged) if any(others) else None,
             **settings,
-        ).scores
-        for image, prompt, found in zip(images, prompts, scores, strict=True):
-            for entity, score in zip(prompt.entities, found, strict=False):  # padded where others ask for more
-                known = maps[image].get(entity.label)
-                maps[image][entity.label] = score if known is None else torch.maximum(known, score)
+        )
+        for row, (image, of_prompt) in enumerate(zip(images, named, strict=True)):
+            for entity, score in zip(of_prompt, found.scores[row], strict=False):  # padded where others ask for more
+                note(image, entity.label, score)
+            for score in found.entities[row]:
+                note(image, None, score)
     return [_scores(found) for found in maps]
 
 

@@ -71,7 +71,8 @@ def effective(experiment: Experiment, name: str, images: Benchmark) -> dict:
         **method.extra,
     }
     settings |= {key: value for key in ("timestep", "num_noises") if (value := getattr(method, key)) is not None}
-    settings |= {"background": None if rule is None else rule.kind, "goca": asdict(method.config)}
+    background = None if rule is None else {"kind": rule.kind, "merged": rule.merged}
+    settings |= {"background": background, "goca": asdict(method.config)}
     return json.loads(json.dumps(settings))  # tuples are lists in the file
 
 

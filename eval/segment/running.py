@@ -185,7 +185,7 @@ class Counting:
             "width": experiment.size,
             **method.extra,
         }
-        batch = Batch(images, prompts, seeds, self.run.images.classes)
+        batch = Batch(images, prompts, seeds, self.run.images.classes, self.rule is None or self.rule.merged)
         return method.answer(self.run.pipe, batch, method.config, experiment.batch, **settings)
 
     def label_maps(self, scores: Scores, image: Image.Image, mask: np.ndarray) -> Int[Tensor, "v H W"]:

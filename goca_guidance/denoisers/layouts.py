@@ -212,7 +212,10 @@ def _check_distinct(names: Sequence[str], found: dict[str, list[int]]) -> None:
 
 
 def layout(entities: Sequence[Words], sinks: Sequence[int] = (), region_of_sink: bool = False) -> TokenLayout:
-    """Pad the regions of a batch to one shape; the sink token of each prompt, if any, can be its last region."""
+    """Pad the regions of a batch to one shape; the sink token of each prompt, if any, can be its last region.
+
+    A region without tokens is padding too.
+    """
     if region_of_sink:
         entities = [[*regions, (SINK, [sink])] for regions, sink in zip(entities, sinks, strict=True)]
     tokens = [sorted({p for _, positions in regions for p in positions}) for regions in entities]
@@ -225,7 +228,7 @@ def layout(entities: Sequence[Words], sinks: Sequence[int] = (), region_of_sink:
         among = [not region_of_sink or p != sinks[b] for p in tokens[b]]
         content[b, : len(tokens[b])] = torch.tensor(among, dtype=torch.bool, device="cpu")
         for region, (_, positions) in enumerate(regions):
-            groups[b, [tokens[b].index(p) for p in positions], region] = 1 / len(positions)
+            groups[b, [tokens[b].index(p) for p in positions], region] = 1 / max(1, len(positions))
     labels = tuple(tuple(name for name, _ in regions) for regions in entities)
     sink = torch.tensor(sinks, dtype=torch.long, device="cpu").reshape(len(labels), -1)
     return TokenLayout(labels, columns, groups, content, sink)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 from unicodedata import category
 
@@ -113,12 +114,14 @@ def segment(
     noisy = noised(pipe, images, timestep, num_noises, generator, height, width)
     shared, count = isinstance(groups[0], str), len(noisy.pictures)
     each = _one_for_each([groups] if shared else groups, count, "list of class names")
+    others = _one_for_each(_groups(entities), count, "list of background names")
     if prompt is None:
-        prompt = [class_prompt([*names, *entities]) for names in each]
+        prompt = [class_prompt([*names, *extra]) for names, extra in zip(each, others, strict=True)]
     prompts = _one_for_each([prompt] if isinstance(prompt, str) else prompt, count, "prompt")
-    # Entities first: all images have them, and `scores` is cut behind them; images of fewer names are padded at the end.
-    asked = [[*entities, *names] for names in each]
-    merged = len(entities) if rule and rule.merged else 0
+    # Entities first, as many of each image, "" for none: `scores` is cut behind them. Images of fewer classes are padded.
+    most = max(map(len, others))
+    asked = [[*extra, *[""] * (most - len(extra)), *names] for names, extra in zip(each, others, strict=True)]
+    merged = most if rule and rule.merged else 0
     forwards = ClassForwards(pipe, noisy.family, asked, goca, segmentor, merged)
     scores = forwards.run(stock, prompts, noisy.samples)
     if not torch.isfinite(scores).all():
@@ -133,8 +136,10 @@ def segment(
 # ---- input -----------------------------------------------------------------------------------------------------------
 def _checked_names(classes, entities) -> list:
     """The names, in one list or in one for each image, none of which is empty or holds a name twice."""
-    for group in [classes] if all(isinstance(name, str) for name in classes) else classes:
-        names = [*group, *entities]
+    groups, others = _groups(classes), _groups(entities)
+    one_for_all = 1 in (len(groups), len(others))
+    for group, extra in product(groups, others) if one_for_all else zip(groups, others, strict=False):
+        names = [*group, *extra]
         if not group or not all(map(_is_named, names)):
             raise ValueError(f"Expected at least one class name and no empty ones, but got {names}.")
         spelled = [" ".join(name.lower().split()) for name in names]
@@ -148,6 +153,11 @@ def _checked_names(classes, entities) -> list:
 def _is_named(name: str) -> bool:
     """Whether anything of a name is left without commas, spaces of every kind and characters of no width."""
     return any(category(letter)[0] in "LNPS" for letter in name.replace(",", ""))
+
+
+def _groups(names) -> list:
+    """Names for all images as the only group, or the groups of each."""
+    return [names] if all(isinstance(name, str) for name in names) else list(names)
 
 
 def _one_for_each(given, count, what) -> list:

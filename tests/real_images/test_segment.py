@@ -245,6 +245,41 @@ def test_merged_background_entities_are_one_map(pipe, image):
     assert torch.equal(merged.label_maps[0] == len(CLASSES), _beats(merged, 0.2))
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_background_entities_of_each_image(pipe, image, merged):
+    """As each image alone has them; one without any has a background of zeros."""
+    names = [("sky", "red"), (), ("blue",)]
+    rule = Background(names, merged=merged)
+    together = pipe.segment([image] * 3, CLASSES, background=rule, generator=seeds(3))
+    assert together.entities.shape[1] == (1 if merged else 2)
+    for row, extra in enumerate(names):
+        own = Background(extra, merged=merged) if extra else None
+        alone = pipe.segment(image, CLASSES, background=own, generator=seeds(1))
+        assert torch.allclose(together.scores[row], alone.scores[0], atol=1e-5)
+        count = alone.entities.shape[1]
+        assert torch.allclose(together.entities[row, :count], alone.entities[0], atol=1e-5)
+        assert not together.entities[row, count:].any()
+
+
+def seeds(count):
+    return [torch.Generator().manual_seed(0) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("entities", "error", "message"),
+    [
+        ([["sky"], ["red"]], ValueError, "one list of background names, or one for each of the 1 images, but got 2"),
+        ([["cat"]], ValueError, "cat more than once"),
+        ([[" "]], ValueError, "no empty ones"),
+        ([[], []], ValueError, "but got neither"),
+        ([["sky"], "red"], TypeError, "`entities"),
+    ],
+)
+def test_wrong_background_entities(pipe, image, entities, error, message):
+    with pytest.raises(error, match=message):
+        pipe.segment(image, CLASSES, background=Background(entities))
+
+
 def _beats(result, offset):
     entities = torch.nn.functional.interpolate(result.entities, result.sizes[0], mode="bilinear") + offset
     scores = torch.nn.functional.interpolate(result.scores, result.sizes[0], mode="bilinear")

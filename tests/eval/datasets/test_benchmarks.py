@@ -423,3 +423,23 @@ def test_damaged_annotations_of_coco_are_named(tmp_path, text):
     (tmp_path / "annotations" / "panoptic_val2017.json").write_text(text)
     with pytest.raises(ValueError, match=r"annotations in .*panoptic_val2017.json, but got"):
         benchmark("coco-object", tmp_path)
+
+
+# ---- scenes with a background ----------------------------------------------------------------------------------------
+def test_what_is_no_animal_is_background_and_has_its_words():
+    whole, animals = (benchmark(name, split="validation") for name in ("scenes", "scenes-animals"))
+    assert animals.classes == ("background", "bird", "cat", "cow", "dog", "horse", "person", "sheep")
+    assert (animals.ids, whole.background, animals.background) == (whole.ids, None, 0)
+    several = 0
+    for id in animals.ids[:40]:
+        (image, every), (same, mask) = whole.read(id), animals.read(id)
+        assert np.array_equal(np.asarray(image), np.asarray(same))
+        shown = {whole.classes[label] for label in present(every)}
+        assert {animals.classes[label] for label in present(mask)} - {"background"} == shown & {*animals.classes}
+        assert {*animals.words(id)} == shown - {*animals.classes}
+        for label, name in enumerate(animals.classes[1:], 1):
+            assert np.array_equal(mask == label, every == whole.classes.index(name))
+        several += len(animals.words(id)) > 1
+        assert whole.words(id) == ()
+    assert several > 5
+    assert pickle.loads(pickle.dumps(animals)).words("000000") == animals.words("000000")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.datasets.benchmarks import Benchmark
+from eval.datasets.benchmarks import Benchmark, benchmark
 from eval.datasets.coco import STUFF_27
 from eval.datasets.folders import VOID
 from eval.datasets.protocols import GOCA, STANDARD
@@ -49,3 +49,13 @@ def test_goca_merges_stuff_into_things():
 def test_scenes_have_no_void():
     with pytest.raises(ValueError, match="Scenes has none"):
         GOCA.applied(made("scenes", ("cat",), [[0, 0], [0, 0]]))
+
+
+def test_goca_takes_scenes_with_a_background():
+    animals = benchmark("scenes-animals", ids=["000000"])
+    assert np.array_equal(GOCA.applied(animals).read("000000")[1], animals.read("000000")[1])
+    assert GOCA.applied(animals).words("000000") == animals.words("000000")
+
+
+def test_the_released_order_of_the_background_is_gocas():
+    assert GOCA.background == {"kind": "offset", "values": [0.2], "merged": True}

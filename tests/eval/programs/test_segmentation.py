@@ -20,7 +20,7 @@ from eval.prompts.sources import Entity, Prompt
 from eval.segment import experiment, methods, running
 from eval.segment.confusion import Counts
 from eval.segment.experiment import Experiment
-from goca_guidance import GoCAConfig
+from goca_guidance import Background, GoCAConfig
 from tests.helpers.miniatures import miniature, relist
 
 
@@ -106,6 +106,39 @@ def test_words_answer_as_single_images_do(tiny):
     assert torch.allclose(second.maps[1:], torch.stack([dog, sky]), atol=1e-3)
     assert torch.allclose(second.maps[0], alone(images[1], 4, prompts[1][1])[0], atol=1e-3)
     assert not second.background.any()
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_background_words_are_background_entities(tiny, merged):
+    """In the released order one map of all of them, else the highest of their scores; an image without any has zeros."""
+    images = [experiment.images_of(scenes()).read(i)[0] for i in ("000000", "000001", "000002")]
+    prompts = [
+        [Prompt("cat, sky, grass", (Entity("sky", None), Entity("cat", 2), Entity("grass", None)))],
+        [Prompt("dog", (Entity("dog", 5),))],
+        [Prompt("sand, bus", (Entity("bus", 1), Entity("sand", None))), Prompt("sky", (Entity("sky", None),))],
+    ]
+    found = methods.by_words(tiny, methods.Batch(images, prompts, [3, 4, 5], (), merged), GoCAConfig(), 8)
+    given = {"prompt": "cat, sky, grass", "generator": [torch.Generator().manual_seed(3)]}
+    alone = tiny.segment(images[0], ["cat"], background=Background(("sky", "grass"), merged=merged), **given)
+    assert [scores.labels for scores in found] == [(2,), (5,), (1,)]
+    assert torch.allclose(found[0].background, alone.entities[0].amax(0), atol=1e-3)
+    assert torch.allclose(found[0].maps, alone.scores[0], atol=1e-3)
+    assert not found[1].background.any()
+    seed = [torch.Generator().manual_seed(5)]
+    sky = tiny.segment(images[2], ["sky"], prompt="sky", generator=seed).scores[0, 0]
+    sand = tiny.segment(images[2], ["bus", "sand"], prompt="sand, bus", generator=[torch.Generator().manual_seed(5)])
+    assert torch.allclose(found[2].background, torch.maximum(sand.scores[0, 1], sky), atol=1e-3)
+
+
+def test_order_of_the_background_is_told_and_matters():
+    rules = {f"merged {m}": {"kind": "offset", "values": [0.0, 0.2], "merged": m} for m in (True, False)}
+    rows = {name: {"base": "goca", "background": rule} for name, rule in rules.items()}
+    found = running.result(scenes(12, benchmark="scenes-animals", protocol="goca", methods=rows))["rows"]
+    assert [row["effective"]["background"] for row in found] == [
+        {"kind": "offset", "merged": m} for m in (True, False)
+    ]
+    assert found[0]["values"] != found[1]["values"]
+    assert all(0.2 < row["miou"] < 1 and row["images"] == 12 for row in found)
 
 
 def test_a_killed_run_goes_on(monkeypatch):

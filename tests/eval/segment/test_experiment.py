@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from eval.datasets.benchmarks import DATASETS, Benchmark
+from eval.datasets.protocols import PROTOCOLS
 from eval.segment.crf import CRF
 from eval.segment.experiment import Experiment, method_of, rule_of
-from eval.segment.methods import METHODS
+from eval.segment.methods import METHODS, BackgroundRule
 from goca_guidance import TINY_SD, GoCAConfig
 from tests.helpers.places import ROOT
 
@@ -34,6 +35,23 @@ def test_a_grid_is_a_row_for_each_combination():
     assert list(grid.rows) == [f"heads {h}, rescale {r}" for h in ("uniform", "contribution") for r in (False, True)]
     both = method_of("heads uniform, rescale False", grid.rows["heads uniform, rescale False"]).config
     assert both == GoCAConfig(heads="uniform", rescale=False)
+
+
+def test_the_background_is_the_methods_or_the_experiments_or_the_protocols():
+    images = Benchmark("voc", ("background", "cat"), (), None)
+
+    def rule(row=None, **experiment):
+        return rule_of(Experiment({"goca": row or {}}, **experiment), method_of("goca", row or {}), images)
+
+    own, others = {"kind": "constant", "values": [0.5]}, {"kind": "max", "values": [0.1], "merged": False}
+    assert rule({"background": own}, background=others) == BackgroundRule("constant", (0.5,))
+    assert rule(background=others) == BackgroundRule("max", (0.1,), merged=False)
+    assert rule(protocol="goca") == BackgroundRule("offset", (0.2,), merged=True)
+    standard = PROTOCOLS["standard"].background
+    assert rule() == BackgroundRule(standard["kind"], tuple(standard["values"]), standard["merged"])
+    for wrong in ({"merged": True}, {**own, "merged": 1}, {**own, "more": 1}):
+        with pytest.raises(ValueError, match="Expected a background such as"):
+            Experiment({"goca": {}}, background=wrong)
 
 
 def test_a_grid_of_named_layers():
@@ -70,7 +88,7 @@ def test_an_unknown_benchmark_is_named():
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 def has_background(experiment):
-    return experiment.protocol == "goca" or experiment.benchmark in ("voc", "context", "coco-object")
+    return experiment.protocol == "goca" or experiment.benchmark in ("voc", "context", "coco-object", "scenes-animals")
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
@@ -89,7 +107,8 @@ def test_parts_go_together(config):
     _, experiment = config
     assert experiment.benchmark in DATASETS
     assert isinstance(getattr(torch, experiment.dtype), torch.dtype)
-    assert (experiment.root is None) == (experiment.benchmark == "scenes") == (experiment.model == TINY_SD)
+    drawn = DATASETS[experiment.benchmark].layout is None
+    assert (experiment.root is None) == drawn == (experiment.model == TINY_SD)
     if experiment.prompts.get("source") == "captions":
         assert experiment.protocol == "goca"
         assert Path(experiment.prompts["path"]).stem == CAPTIONS[experiment.benchmark]
