@@ -132,7 +132,7 @@ def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]], bac
     """One region for each class name of each image, wherever its words stand in the image's prompt (segmentation).
 
     A name can hold several phrases, separated by commas: its region averages the tokens of all of them. The first `background`
-    names are background entities, which share one score. ValueError for a name that no encoder reads, and for two that none
+    names are background entities, which share one score, and an empty one is padding. ValueError for a name that no encoder reads, and for two that none
     can tell apart.
     """
     found: list[dict[str, list[int]]] = [{phrase: [] for name in each for phrase in _phrases(name)} for each in names]
@@ -144,7 +144,7 @@ def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]], bac
             for phrase, positions in of_image.items():
                 positions.extend(part.start + p for p in _find(prompt, phrase, spellings))
     for image, (each, of_image) in enumerate(zip(names, found, strict=True)):
-        for name in each:
+        for name in filter(None, each):
             _check_found(encoded, image, name, of_image)
         _check_distinct(each, of_image)
     regions = [[(name, _tokens(name, of_image)) for name in each] for each, of_image in zip(names, found, strict=True)]
