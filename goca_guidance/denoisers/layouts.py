@@ -132,8 +132,8 @@ def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]], bac
     """One region for each class name of each image, wherever its words stand in the image's prompt (segmentation).
 
     A name can hold several phrases, separated by commas: its region averages the tokens of all of them. The first `background`
-    names are background entities, which share one score, and an empty one is padding. ValueError for a name that no encoder reads, and for two that none
-    can tell apart.
+    names are background entities, which share one score, and an empty one is padding. ValueError for a name that no encoder
+    reads, and for two that none can tell apart.
     """
     found: list[dict[str, list[int]]] = [{phrase: [] for name in each for phrase in _phrases(name)} for each in names]
     for part in encoded:
