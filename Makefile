@@ -21,6 +21,7 @@ bench: $(VENV)/installed  ## every method on Scenes with the embedded model, and
 	$(RUN)/python -m eval.segmentation configs/segment/scenes.toml --pictures 4
 	$(RUN)/python -m eval.segmentation configs/segment/scenes_ablation.toml
 	$(RUN)/python -m eval.segmentation configs/segment/scenes_switches.toml
+	$(RUN)/python -m eval.segmentation configs/segment/scenes_background.toml
 	$(RUN)/python -m eval.report
 
 test: check  ## what CI runs
