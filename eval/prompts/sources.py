@@ -90,6 +90,7 @@ class Source:
         return [Entity(self.names[label], int(label)) for label in labels]
 
 
+@checked
 class Tags(Source):
     """The names of the classes that the ground truth holds, then those of what else an image shows, where `words` knows it."""
 

@@ -163,10 +163,9 @@ def source_of(experiment: Experiment, images: Benchmark) -> Source:
         aliases = aliases_of(images.name, images.classes)
         counted = {phrase: experiment.chosen_protocol.asked(images.name, name) for phrase, name in aliases.items()}
         settings = {"aliases": counted, **release(images.name), **settings}
-    if kind == "tags":
-        settings |= {"words": images.words}
+    known = {"classes": images.classes} | ({"words": images.words} if kind == "tags" else {})
     with inside(f"prompts of the source {kind!r}"):
-        return SOURCES[kind](classes=images.classes, **settings)
+        return SOURCES[kind](**known, **settings)
 
 
 def base_of(name: str, settings: Mapping[str, Any]) -> str:

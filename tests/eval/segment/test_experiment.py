@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.datasets.benchmarks import DATASETS, Benchmark
+from eval.datasets.benchmarks import DATASETS, Benchmark, present
 from eval.datasets.protocols import PROTOCOLS
 from eval.segment.crf import CRF
-from eval.segment.experiment import Experiment, method_of, rule_of
-from eval.segment.methods import METHODS, BackgroundRule
+from eval.segment.experiment import Experiment, images_of, method_of, rule_of, source_of
+from eval.segment.methods import METHODS, BackgroundRule, labels_asked
 from goca_guidance import TINY_SD, GoCAConfig
 from tests.helpers.places import ROOT
 
@@ -49,9 +49,27 @@ def test_the_background_is_the_methods_or_the_experiments_or_the_protocols():
     assert rule(protocol="goca") == BackgroundRule("offset", (0.2,), merged=True)
     standard = PROTOCOLS["standard"].background
     assert rule() == BackgroundRule(standard["kind"], tuple(standard["values"]), standard["merged"])
-    for wrong in ({"merged": True}, {**own, "merged": 1}, {**own, "more": 1}):
-        with pytest.raises(ValueError, match="Expected a background such as"):
+    mistakes = {
+        "a background such as": {"merged": True},
+        "`merged` to be": {**own, "merged": 1},
+        "`more`": {**own, "more": 1},
+    }
+    for message, wrong in mistakes.items():
+        with pytest.raises(ValueError, match=message):
             Experiment({"goca": {}}, background=wrong)
+
+
+def test_words_of_the_background_come_from_the_benchmark_alone():
+    experiment = Experiment({"goca": {}}, benchmark="scenes-animals", split="validation")
+    images = images_of(experiment)
+    image, mask = images.read("000004")
+    (prompt,) = source_of(experiment, images)("000004", image, present(mask))
+    others = images.words("000004")
+    assert [entity.words for entity in prompt.entities if entity.label is None] == [*others]
+    assert len(others) > 0 < len(labels_asked([prompt]))
+    for wrong in ({"words": 3}, {"word": 3}):
+        with pytest.raises(ValueError, match="prompts of the source 'tags'"):
+            source_of(Experiment({"goca": {}}, prompts={"source": "tags", **wrong}), images)
 
 
 def test_a_grid_of_named_layers():
