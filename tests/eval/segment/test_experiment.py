@@ -60,13 +60,15 @@ def test_the_background_is_the_methods_or_the_experiments_or_the_protocols():
 
 
 def test_words_of_the_background_come_from_the_benchmark_alone():
-    experiment = Experiment({"goca": {}}, benchmark="scenes-animals", split="validation")
+    experiment, asked = Experiment({"goca": {}}, benchmark="scenes-animals", split="validation"), 0
     images = images_of(experiment)
-    image, mask = images.read("000004")
-    (prompt,) = source_of(experiment, images)("000004", image, present(mask))
-    others = images.words("000004")
-    assert [entity.words for entity in prompt.entities if entity.label is None] == [*others]
-    assert len(others) > 0 < len(labels_asked([prompt]))
+    for id in images.ids[:8]:
+        image, mask = images.read(id)
+        (prompt,) = source_of(experiment, images)(id, image, present(mask))
+        assert [entity.words for entity in prompt.entities if entity.label is None] == [*images.words(id)]
+        assert labels_asked([prompt]) == {*present(mask)} - {0}
+        asked += len(labels_asked([prompt]))
+    assert asked > 3
     for wrong in ({"words": 3}, {"word": 3}):
         with pytest.raises(ValueError, match="prompts of the source 'tags'"):
             source_of(Experiment({"goca": {}}, prompts={"source": "tags", **wrong}), images)
