@@ -416,5 +416,5 @@ def test_names_that_end_in_signs(pipe, image):
 def test_names_that_are_the_same_tokens(pipe, image):
     with pytest.raises(ValueError, match="'café' and 'cafe\u0301' are the same tokens"):
         pipe.segment(image, ["café", "cafe\u0301"])
-    with pytest.raises(ValueError, match="knows nothing of '\\\\xa0'"):
+    with pytest.raises(ValueError, match=r"no empty ones, but got .*xa0"):
         pipe.segment(image, ["\u00a0", "cat"])

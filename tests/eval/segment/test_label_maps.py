@@ -99,5 +99,5 @@ def test_a_crf_sees_the_background_of_each_value():
     ("kind", "values"), [("ofset", (0.1,)), ("offset", ()), ("offset", (0.2, 0.1)), ("max", (0.1, 0.1))]
 )
 def test_bad_rules(kind, values):
-    with pytest.raises(ValueError, match="`kind` to be one of|`values`"):
+    with pytest.raises(ValueError, match=r"`kind` to be one of|`values`"):
         BackgroundRule(kind, values)
