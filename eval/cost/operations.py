@@ -109,22 +109,22 @@ def rows_read(layer: Layer, grid: tuple[int, int]) -> int:
 def added(step: "StockStep") -> dict[str, Cost]:
     """What GoCA-S-CFG adds, by part, and the cost of the recomputed refinement.
 
-    Where the sink is read in the unconditional prediction, the text layers are read in `both`.
+    Where the sink is read in the unconditional prediction, that one is aggregated too, by its own layer weights.
     """
-    layers, preset, both = step.layers, step.family.preset, step.family.unconditional_sink
+    layers, preset, predictions = step.layers, step.family.preset, 1 + step.family.unconditional_sink
     text, compared, refining = (
         [layers[name] for name in names] for names in (preset.text, preset.self_attention, preset.refine)
     )
     known = {name: rows_read(layers[name], layers[preset.reference].grid) for name in preset.self_attention}
     covered = {name for name, rows in known.items() if layers[name].joint and rows == layers[name].pixels}
     unknown = [(layers[name], layers[name].pixels - known.get(name, 0), name not in known) for name in preset.refine]
-    text_maps = [layers[name] for name in preset.text if name not in covered] + (text if both else [])
-    weighted = (text + (text if both else [])) if preset.heads == "contribution" else []
+    text_maps = [layers[name] for name in preset.text if name not in covered] * predictions
+    weighted = text * predictions if preset.heads == "contribution" else []
     return {
         "heads": total(map(heads, weighted)),
         "cross": total(probabilities(layer, layer.pixels) for layer in text_maps),
-        "reference": reference(layers[preset.reference]),
-        "agreement": total(map(agreement, compared, known.values())),
+        "reference": total([reference(layers[preset.reference])] * predictions),
+        "agreement": total([*map(agreement, compared, known.values())] * predictions),
         "refinement": total(probabilities(*sizes) for sizes in unknown)
         + products(refining[0].pixels, REGIONS, preset.order),
         "recomputed": total(recomputed(layer, preset.order) for layer in refining),

@@ -14,7 +14,7 @@ def test_least_cost_of_stable_diffusion_by_hand():
     assert parts["heads"].flops == pytest.approx(25.6e9, rel=0.001)
     assert parts["cross"].exponentials == 2 * sum(count * p * 77 * 8 for count, p, _ in levels)
     rows = {4096: 1024, 1024: 1024, 256: 256, 64: 64}  # that a resize to 32 x 32 reads
-    assert parts["agreement"].flops == sum(count * 2 * rows[p] * p * (c + 1) for count, p, c in levels)
+    assert parts["agreement"].flops == 2 * sum(count * 2 * rows[p] * p * (c + 1) for count, p, c in levels)
     assert parts["refinement"].flops == 3 * 2 * 3072 * 4096 * 320 + 2 * 2 * 4096**2 * 6
 
 
