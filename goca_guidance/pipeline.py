@@ -284,12 +284,13 @@ class GoCASCFGPipeline(DiffusionPipeline):
     @contextmanager
     def _in_call(self, state):
         key = id(self), threading.get_ident()
-        outer, _CALLS[key] = _CALLS.get(key), state  # a callback may call this very pipeline
+        outer = _CALLS.get(key)  # a callback may call this very pipeline
         try:
+            _CALLS[key] = state
             yield
         finally:
             if outer is None:
-                del _CALLS[key]
+                _CALLS.pop(key, None)
             else:
                 _CALLS[key] = outer
             if isinstance(getattr(self, "_guidance_scale", None), SpatialGuidanceScale):

@@ -61,13 +61,19 @@ class AttentionObserver:
 
     def __enter__(self) -> "AttentionObserver":
         self._installed, self._thread = ExitStack(), threading.get_ident()
-        for name, module in self.modules.items():
-            self._install(module.register_forward_pre_hook, self._enter_module, with_kwargs=True)
-            self._install(module.register_forward_hook, self._leave_module(name), always_call=True)
-            if name in self.raw and getattr(module, "norm_q", None) is not None:
-                self._install(module.norm_q.register_forward_pre_hook, self._before_norm)
-        self._installed.callback(release, BACKENDS, self.watch(BACKENDS, list(BACKENDS)))
-        return self
+        try:  # `__exit__` is not called where this is interrupted
+            for name, module in self.modules.items():
+                self._install(module.register_forward_pre_hook, self._enter_module, with_kwargs=True)
+                self._install(module.register_forward_hook, self._leave_module(name), always_call=True)
+                if name in self.raw and getattr(module, "norm_q", None) is not None:
+                    self._install(module.norm_q.register_forward_pre_hook, self._before_norm)
+            kernels: list[Wrapper] = []
+            self._installed.callback(release, BACKENDS, kernels)
+            self.watch(BACKENDS, list(BACKENDS), kernels)
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_) -> None:
         self._installed.close()
@@ -80,7 +86,10 @@ class AttentionObserver:
         self._installed.callback(hook_here(register, hook, **options).remove)
 
     def _enter_module(self, module, args, kwargs) -> None:
-        self._open.append(_Call(None if self.paused else self, Asked.of(module, args, kwargs)))
+        call = _Call(Asked.of(module, args, kwargs))
+        self._open.append(call)
+        if not self.paused:
+            self.watch(vars(F), [TORCH_KERNEL], call.kernels)
 
     def _before_norm(self, module, args) -> None:
         if self._open:
@@ -90,8 +99,9 @@ class AttentionObserver:
         def leave(module, args, output):
             if not self._open:  # another hook failed before ours began
                 return
-            call = self._open.pop()
+            call = self._open[-1]
             call.close()
+            self._open.pop()
             record = None if output is None or self.paused else self._record(name, call)
             if record is not None:
                 self.seen.add(name)
@@ -100,9 +110,9 @@ class AttentionObserver:
 
         return leave
 
-    def watch(self, table: dict, names: list) -> list[Wrapper]:
-        """Let kernels of a table tell what they compute."""
-        return wrap(table, names, lambda name, kernel: WatchedKernel(name, kernel, self))
+    def watch(self, table: dict, names: list, wrappers: list[Wrapper]) -> None:
+        """Let kernels of a table tell what they compute; `wrappers` is filled with what is to be released."""
+        wrap(table, names, lambda name, kernel: WatchedKernel(name, kernel, self), wrappers)
 
     def running(self) -> "_Call | None":
         """The attention module that runs and is recorded, in this thread; others are none of ours."""
@@ -230,8 +240,8 @@ class _Call:
     The first kernel call counts; later ones are image prompts (IP-Adapter), unless they are like it.
     """
 
-    def __init__(self, observer: AttentionObserver | None, asked: Asked | None = None):
-        self._kernels = [] if observer is None else observer.watch(vars(F), [TORCH_KERNEL])
+    def __init__(self, asked: Asked | None):
+        self.kernels: list[Wrapper] = []
         self._asked = asked
         self.calls: list[tuple[dict, Tensor]] = []  # arguments and output
         self.raw: Tensor | None = None
@@ -257,7 +267,7 @@ class _Call:
         return first not in later and self._asked.answered(arguments["query"], arguments["key"], output)
 
     def close(self) -> None:
-        release(vars(F), self._kernels)
+        release(vars(F), self.kernels)
 
 
 def _sizes(arguments: dict) -> tuple[torch.Size, torch.Size]:

@@ -61,16 +61,21 @@ def eager_here(modules: Iterable[torch.nn.Module]):
     with ExitStack() as stack:
         for table in {id(m): vars(m) for module in modules for m in module.modules()}.values():
             names = [n for n in COMPILED if hasattr(table.get(n), "_torchdynamo_orig_callable")]
-            stack.callback(release, table, wrap(table, names, EagerHere))
+            wrappers: list[Wrapper] = []
+            stack.callback(release, table, wrappers)
+            wrap(table, names, EagerHere, wrappers)
         yield
 
 
-def wrap(table: dict, names: list, make: Callable[[Any, Callable], Wrapper]) -> list[Wrapper]:
-    """Put wrappers in the place of functions of a table."""
+def wrap(table: dict, names: list, make: Callable[[Any, Callable], Wrapper], wrappers: list[Wrapper]) -> None:
+    """Put wrappers in the place of functions of a table.
+
+    They are appended to `wrappers`, a list that whoever releases them holds before: an interruption may come at any line.
+    """
     with _LOCK:
-        wrappers = [make(name, table[name]) for name in names]
-        table.update(zip(names, wrappers, strict=True))
-    return wrappers
+        new = [make(name, table[name]) for name in names]
+        wrappers += new
+        table.update(zip(names, new, strict=True))
 
 
 def release(table: dict, wrappers: list[Wrapper]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import torch
@@ -78,11 +79,10 @@ class Features(Forwards):
         self._features: Any = None  # of the forward in progress
 
     def run(self, stock, prompts: Sequence[str], samples) -> Float[Tensor, "b c H W"]:
-        handle = hook_here(self.family.attention_modules[self.layer].register_forward_hook, self._see)
-        try:
+        layer = self.family.attention_modules[self.layer]
+        with ExitStack() as stack:
+            stack.callback(hook_here(layer.register_forward_hook, self._see).remove)
             return super().run(stock, prompts, samples)
-        finally:
-            handle.remove()
 
     def on_attention(self, record: AttentionRecord) -> None:
         """The layer's output is what is wanted, not its attention."""

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from goca_guidance.denoisers.adapters import family_of
-from goca_guidance.hooks.observer import BACKENDS, AttentionObserver, WatchedKernel, _Call, check_seen
+from goca_guidance.hooks.observer import BACKENDS, TORCH_KERNEL, AttentionObserver, WatchedKernel, _Call, check_seen
 from goca_guidance.method.records import AttentionView
 from tests.helpers import families
 from tests.helpers.families import FAMILIES, stock_pipeline
@@ -209,12 +209,19 @@ def idle_observer():
     return AttentionObserver({}, lambda record: None, lambda *_: view, lambda name: lambda x: x)
 
 
+def watched_call(observer) -> _Call:
+    """An attention module that runs, as torch's kernel sees it."""
+    call = _Call(None)
+    observer.watch(vars(torch.nn.functional), [TORCH_KERNEL], call.kernels)
+    return call
+
+
 def test_watchers_that_overlap_leave_no_chain():
     """Calls of many threads begin and end in any order: the first one to come is the first one to go."""
     torch_kernel, open_calls = torch.nn.functional.scaled_dot_product_attention, []
     for _ in range(50):
         observer = idle_observer()
-        open_calls.append(_Call(observer))
+        open_calls.append(watched_call(observer))
         if len(open_calls) == 3:
             open_calls.pop(0).close()
         length, kernel = 0, torch.nn.functional.scaled_dot_product_attention
@@ -233,7 +240,7 @@ def test_another_thread_may_compile_attention_meanwhile():
     compiled = torch.compile(
         lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), backend="eager", fullgraph=True
     )
-    call = _Call(idle_observer())
+    call = watched_call(idle_observer())
     found: list[torch.Tensor] = []
     thread = threading.Thread(target=lambda: found.append(compiled(query)))
     thread.start()
