@@ -5,7 +5,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
 FLOOR := .venv-floor
 
-.PHONY: demo bench test test-floor check features format speed speed-gpu report clean
+.PHONY: demo bench test test-floor fuzz check features format speed speed-gpu report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ test-floor:  ## the tests with the lowest supported diffusers, in an environment
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install --quiet --editable ".[dev]" "diffusers==0.37.1" "huggingface-hub<2" httpx
 	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python -m pytest --ignore=tests/features/test_features.py
+
+fuzz: $(VENV)/installed  ## random calls, faults and kills: `make fuzz CALLS=20000 KILLS=50`, or MINUTES=30, SEED=1
+	OMP_NUM_THREADS=1 $(RUN)/python -m tests.fuzz $(if $(CALLS),--calls $(CALLS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS))
 
 features: $(VENV)/installed  ## docs/features.md, every cell tried
 	$(RUN)/python -m tests.features

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.datasets.ade20k import ADE20K
@@ -347,6 +347,7 @@ def test_clean_is_stable(text):
     assert re.fullmatch(r"[^\W_]*", re.sub(r"[ '-]", "", clean(text)))
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs"])),
