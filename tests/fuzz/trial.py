@@ -28,9 +28,9 @@ from tests.fuzz.values import MISSPELT, made
 
 
 HOUSE = (ValueError, TypeError, RuntimeError, NotImplementedError)
-FORMS = re.compile(
-    r"Expected |.*(unexpected keyword argument|missing \d+ required)"
-)  # the house's, or Python's of a signature
+FORMS = re.compile(  # the house's, with a file's name before it or not; Python's, of a signature
+    r"(.*\.toml: )?Expected |.*(unexpected keyword argument|missing \d+ required)"
+)
 FINDINGS = ("raw", "leak", "difference")
 TOWER = BeartypeConf(is_pep484_tower=True)
 
