@@ -79,8 +79,8 @@ class Watch:
             stack.enter_context(eager_here([*compiled, *(module for module, _ in hooked)]))
             for module, hook in hooked:
                 stack.callback(hook_here(module.register_forward_pre_hook, hook, with_kwargs=True).remove)
-            left = hook_here(self.family.denoiser.register_forward_hook, self._after_denoiser, always_call=True)
-            stack.callback(left.remove)
+            after = self.family.denoiser.register_forward_hook
+            stack.callback(hook_here(after, self._after_denoiser, always_call=True).remove)
             stack.enter_context(self.observer)
             stack.callback(self.forget)
             stack.enter_context(self._processors_kept())
