@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
+from transformers import BertTokenizer, CLIPTokenizer, T5Tokenizer
 
 
 Words = list[tuple[str, list[int]]]  # words in order, with the positions of their tokens
@@ -24,7 +26,7 @@ class Encoded:
     A long prompt may be read in `chunks` of equal length, each with a start and an end of its own.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # of transformers, or what wraps one
     ids: Int[Tensor, "b n"]
     start: int = 0
     chunks: int = 1
@@ -43,7 +45,7 @@ def encoder_ids(args: tuple, kwargs: dict) -> Int[Tensor, "b n"]:
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
-def words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Words:
+def words(tokenizer: Any, ids: Sequence[int]) -> Words:
     """The prompt's words, in order, with the positions of their tokens. Special tokens belong to none.
 
     The sequence ends at the first end token: CLIP pads with that token. The vectors of one textual inversion (`<cat>`,
@@ -86,13 +88,18 @@ def _added_pieces(tokenizer, tokens):
 def _rule(tokenizer) -> Callable[..., Iterator[tuple[str, bool, int]]]:
     """What `_pieces` asks about tokens that were not added."""
     rules = {CLIPTokenizer: _clip_pieces, T5Tokenizer: _t5_pieces, BertTokenizer: _bert_pieces}
-    rule = next((rule for kind, rule in rules.items() if isinstance(tokenizer, kind)), None)
+    rule = next((rule for kind, rule in rules.items() if _is(tokenizer, kind)), None)
     if rule is None:
         raise ValueError(
             "Expected a CLIP, T5 or BERT tokenizer, whose tokens show where words begin, but got "
             f"{type(tokenizer).__name__}: pass `region_tokens`, for example {{'cat': [2]}} (positions in the text sequence)."
         )
     return rule
+
+
+def _is(tokenizer, kind: type) -> bool:
+    """Whether a tokenizer is of a kind, or holds one that is: a server may wrap it with a lock."""
+    return any(isinstance(each, kind) for each in (tokenizer, *vars(tokenizer).values()))
 
 
 def _clip_pieces(tokenizer, tokens):
@@ -126,7 +133,7 @@ def _readable(tokenizer, text):
     return tokenizer.convert_tokens_to_string([text]).strip() or text
 
 
-def is_unknown(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+def is_unknown(tokenizer: Any, word: str) -> bool:
     """Whether a word is unknown tokens and nothing else."""
     return tokenizer.unk_token is not None and not word.replace(tokenizer.unk_token, "")
 
@@ -158,9 +165,10 @@ def tokenise(
     encoded: list[Encoded] = []
     for number, tokenizer in enumerate(tokenizers):
         last = number + 1 == len(tokenizers)
-        limited = longest and isinstance(tokenizer, T5Tokenizer)
+        limited = longest and _is(tokenizer, T5Tokenizer)
         length = longest if limited else tokenizer.model_max_length
         text, padding = [convert(prompt, tokenizer)], False if last else "max_length"
-        ids = tokenizer(text, return_tensors="pt", padding=padding, truncation=True, max_length=length).input_ids
+        ids = tokenizer(text, padding=padding, truncation=True, max_length=length).input_ids
+        ids = torch.tensor(ids, dtype=torch.long, device="cpu")
         encoded.append(Encoded(tokenizer, ids, sum(part.ids.shape[1] for part in encoded)))
     return encoded

@@ -95,6 +95,32 @@ def test_copies_of_a_pipeline_for_each_request(name):
     assert same(base, expected)
 
 
+class Locked:
+    """A tokenizer as a server wraps it: one call at a time, and everything else is the tokenizer's."""
+
+    def __init__(self, tokenizer, lock):
+        self._tokenizer, self._lock = tokenizer, lock
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args, **kwargs):
+        with self._lock:
+            return self._tokenizer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "sd3", "hunyuan"])
+def test_a_tokenizer_may_be_wrapped(name):
+    pipe, lock = guided(stock_pipeline(name)), threading.Lock()
+    expected, words = run(pipe, name).images, pipe.words("a cat on grass")
+    mine = copy.copy(pipe)
+    for part in pipe.components:
+        if "tokenizer" in part:
+            setattr(mine, part, Locked(getattr(pipe, part), lock))
+    assert mine.words("a cat on grass") == words
+    assert torch.equal(run(mine, name).images, expected)
+
+
 @pytest.mark.parametrize("other", ["segment", "discover"])
 def test_reading_real_images_beside_generation(other):
     """Each in threads of its own, the guided pipeline's and a stock one."""
