@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from goca_guidance.denoisers.function_words import content_words, is_sign, spoken_words
-from goca_guidance.denoisers.words import Encoded, Words, is_unknown, sentence, words
+from goca_guidance.denoisers.words import Encoded, Words, ids_of, is_unknown, sentence, words
 from goca_guidance.method.records import TokenLayout
 
 
@@ -138,7 +138,7 @@ def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]], bac
     found: list[dict[str, list[int]]] = [{phrase: [] for name in each for phrase in _phrases(name)} for each in names]
     for part in encoded:
         phrases = dict.fromkeys(phrase for of_image in found for phrase in of_image)
-        spelled = {phrase: _spelled(part.tokenizer, phrase) for phrase in phrases}
+        spelled = {phrase: _spelled(part, phrase) for phrase in phrases}
         for row, of_image in zip(part.ids.tolist(), found, strict=True):
             prompt, spellings = _atoms(words(part.tokenizer, row)), {phrase: spelled[phrase] for phrase in of_image}
             for phrase, positions in of_image.items():
@@ -159,10 +159,10 @@ def _tokens(name: str, found: dict[str, list[int]]) -> list[int]:
     return sorted({position for phrase in _phrases(name) for position in found[phrase]})
 
 
-def _spelled(tokenizer, phrase) -> list[str]:
+def _spelled(part, phrase) -> list[str]:
     """A phrase as the atoms that are looked for; none where the tokenizer knows nothing of it, or its signs only."""
-    read = words(tokenizer, tokenizer(phrase).input_ids)
-    known = [word for word, _ in read if not is_unknown(tokenizer, word)]
+    read = words(part.tokenizer, ids_of(part.tokenizer, phrase, part.ids.shape[1]))
+    known = [word for word, _ in read if not is_unknown(part.tokenizer, word)]
     lost = len(known) < len(read) and all(map(is_sign, known))
     return [] if lost else [word for word, _ in _atoms(read)]
 
@@ -189,7 +189,7 @@ def _check_found(encoded, image, name, found):
     missing = next((phrase for phrase in _phrases(name) or [name] if not found.get(phrase)), None)
     if missing is None:
         return
-    if not any(_spelled(part.tokenizer, missing) for part in encoded):
+    if not any(_spelled(part, missing) for part in encoded):
         raise ValueError(
             f"Expected class names that the tokenizer knows, but it knows nothing of {missing!r}: use other words, in the "
             "language of the model (mostly English)."

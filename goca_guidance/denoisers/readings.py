@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goca_guidance.denoisers.words import Encoded
+from goca_guidance.denoisers.words import Encoded, ids_of
 
 
 Texts = list[str]  # one of each image's prompt
@@ -109,7 +109,10 @@ def _says(tokenizer, ids: Tensor | None, chunks: int, forms: Sequence[Texts]) ->
     read = [_content(tokenizer, row, chunks) for row in ids]
     room = ids.shape[1] - 2 * chunks  # a start and an end
     return any(
-        all(_begins(content, _tokens(tokenizer, text), room) for content, text in zip(read, texts, strict=True))
+        all(
+            _begins(content, _tokens(tokenizer, text, ids.shape[1]), room)
+            for content, text in zip(read, texts, strict=True)
+        )
         for texts in forms
         if len(texts) == len(read)
     )
@@ -130,8 +133,9 @@ def _content(tokenizer, row: Tensor, chunks: int) -> list[int]:
     return found
 
 
-def _tokens(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+def _tokens(tokenizer, text: str, length: int) -> list[int]:
+    ids = torch.tensor(ids_of(tokenizer, text, length), dtype=torch.long, device="cpu")
+    return _content(tokenizer, ids, 1)
 
 
 def forms_of(texts: Any, count: int, convert: Callable[[str], str]) -> list[Texts]:

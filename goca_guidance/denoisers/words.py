@@ -158,17 +158,27 @@ def sentence(encoded: Sequence[Encoded], image: int, chosen: Callable[[Words], W
 def tokenise(
     prompt: str, tokenizers: Sequence, convert: Callable[[str, object], str], longest: int | None = None
 ) -> list[Encoded]:
-    """What text encoders would read of a prompt one after another; all but the last are padded to their full length.
+    """What text encoders would read of a prompt one after another, padded to their full lengths.
 
     `longest` is the length of T5's text, which a pipeline's `max_sequence_length` says.
     """
     encoded: list[Encoded] = []
-    for number, tokenizer in enumerate(tokenizers):
-        last = number + 1 == len(tokenizers)
+    for tokenizer in tokenizers:
         limited = longest and _is(tokenizer, T5Tokenizer)
         length = longest if limited else tokenizer.model_max_length
-        text, padding = [convert(prompt, tokenizer)], False if last else "max_length"
-        ids = tokenizer(text, padding=padding, truncation=True, max_length=length).input_ids
-        ids = torch.tensor(ids, dtype=torch.long, device="cpu")
-        encoded.append(Encoded(tokenizer, ids, sum(part.ids.shape[1] for part in encoded)))
+        text = [convert(prompt, tokenizer)]
+        ids = tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids
+        of_text = torch.tensor(ids, dtype=torch.long, device="cpu")
+        encoded.append(Encoded(tokenizer, of_text, sum(part.ids.shape[1] for part in encoded)))
     return encoded
+
+
+def ids_of(tokenizer, text: str, length: int) -> list[int]:
+    """All token ids of a text, with its start and end, and padding up to `length`.
+
+    They are asked for as stock pipelines do, but for a longer text: a tokenizer keeps its settings from call to call, and
+    threads that share one would get each other's.
+    """
+    ids = tokenizer(text, padding="max_length", truncation=True, max_length=length, verbose=False).input_ids
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return ids if end in ids[:-1] else tokenizer(text, verbose=False).input_ids

@@ -121,6 +121,33 @@ def test_a_tokenizer_may_be_wrapped(name):
     assert torch.equal(run(mine, name).images, expected)
 
 
+@every_family
+def test_a_shared_tokenizer_is_asked_as_by_stock(name):
+    """It keeps its settings from call to call: others of ours would be taken for theirs by threads beside."""
+    asked: list[tuple] = []
+
+    class Noting(Locked):
+        def __call__(self, *args, **kwargs):
+            asked.append(tuple(kwargs.get(key) for key in ("padding", "truncation", "max_length")))
+            return super().__call__(*args, **kwargs)
+
+    stock, pipe = pair(name)
+    for part in pipe.components:
+        if "tokenizer" in part:
+            noting = Noting(getattr(pipe, part), threading.Lock())
+            setattr(pipe, part, noting), setattr(stock, part, noting)
+    run(stock, name, negative_prompt="a dog")
+    theirs = set(asked)
+    asked.clear()
+    run(pipe, name, negative_prompt="a dog", output_negative_maps=True)
+    assert set(asked) == theirs
+    asked.clear()
+    size = {side: FAMILIES[name].call[side] for side in ("height", "width")}
+    pipe.segment(PICTURE, ["cat", "potted plant"], **size)
+    pipe.words("a cat on grass")  # both at the pipeline's own length
+    assert {settings[:2] for settings in asked} == {settings[:2] for settings in theirs}
+
+
 @pytest.mark.parametrize("other", ["segment", "discover"])
 def test_reading_real_images_beside_generation(other):
     """Each in threads of its own, the guided pipeline's and a stock one."""
