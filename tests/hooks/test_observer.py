@@ -423,3 +423,25 @@ def test_a_module_that_is_called_for_a_part_is_refused(part):
         families.run(guided(stock), "sd")
     with pytest.raises(RuntimeError, match="all their images, heads and tokens"):
         guided(stock).segment([np.zeros((32, 32, 3), np.uint8)] * 2, ["cat", "grass"])
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "whole"),
+    [
+        ((2, 3, 16, 5), (2, 3, 16, 5), True),  # the pixels
+        ((2, 3, 16, 5), (2, 3, 7, 5), True),  # the text
+        ((2, 3, 23, 5), (2, 3, 23, 5), True),  # both
+        ((1, 3, 16, 5), (1, 3, 7, 5), False),
+        ((2, 1, 16, 5), (2, 1, 7, 5), False),
+        ((2, 3, 8, 5), (2, 3, 7, 5), False),
+        ((2, 3, 16, 5), (2, 3, 6, 5), False),
+        ((2, 3, 16, 5), (2, 1, 7, 5), False),
+        ((6, 16, 5), (6, 7, 5), False),
+    ],
+)
+def test_sizes_of_a_part(query, key, whole):
+    """Each by itself: of two images, three heads, sixteen tokens, and seven others."""
+    module, own, other = SimpleNamespace(heads=3), torch.zeros(2, 16, 15), torch.zeros(2, 7, 9)
+    asked = Asked.of(module, (own,), {"encoder_hidden_states": None if key == query == (2, 3, 16, 5) else other})
+    assert asked.answered(torch.zeros(query), torch.zeros(key), torch.zeros(query)) == whole
+    assert not asked.answered(torch.zeros(query), torch.zeros(key), torch.zeros(query)[:, :, :4])
