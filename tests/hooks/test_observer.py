@@ -12,7 +12,15 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from goca_guidance.denoisers.adapters import family_of
-from goca_guidance.hooks.observer import BACKENDS, TORCH_KERNEL, AttentionObserver, WatchedKernel, _Call, check_seen
+from goca_guidance.hooks.observer import (
+    BACKENDS,
+    TORCH_KERNEL,
+    Asked,
+    AttentionObserver,
+    WatchedKernel,
+    _Call,
+    check_seen,
+)
 from goca_guidance.method.records import AttentionView
 from tests.helpers import families
 from tests.helpers.families import FAMILIES, stock_pipeline
