@@ -170,6 +170,10 @@ class FluxFamily(Family):
     def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
         """The latent's size is read off the image tokens' positions."""
         sample = argument(args, kwargs, 0, "hidden_states")
+        if sample.shape[1] == 0:
+            raise ValueError(
+                "Expected an image of at least one pixel token, but the denoiser got none: use a larger height and width."
+            )
         rows, columns = self._read_grid(kwargs["img_ids"])
         if rows * columns != sample.shape[1]:
             raise ValueError(

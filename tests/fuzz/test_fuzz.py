@@ -47,6 +47,23 @@ def test_killed_and_started_again(name, tmp_path):
     assert list(kills.kills(kills.PROGRAMS[name], tmp_path, 2, seed=1)) == ["", ""]
 
 
+FOUND = [  # once
+    Case("generate", "flux", {}, {"prompt": "a cat on grass", "width": 2}),  # no pixel token
+    Case("generate", "sd", {"scfg_start": object()}, {"prompt": "a cat"}),
+    Case("generate", "sd", {"region_tokens": {"cat": iter([2])}}, {"prompt": "a cat"}),
+    Case("generate", "sd", {}, {"prompt": "a cat", "output_region": True}),
+    Case("discover", "sd", {"images": RIGHT_IMAGES[0], "size": "3"}),
+    Case("words", "pixart-alpha", {"prompt": 2}),
+]
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_was_found_is_refused(case):
+    """Or caught by the tests' own type checks."""
+    outcome = attempt(case)
+    assert outcome.verdict == "refused" or outcome.detail.startswith("TypeCheckError"), outcome
+
+
 OPENERS = {
     "__enter__",
     "installed",

@@ -244,7 +244,6 @@ MISSPELT = [
     "output_maps",
     "output_negative_map",
     "drop_stopwords",
-    "background",
 ]
 
 
