@@ -108,13 +108,13 @@ def test_a_failed_decoding_in_half_precision_spoils_no_other(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": "goca"}, "keys of GenerationSettings among"),
-        ({"method": "gocha"}, "`method` among cfg, scfg, goca"),
-        ({"dtype": "half"}, "`dtype` among"),
+        ({"methods": "goca"}, "a key of GenerationSettings, but got `methods`: write `method`"),
+        ({"method": "gocha"}, "`method` to be one of 'cfg', 'scfg', 'goca'"),
+        ({"dtype": "half"}, "`dtype` to be one of"),
         ({"scheduler": "DPM"}, "a scheduler of diffusers"),
-        ({"batch": 0}, "`batch` to be at least 1"),
+        ({"batch": 0}, "`batch` to be a whole number of at least 1"),
         ({"size": 100}, "a multiple of 8"),
-        ({"guidance_scale": 0}, "positive `guidance_scale`"),
+        ({"guidance_scale": 0}, "`guidance_scale` to be a finite number above 0"),
     ],
 )
 def test_mistakes_in_the_file(changes, message):

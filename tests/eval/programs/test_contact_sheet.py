@@ -57,7 +57,7 @@ def test_half_of_the_images_are_nobodys_choice(folders):
 
 @pytest.mark.parametrize("names", [["goca"], ["cfg", "cfg"], ["goca", "goca"]])
 def test_sheet_needs_a_pair(folders, names):
-    with pytest.raises(ValueError, match="one of them of goca"):
+    with pytest.raises(ValueError, match="one of them of method goca"):
         contact_sheet.main([str(folders / name) for name in names])
 
 
