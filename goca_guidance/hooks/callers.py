@@ -35,7 +35,7 @@ class OwnCalls:
 
     def __call__(self) -> bool:
         """Whether the loop itself is asking; `stranger` names who was, where it was not."""
-        called = None  # by the frame at hand
+        called: CodeType | None = None  # by the frame at hand
         for frame in _frames():
             code = frame.f_code
             if code.co_name == "run" and frame.f_globals is globals() and frame.f_locals.get("self") is self:
@@ -70,10 +70,10 @@ def _passes(frame: FrameType) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in PASSED)
 
 
-def _callbacks(frame: FrameType) -> set[CodeType | None]:
+def _callbacks(frame: FrameType) -> set[CodeType]:
     """What the callbacks that a function was given run: they are not the loop, even where they are the pipeline's methods."""
     values = [value for name, value in frame.f_locals.items() if "callback" in name and callable(value)]
-    return set(map(_code_called, values))
+    return {code for code in map(_code_called, values) if code is not None}
 
 
 def _code_called(callback: Callable) -> CodeType | None:
