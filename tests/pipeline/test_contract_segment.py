@@ -191,7 +191,8 @@ def test_regions_and_foreground_from_attention_by_hand(name):
     layers = [probs.mT.unflatten(-1, grids[probs.shape[1]]) for probs in attention_by_hand(name)]
     size = (16, 24) if name == "sd" else (8, 12)
     maps = [torch.nn.functional.interpolate(layer, size, mode="bilinear") for layer in layers]
-    uncond, cond = torch.stack(maps).mean(0)[:, None]
+    both = torch.stack(maps).mean(0)
+    uncond, cond = (both / both.sum(1, keepdim=True))[:, None]  # shares of the text: pixels have some in joint attention
     second = {"sd3": 24, "hunyuan": 77}.get(name)  # where a second encoder's tokens start, which are T5's
     words = [[1], [3]] if name in END_SINK else [[2], [4], [0]]
     words = [[2, second + 1], [4, second + 3], [0]] if second else words
