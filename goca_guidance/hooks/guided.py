@@ -220,7 +220,10 @@ class GuidedCall(Watch):
             asked = asked and Asked(asked.negatives, (), asked.trusted)
         tokenizers = [tokenizer for _, tokenizer in self.text_encoders]
         whole = whole or self.family.side_by_side
-        found = told_apart(reads, tokenizers, self.call.text, whole, self.prompts, asked) if any(reads) else ([], [])
+        length = self.call.text
+        if self.steps.separate and not self.prompt_read:  # the negative prompt's own forward is still to come
+            length = sum(of_encoder[0].shape[1] for of_encoder in reads if of_encoder)
+        found = told_apart(reads, tokenizers, length, whole, self.prompts, asked) if any(reads) else ([], [])
         if found is None or (self.prompt_read and not found[0]):
             if self.region_tokens is not None and not self.keep_negative:
                 return [], []
