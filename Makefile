@@ -24,8 +24,8 @@ bench: $(VENV)/installed  ## every method on Scenes with the embedded model, and
 	$(RUN)/python -m eval.segmentation configs/segment/scenes_background.toml
 	$(RUN)/python -m eval.report
 
-test: check  ## what CI runs
-	$(RUN)/python -m pytest
+test: check  ## what CI runs, a process a core
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist loadfile
 
 test-floor:  ## the tests with the lowest supported diffusers, in an environment of their own
 	$(PYTHON) -m venv $(FLOOR)

@@ -66,6 +66,8 @@ def _told(reads, tokenizer, chunks, prompts, asked) -> Reading | None:
     """Of one encoder: the only order in which the texts are found again, or diffusers' own."""
     if len({ids.shape[1] for ids in reads}) > 1:
         return None
+    if {len(ids) for ids in reads} == {1, prompts} and len(reads) == 2:  # one negative prompt serves all (Flux)
+        reads = [ids.expand(prompts, -1) for ids in reads]
     plain = chunks == 1 and len(reads) <= 2 and all(len(ids) == prompts for ids in reads)
     stock = (reads[0], reads[1] if len(reads) == 2 else None) if plain else None
     if asked is None:

@@ -45,6 +45,15 @@ def test_the_texts_tell_the_order():
     assert told(ids(POSITIVE, NEGATIVE)) == [POSITIVE, NEGATIVE]
 
 
+def test_one_negative_prompt_serves_every_prompt():
+    """Flux reads it once, in either order."""
+    asked = Asked([[POSITIVE, "a bus"]], [[NEGATIVE] * 2], trusted=False)
+    both = ids(POSITIVE, "a bus")
+    for reads in [(both, ids(NEGATIVE)), (ids(NEGATIVE), both)]:
+        found = told_apart([list(reads)], [TOKENIZER], LENGTH, True, 2, asked)
+        assert [words_of(found, image) for image in (0, 1)] == [[POSITIVE, NEGATIVE], ["a bus", NEGATIVE]]
+
+
 def test_chunks_are_joined():
     """With the positions of all, and a word that comes again is another region."""
     first, second = chunks(LONG)
