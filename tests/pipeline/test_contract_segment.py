@@ -192,7 +192,7 @@ def test_regions_and_foreground_from_attention_by_hand(name):
     size = (16, 24) if name == "sd" else (8, 12)
     maps = [torch.nn.functional.interpolate(layer, size, mode="bilinear") for layer in layers]
     both = torch.stack(maps).mean(0)
-    uncond, cond = (both / both.sum(1, keepdim=True))[:, None]  # shares of the text: pixels have some in joint attention
+    uncond, cond = (both / both.sum(1, keepdim=True))[:, None]  # in joint attention pixels have a share
     second = {"sd3": 24, "hunyuan": 77}.get(name)  # where a second encoder's tokens start, which are T5's
     words = [[1], [3]] if name in END_SINK else [[2], [4], [0]]
     words = [[2, second + 1], [4, second + 3], [0]] if second else words
