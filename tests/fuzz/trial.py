@@ -28,9 +28,9 @@ from tests.fuzz.values import MISSPELT, made
 
 
 HOUSE = (ValueError, TypeError, RuntimeError, NotImplementedError)
-FORMS = re.compile(  # the house's, behind a file's name and a row's or not; Python's, of a signature
-    r"(.*\.toml: (the row .*: )?)?Expected |.*(unexpected keyword argument|missing \d+ required)"
-)
+FORMS = re.compile(
+    r"(.*: )?Expected |.*(unexpected keyword argument|missing \d+ required)"
+)  # the house's; Python's of a call
 FINDINGS = ("raw", "leak", "difference")
 TOWER = BeartypeConf(is_pep484_tower=True)
 
