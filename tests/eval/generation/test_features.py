@@ -100,3 +100,15 @@ def test_features_that_are_not_finite(tmp_path):
     broken = Backbone(mixing().settings, mixing().prepare, lambda images, captions: images.flatten(1) / 0)
     with pytest.raises(ValueError, match="finite features of inception"):
         features.features(items, broken, process(0, 1))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None], ids=["empty", "cut", "other images"])
+def test_damaged_features_are_told_and_made_again(content, tmp_path, capsys):
+    items = as_items(folder_of(tmp_path / "a", 3))
+    whole = features.features(items, mixing(), process(0, 1))
+    (path,) = (tmp_path / "features").glob("*.npy")
+    path.write_bytes(content or b"")
+    if content is None:
+        np.save(path, whole[:2])
+    np.testing.assert_array_equal(features.features(items, mixing(), process(0, 1)), whole)
+    assert f"{path.name} is damaged and is made again" in capsys.readouterr().out
