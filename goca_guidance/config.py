@@ -149,7 +149,8 @@ class Background:
     merged: bool = True
 
     def __post_init__(self):
-        if not any(self.entities) and self.threshold is None:
+        named = any(isinstance(entity, str) or entity for entity in self.entities)
+        if not named and self.threshold is None:
             raise ValueError("Expected a `threshold`, `entities`, or both for the background, but got neither.")
 
     @classmethod
