@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from goca_guidance.denoisers.base import Family
-from goca_guidance.schema import FILLED, Bound, above, at_least, check_names, fields_in, read
+from goca_guidance.schema import FILLED, Bound, Count, Positive, at_least, check_names, fields_in, read
 
 
 FINITE = Bound("finite", lambda tensor: bool(torch.isfinite(tensor).all()), before=True)
 Text = str | Annotated[Sequence[str], FILLED] | None
-Length = Annotated[float, above(0)] | None
-Count = Annotated[int, at_least(1)]
 Embeds = Annotated[Tensor, FINITE] | None
 Numbers = Annotated[Sequence[float], FILLED] | None
 STOCK: dict[str, Any] = {  # what stock does not check itself, or only where it stumbles; other arguments are its own matter
     **dict.fromkeys(("prompt", "prompt_2", "prompt_3"), Text),
     **dict.fromkeys(("negative_prompt", "negative_prompt_2", "negative_prompt_3"), Text),
-    **dict.fromkeys(("height", "width"), Length),
+    **dict.fromkeys(("height", "width"), Positive | None),
     **dict.fromkeys(("num_inference_steps", "num_images_per_prompt", "max_sequence_length"), Count),
     **dict.fromkeys(("guidance_scale", "true_cfg_scale", "pag_scale", "pag_adaptive_scale"), float),
     **dict.fromkeys(("guidance_rescale", "eta", "strength"), float),

@@ -8,8 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from goca_guidance import TINY_SD, Background, SCFGConfig
-from goca_guidance.config import Count
-from goca_guidance.schema import read
+from goca_guidance.schema import Count, read
 
 
 SAMPLE = Path(TINY_SD).parent / "scene.png"  # a held-out scene; its class names are in the file's "names" text

@@ -5,12 +5,10 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from goca_guidance.schema import FILLED, ODD, above, at_least, between, checked, read
+from goca_guidance.schema import FILLED, ODD, Count, Positive, at_least, between, checked, read
 
 
-Count = Annotated[int, at_least(1)]
 Size = Annotated[int, ODD, at_least(1)]
-Positive = Annotated[float, above(0)]
 Weighing = Literal["contribution", "uniform"]
 
 

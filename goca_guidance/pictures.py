@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from goca_guidance.method.records import Regions
-from goca_guidance.schema import FILLED, at_least, checked
+from goca_guidance.schema import FILLED, Count, checked
 
 
 PANEL = 3.2  # inches of one panel
@@ -55,9 +55,7 @@ def _painted(image, label_map, strength=0.6):
 
 
 @checked
-def region_strip(
-    regions: Annotated[Sequence[Regions], FILLED], sample: int = 0, columns: Annotated[int, at_least(1)] = 8
-) -> Figure:
+def region_strip(regions: Annotated[Sequence[Regions], FILLED], sample: int = 0, columns: Count = 8) -> Figure:
     """Regions of one image over its guided steps, evenly chosen; what is not foreground is pale."""
     steps = np.unique(np.linspace(0, len(regions) - 1, min(columns, len(regions))).round().astype(int))
     names = regions[0].labels[sample]
@@ -150,7 +148,7 @@ def index_image(label_map: Int[Tensor, "H W"]) -> Image.Image:
 
 
 @checked
-def enlarged(image: Image.Image, least: Annotated[int, at_least(1)] = 256) -> Image.Image:
+def enlarged(image: Image.Image, least: Count = 256) -> Image.Image:
     """A small picture enlarged, for looking at."""
     factor = -(-least // min(image.size))
     return (

@@ -48,6 +48,10 @@ def between(low: float, high: float) -> Bound:
     return Bound(f"from {low} to {high}", lambda value: low <= value <= high)
 
 
+Count = Annotated[int, at_least(1)]
+Positive = Annotated[float, above(0)]
+
+
 # ---- the doors -------------------------------------------------------------------------------------------------------
 def checked(target: T) -> T:
     """Decorator: a dataclass reads its fields, and a function its arguments, by their annotations; see `read`.

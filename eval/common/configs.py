@@ -7,10 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from goca_guidance.schema import at_least, between, check_names, read
+from goca_guidance.schema import between, check_names, read
 
 
-Count = Annotated[int, at_least(1)]
 Seed = Annotated[int, between(0, 2**63 - 1)]
 
 

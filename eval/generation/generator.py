@@ -12,7 +12,7 @@ from diffusers import AutoModel, DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from tqdm.auto import tqdm
 
-from eval.common.configs import Count, Seed, from_file
+from eval.common.configs import Seed, from_file
 from eval.common.load import DTYPES, load_pipeline
 from eval.common.processes import seed_of, slices
 from eval.common.provenance import weights_digest
@@ -20,7 +20,7 @@ from eval.generation.captions import captions_of, digest_of
 from eval.scenes.scene import SPLITS
 from goca_guidance import TINY_SD, GoCASCFGPipeline, GoCASCFGPipelineOutput, SCFGConfig
 from goca_guidance.denoisers.adapters import denoiser_of
-from goca_guidance.schema import above, at_least, checked
+from goca_guidance.schema import Count, Positive, at_least, checked
 from goca_guidance.stock import exact_arguments, guidance_arguments
 
 
@@ -64,7 +64,7 @@ class GenerationSettings:
     denoiser: str | None = None
     dtype: Literal[*DTYPES] = "float32"
     scheduler: str | None = None
-    guidance_scale: Annotated[float, above(0)] = 5.0
+    guidance_scale: Positive = 5.0
     steps: Count = 50
     size: Annotated[int, at_least(8)] | None = None
     batch: Count = 8

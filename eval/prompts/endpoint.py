@@ -17,7 +17,7 @@ from eval.common.files import write_json
 from eval.datasets.benchmarks import BadSample
 from eval.prompts.phrases import BACKGROUND
 from eval.prompts.sources import CaptionSource, read_captions
-from goca_guidance.schema import above, at_least, checked
+from goca_guidance.schema import Positive, at_least, checked
 
 
 INSTRUCTION = """\
@@ -50,7 +50,7 @@ class Endpoint(CaptionSource):
         key_variable: str = "OPENAI_API_KEY",
         retries: Annotated[int, at_least(0)] = 5,
         backoff: Annotated[float, at_least(0)] = 1.0,
-        timeout: Annotated[float, above(0)] = 120.0,
+        timeout: Positive = 120.0,
         **settings,
     ):
         super().__init__(classes, aliases, **settings)

@@ -20,10 +20,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from eval.common.configs import Count
 from eval.datasets.benchmarks import bare, dataset_of, no_words
 from eval.prompts.phrases import BACKGROUND, caption_groups, class_names, clean, name_index, named
-from goca_guidance.schema import checked
+from goca_guidance.schema import Count, checked
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from eval.common.configs import Count, Seed, check_keys, checked_value, from_file, from_mapping, inside
+from eval.common.configs import Seed, check_keys, checked_value, from_file, from_mapping, inside
 from eval.common.files import file_digest
 from eval.common.load import DTYPES
 from eval.common.provenance import weights_digest
@@ -20,7 +20,7 @@ from eval.prompts.tagger import Tagger
 from eval.segment.crf import CRF
 from eval.segment.methods import METHODS, BackgroundRule, Method
 from goca_guidance import TINY_SD, GoCAConfig
-from goca_guidance.schema import FILLED, at_least, checked
+from goca_guidance.schema import FILLED, Count, at_least, checked
 
 
 SOURCES: Mapping[str, Callable] = {

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goca_guidance.config import Count, layers_named
+from goca_guidance.config import layers_named
 from goca_guidance.denoisers.base import Family
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.hooks.shared import hook_here
@@ -18,7 +18,7 @@ from goca_guidance.method.diffcut import cut
 from goca_guidance.method.maps import nearest_index
 from goca_guidance.method.records import AttentionRecord
 from goca_guidance.real_images.forwards import Forwards, noised
-from goca_guidance.schema import above, checked
+from goca_guidance.schema import Count, Positive, checked
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def discover(
     images,
     *,
     threshold: float = 0.5,
-    alpha: Annotated[float, above(0)] = 10.0,
+    alpha: Positive = 10.0,
     timestep: int | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     height: Count | None = None,

@@ -12,14 +12,14 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goca_guidance.config import Background, Count, GoCAConfig
+from goca_guidance.config import Background, GoCAConfig
 from goca_guidance.denoisers.layouts import class_layout, class_prompt
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.method.maps import resize
 from goca_guidance.method.records import AttentionRecord
 from goca_guidance.method.segmentor import GoCASegmentor, ScoringSegmentor
 from goca_guidance.real_images.forwards import Forwards, noised
-from goca_guidance.schema import checked, read
+from goca_guidance.schema import Count, checked, read
 
 
 @dataclass(frozen=True)
