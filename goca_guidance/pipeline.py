@@ -28,8 +28,8 @@ from goca_guidance.denoisers.layouts import named_words
 from goca_guidance.denoisers.readings import Asked, forms_of
 from goca_guidance.denoisers.words import tokenise
 from goca_guidance.hooks.callers import OwnCalls
+from goca_guidance.hooks.finite import finite_pictures
 from goca_guidance.hooks.guided import GuidedCall, check_alone
-from goca_guidance.hooks.pictures import finite_pictures
 from goca_guidance.method.records import Regions, WordMaps
 from goca_guidance.method.scfg import SpatialGuidanceScale
 from goca_guidance.real_images.discover import discover
@@ -334,13 +334,11 @@ class GoCASCFGPipeline(DiffusionPipeline):
         if "dtype" in kwargs and not hasattr(pipeline_utils, "_resolve_dtype"):  # diffusers before 0.40
             kwargs["torch_dtype"] = kwargs.pop("dtype")
         check_folder(pretrained_model_name_or_path, kwargs)
-        if cls is not GoCASCFGPipeline:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        elif kwargs.get("custom_pipeline") is not None:
+        if cls is GoCASCFGPipeline and kwargs.get("custom_pipeline") is not None:
             loaded = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
         else:
-            stock: Any = stock_class(pretrained_model_name_or_path, **kwargs)
-            return guided(stock).from_pretrained(pretrained_model_name_or_path, **kwargs)
+            stock: Any = stock_class(pretrained_model_name_or_path, **kwargs) if cls is GoCASCFGPipeline else cls
+            loaded = super(GoCASCFGPipeline, guided(stock)).from_pretrained(pretrained_model_name_or_path, **kwargs)
         return loaded if isinstance(loaded, GoCASCFGPipeline) else GoCASCFGPipeline.from_pipe(loaded)
 
     @classmethod

@@ -23,7 +23,6 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 def stock_class(repository: str | PathLike, **kwargs) -> type[DiffusionPipeline]:
     """The pipeline class of diffusers that a repository's `model_index.json` names."""
-    check_folder(repository, given=kwargs)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     name = DiffusionPipeline.load_config(repository, **hub).get("_class_name", "nothing")
     name = (name[-1] if isinstance(name, list) else name).removeprefix(PREFIX)
