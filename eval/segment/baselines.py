@@ -1,7 +1,7 @@
 """Rivals that read the words' attention too: a `ScoringSegmentor` (`goca_guidance.method.segmentor`) for each paper.
 
 Which prompt is read, how often the network runs, and what happens to the scores afterwards, is the caller's business.
-Neither reads `config` or the unconditional prediction: the methods leave no such choice open.
+Neither reads `config`: the methods leave no such choice open.
 """
 
 import math
@@ -39,7 +39,6 @@ class DiffSegmenter:
         config: GoCAConfig,
         preset: LayerPreset,
         layout: TokenLayout,
-        unconditional_sink: bool = False,
         grid_weights: Sequence[float] | None = None,
     ):
         if grid_weights is None:
@@ -100,7 +99,6 @@ class FTTM:
         config: GoCAConfig,
         preset: LayerPreset,
         layout: TokenLayout,
-        unconditional_sink: bool = False,
         text_layers: Sequence[str] | None = None,
         self_layer: str | None = None,
     ):

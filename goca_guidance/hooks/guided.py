@@ -81,8 +81,8 @@ class GuidedCall(Watch):
         keep_negative: bool = False,
     ):
         super().__init__(family_of(denoiser), text_encoders)
-        self.goca, self.scfg, self.rule, self.images, self.prompts = goca, scfg, rule, images, prompts
-        self.separate, self.prompt_read, self.is_guided = separate, prompt_read, is_guided
+        self.goca, self.scfg, self.rule, self.prompts = goca, scfg, rule, prompts
+        self.prompt_read, self.is_guided = prompt_read, is_guided
         self.own, self.asked = own, asked
         self.region_tokens, self.keep_regions, self.keep_negative = region_tokens, keep_regions, keep_negative
         if region_tokens is None and not (prompt_read and self.text_encoders):
@@ -103,6 +103,11 @@ class GuidedCall(Watch):
         self._maps: list[Tensor] = []
         self._negative_maps: list[WordMaps] = []
         self._finite: list[Tensor] = []  # one flag a guided step, read after the loop: no synchronisation inside it
+
+    @property
+    def separate(self) -> bool:
+        """Whether a step makes its predictions one after the other."""
+        return self.steps.separate
 
     @property
     def step(self) -> int:
@@ -221,7 +226,7 @@ class GuidedCall(Watch):
         tokenizers = [tokenizer for _, tokenizer in self.text_encoders]
         whole = whole or self.family.side_by_side
         length = self.call.text
-        if self.steps.separate and not self.prompt_read:  # the negative prompt's own forward is still to come
+        if self.separate and not self.prompt_read:  # the negative prompt's own forward is still to come
             length = sum(of_encoder[0].shape[1] for of_encoder in reads if of_encoder)
         found = told_apart(reads, tokenizers, length, whole, self.prompts, asked) if any(reads) else ([], [])
         if found is None or (self.prompt_read and not found[0]):

@@ -138,11 +138,12 @@ class TokenLayout:
         labels = tuple(names for names in self.labels for _ in range(times))
         return self._map(labels, lambda x: x.repeat_interleave(times, 0))
 
+    @cached_property
     def with_sink_as_region(self) -> "TokenLayout":
-        """The sink token observed too, and as the last region, which is no content."""
-        s = self.sink.shape[1]
+        """The sink token observed too, and as the last region, which is no content: once for all steps of a call."""
+        s, (_, m, k) = self.sink.shape[1], self.groups.shape
         groups = F.pad(self.groups, (0, s, 0, s))
-        groups[:, -s:, -s:] = torch.eye(s, dtype=groups.dtype, device=groups.device)
+        groups[:, m:, k:] = torch.eye(s, dtype=groups.dtype, device=groups.device)
         columns, content = torch.cat([self.columns, self.sink], 1), F.pad(self.content, (0, s))
         return replace(self, columns=columns, groups=groups, content=content)
 

@@ -98,7 +98,7 @@ class GoCASegmentor:
         self.config, self.layout, self.rescaled_sink = config, layout, rescaled_sink
         self.order = preset.order if config.refine_order is None else config.refine_order
         preset = preset.reading(config.layers)
-        columns = layout.columns if unconditional_sink else torch.cat([layout.columns, layout.sink], 1)
+        columns = (layout if unconditional_sink else layout.with_sink_as_region).columns
         shared = layout.sink.shape[1] > 0 and not (unconditional_sink or rescaled_sink)
         total = shared or not config.rescale or layout.alone  # where rescaling divides every map, it cancels
         self._conditional = Aggregation(config, preset, columns, refining=self.order > 0, total=total)
@@ -137,7 +137,7 @@ class GoCASegmentor:
         layout, tokens = self.layout, self._shares(self._conditional)
         words, sink = tokens.split([layout.columns.shape[1], tokens.shape[1] - layout.columns.shape[1]], 1)
         if self.rescaled_sink:
-            scores, sink = self._scores(tokens, layout.with_sink_as_region()).tensor_split([-1], 1)
+            scores, sink = self._scores(tokens, layout.with_sink_as_region).tensor_split([-1], 1)
         else:
             scores = self._scores(words, layout)
             sink = self._shares(self._unconditional) if self._unconditional else sink
