@@ -9,12 +9,12 @@ import re
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from goca_guidance.denoisers.layouts import class_layout, class_prompt, prompt_layout
 from goca_guidance.denoisers.words import Encoded, sentence, words
 from tests.helpers.places import shared
+from tests.helpers.tokens import ODD_NAMES, named_as_alone, odd_names
 
 
 TOKENIZERS = {"clip": "stable-diffusion-v1-5/tokenizer", "t5": "FLUX.1-dev/tokenizer_2"}
@@ -103,55 +103,12 @@ def test_no_function_word_is_a_region_in_captions(tokenizer, kind):
 
 
 # ---- class names -----------------------------------------------------------------------------------------------------
-ODD = [
-    "bow (weapon)",
-    "C++",
-    "T-shirt",
-    "U.S.",
-    "rock 'n' roll",
-    "dogs'",
-    "cat's",
-    '12" record',
-    "plane 2",
-    "R2-D2",
-    "a/b",
-]
-ODD += [
-    "[brackets]",
-    "No. 1",
-    "50%",
-    "A&W",
-    "#1",
-    "a.b.c.",
-    "snake_",
-    "it’s",
-    "what?!",
-    "-",
-    "3.5",
-    "x:1",
-    "café",
-    "“cat”",
-]
+ODD = [*ODD_NAMES, "café", "“cat”"]
 ONLY_CLIP = ["{braces}", "<tag>", "~", "猫", "🐱", "👩‍👧 (family)", "猫，狗", "naïve", "Čeština", "हिन्दी"]
-odd_names = st.lists(
-    st.one_of(
-        st.sampled_from(ODD), st.text("()[]{}<>'\"’“-/+.#&!?:;@*_$%=~^0129abcéxz ", min_size=1, max_size=8)
-    ).filter(str.strip),
-    min_size=1,
-    max_size=5,
-    unique_by=lambda name: " ".join(name.lower().split()),
-)
 
 
 def check_names(tokenizer, names):
-    """Each name's region holds what the tokenizer makes of the name alone."""
-    row = tokenizer(class_prompt(names), return_tensors="pt").input_ids
-    layout = class_layout([Encoded(tokenizer, row)], [names])
-    for region, name in enumerate(names):
-        read = row[0, layout.columns[0][layout.groups[0, :, region] > 0]].tolist()
-        alone = tokenizer(name, add_special_tokens=False).input_ids
-        assert len(read) >= len(alone) > 0
-        assert read == alone * (len(read) // len(alone)), name
+    named_as_alone(tokenizer, names, tokenizer(class_prompt(names), return_tensors="pt").input_ids)
 
 
 def test_odd_names_are_found(tokenizer, kind):
@@ -160,7 +117,7 @@ def test_odd_names_are_found(tokenizer, kind):
         check_names(tokenizer, ["cat", name])
 
 
-@given(names=odd_names)
+@given(names=odd_names(ODD, "é"))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_names_are_found_or_refused(tokenizer, kind, names):
     """T5 does not know every sign: what it cannot read, or tell from another name, is refused."""

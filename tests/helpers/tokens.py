@@ -3,8 +3,10 @@
 import string
 
 import transformers
+from hypothesis import strategies as st
 
 from eval.scenes.tiny_model import clip_tokenizer
+from goca_guidance.denoisers.layouts import class_layout
 from goca_guidance.denoisers.words import Encoded
 from tests.helpers.families import BERT_TOKENS, FAMILIES, HUNYUAN_T5_TOKENS
 from tests.helpers.tiny import WORDS
@@ -34,6 +36,44 @@ def knowing_signs(tokenizer):
 READERS = {kind: knowing_signs(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
 
 
+# ---- odd names of classes --------------------------------------------------------------------------------------------
+ODD_NAMES = [  # that every tokenizer which knows signs can read
+    *(
+        "bow (weapon)",
+        "C++",
+        "T-shirt",
+        "U.S.",
+        "rock 'n' roll",
+        "dogs'",
+        "cat's",
+        '12" record',
+        "plane 2",
+        "R2-D2",
+        "a/b",
+    ),
+    *("[brackets]", "No. 1", "50%", "A&W", "#1", "a.b.c.", "snake_", "it’s", "what?!", "-", "3.5", "x:1"),
+]
+
+
+def odd_names(known, letters: str):
+    """Lists of names: known ones, and any text of signs and a few letters."""
+    text = st.text(f"()[]{{}}<>'\"’“-/+.#&!?:;@*_$%=~^0129abcxz {letters}", min_size=1, max_size=8)
+    name = st.one_of(st.sampled_from(known), text).filter(str.strip)
+    return st.lists(name, min_size=1, max_size=5, unique_by=lambda name: " ".join(name.lower().split()))
+
+
+def named_as_alone(tokenizer, names, row):
+    """Each name's region holds what the tokenizer makes of the name alone; `row` is the prompt of all, [1 n]."""
+    layout = class_layout([Encoded(tokenizer, row)], [names])
+    assert layout.labels == (tuple(names),)
+    for region, name in enumerate(names):
+        read = row[0, layout.columns[0][layout.groups[0, :, region] > 0]].tolist()
+        alone = tokenizer(name, add_special_tokens=False).input_ids
+        assert len(read) >= len(alone) > 0
+        assert read == alone * (len(read) // len(alone)), name
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
 def ids(*prompts, tokenizer=TOKENIZER, length=LENGTH):
     arguments = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
     return tokenizer(list(prompts), **arguments).input_ids

@@ -1,35 +1,21 @@
 """The process's default dtype and device are of no consequence: every tensor says its own."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.layouts import class_layout, named_layout, prompt_layout, token_layout
-from goca_guidance.method import maps
 from goca_guidance.method.diffcut import cut
 from goca_guidance.method.records import Regions
 from goca_guidance.method.scfg import SCFGSegmentor, rate_map
 from tests.helpers.attention import step
+from tests.helpers.defaults import default, forget_constants
 from tests.helpers.families import FAMILIES
 from tests.helpers.tokens import clip, t5
 
 
 DEFAULTS = [(torch.bfloat16, None), (torch.float16, None), (torch.float64, None), (torch.float32, "meta")]
-CONSTANTS = (maps._gaussian, maps.row_mass, maps._bilinear_matrix, maps.nearest_index, maps._read, maps.sample)
 CONFIGS = (GoCAConfig(), GoCAConfig(row_normalise=True, working_size=6, agreement_rows=9), GoCAConfig.vanilla())
-
-
-@contextmanager
-def default(dtype, device):
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
 
 
 def same(a, b) -> bool:
@@ -39,8 +25,7 @@ def same(a, b) -> bool:
 @pytest.fixture(autouse=True)
 def forget():
     """Nothing is kept of what other tests made."""
-    for constant in CONSTANTS:
-        constant.cache_clear()
+    forget_constants()
 
 
 @pytest.mark.parametrize("defaults", DEFAULTS, ids=str)
@@ -58,8 +43,7 @@ def test_maps_and_regions(name, defaults):
         return [s.scores() for s in ours] + [m for r in regions for m in (r.masks, r.foreground)]
 
     before = found()
-    for constant in CONSTANTS:
-        constant.cache_clear()
+    forget_constants()
     with default(*defaults):
         during = found()
     assert same(during, before)

@@ -415,6 +415,19 @@ def test_scfg_segmentor_equals_the_naive_form(columns, unconditional):
     assert torch.equal(regions.foreground, relative(start) < relative(others))
 
 
+def test_a_tie_is_no_foreground_of_scfg():
+    """Two tokens of equal keys: the sink is as large as all others, exactly, at every pixel."""
+    own_f, fine, own_c, coarse = segmentor_and_records(guided=False)[1]
+    layout = TokenLayout((("a", "b"),), torch.tensor([[0, 1]]), torch.eye(2)[None], torch.ones(1, 2) > 0, SINK)
+    segmentor = SCFGSegmentor(GoCAConfig(), PRESET, layout)
+    for r in (own_f, fine, own_c, coarse):
+        if r.name.endswith("attn2"):
+            same = r.key[:, :, :1].repeat(1, 1, 2, 1)
+            r = replace(r.only(), key=same, view=replace(r.view, text=slice(0, 2)))
+        segmentor.keep(r)
+    assert not segmentor.regions((4, 4)).foreground.any()
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5])
 def test_one_region_of_several_tokens_is_left_as_it_is(tokens):
     """Its quotient is constant but for rounding, which min-max would enlarge to noise."""

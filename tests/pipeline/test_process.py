@@ -2,7 +2,6 @@
 
 import copy
 import threading
-from contextlib import contextmanager
 from copy import deepcopy
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from goca_guidance import TINY_SD, GoCASCFGPipeline
-from goca_guidance.method import maps
+from tests.helpers.defaults import default, forget_constants
 from tests.helpers.families import FAMILIES, run, stock_pipeline
 from tests.helpers.guided import NEUTRAL, assert_untouched, every_family, guided, pair
 
@@ -207,24 +206,11 @@ def test_another_threads_graphs_are_run():
 
 
 # ---- default dtype and device ----------------------------------------------------------------------------------------
-CONSTANTS = (maps._gaussian, maps.row_mass, maps._bilinear_matrix, maps.nearest_index, maps._read, maps.sample)
-
-
-@contextmanager
-def default(dtype=torch.float32, device=None):
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
 
 
 @pytest.fixture
 def nothing_kept():
-    for constant in CONSTANTS:
-        constant.cache_clear()
+    forget_constants()
 
 
 @every_family
@@ -237,8 +223,7 @@ def test_another_default_dtype_is_of_no_consequence(name, dtype, nothing_kept):
         assert torch.equal(neutral, run(pipe, name, use_scfg=False).images)
         assert run(pipe, name).images.isfinite().all()
     after = run(pipe, name).images
-    for constant in CONSTANTS:
-        constant.cache_clear()
+    forget_constants()
     assert torch.equal(run(pipe, name).images, after)
 
 
