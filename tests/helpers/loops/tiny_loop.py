@@ -1,0 +1,63 @@
+"""What a tiny pipeline of a loop is, and how one is built and run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+
+
+PROMPT = "a cat on grass"
+
+
+@dataclass(frozen=True)
+class TinyLoop:
+    """Fresh tiny components for a stock pipeline class, and arguments of a small call whose loop mixes two predictions.
+
+    Args:
+        components: makes them, the same weights at every call, in evaluation mode, no weight all zeros that would hide the
+            text or the picture.
+        call: arguments besides the prompt, the generator, the number of steps and the type of output.
+        steps: how many the call asks for; image-to-image pipelines make fewer.
+        guided: how many of them mix.
+        words: whether the text encoders read the prompt's words; else the call passes embeddings.
+    """
+
+    components: Callable[[], dict[str, Any]]
+    call: dict[str, Any] = field(default_factory=dict)
+    steps: int = 2
+    guided: int = 2
+    words: bool = True
+
+
+def build(name: str, loop: TinyLoop, **changes) -> diffusers.DiffusionPipeline:
+    """The stock pipeline of this class name on fresh components, some of them replaced."""
+    pipe = getattr(diffusers, name)(**loop.components() | changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe: diffusers.DiffusionPipeline, loop: TinyLoop, prompt: str | list[str] = PROMPT, seed: int = 0, **kwargs):
+    """What the pipeline returns for the small call: its own output object, latents."""
+    torch.manual_seed(seed)  # for what some pipelines draw without the generator
+    asked = {
+        "num_inference_steps": loop.steps,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    asked |= {"prompt": prompt} if loop.words else {}
+    return pipe(**asked | loop.call | kwargs)
+
+
+def seeded(build_parts: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The same weights at every call, in evaluation mode; parameters that begin as zeros are drawn, so that all is heard."""
+    torch.manual_seed(0)
+    parts = build_parts()
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+            for parameter in part.parameters():
+                if not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.05)
+    return parts
