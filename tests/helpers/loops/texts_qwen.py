@@ -24,7 +24,10 @@ _TEMPLATES = (  # what the pipelines write around a prompt, each word once
     "system user assistant\n\n Describe the image by detailing color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background: key features input image ( color), then explain how user's text "
     "instruction should alter or modify the image. Generate a new image that meets requirements while maintaining "
-    "consistency with original where appropriate. Picture 1: Comprehend analyze provided prompt. You are an AI"
+    "consistency with original where appropriate. Picture 1: Comprehend analyze provided prompt. You are an AI "
+    "that reasons about image descriptions. give structured responses focusing on object attribution actions without "
+    "speculation. As expert, first content attributes of (s). Based editing instructions, clearly precisely determine given "
+    "ensuring only specified parts altered all other aspects remain consistent captioning generate descriptive suitable for"
 )
 CHAT = (  # ChatML, as Qwen's; a message's content is a string or parts
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"

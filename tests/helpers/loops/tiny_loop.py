@@ -22,6 +22,7 @@ class TinyLoop:
         steps: how many the call asks for; image-to-image pipelines make fewer.
         guided: how many of them mix.
         words: whether the text encoders read the prompt's words; else the call passes embeddings.
+        written: how the pipeline wants a prompt to be written.
     """
 
     components: Callable[[], dict[str, Any]]
@@ -29,6 +30,7 @@ class TinyLoop:
     steps: int = 2
     guided: int = 2
     words: bool = True
+    written: Callable[[str], str] = str
 
 
 def build(name: str, loop: TinyLoop, **changes) -> diffusers.DiffusionPipeline:
@@ -46,7 +48,8 @@ def run(pipe: diffusers.DiffusionPipeline, loop: TinyLoop, prompt: str | list[st
         "output_type": "latent",
         "generator": torch.Generator().manual_seed(seed),
     }
-    asked |= {"prompt": prompt} if loop.words else {}
+    written = loop.written(prompt) if isinstance(prompt, str) else [loop.written(text) for text in prompt]
+    asked |= {"prompt": written} if loop.words else {}
     return pipe(**asked | loop.call | kwargs)
 
 
