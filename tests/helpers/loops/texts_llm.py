@@ -11,6 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
+import torch
 import transformers
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
@@ -170,4 +171,8 @@ def chatglm(max_length: int = 24, width: int = 32) -> dict:
         post_layer_norm=True,
         original_rope=True,
     )
-    return {"text_encoder": ChatGLMModel(config), "tokenizer": tokenizer}
+    encoder = ChatGLMModel(config, empty_init=False)
+    for module in encoder.modules():
+        if type(module).__name__ == "RMSNorm":  # made of uninitialised memory
+            torch.nn.init.ones_(module.weight)
+    return {"text_encoder": encoder, "tokenizer": tokenizer}

@@ -1,0 +1,42 @@
+"""Tiny Kolors pipelines: Stable Diffusion XL's U-Net and loop with ChatGLM's text, padded on the left and attended to."""
+
+from functools import partial
+
+import diffusers
+
+from tests.helpers.loops.pictures import picture
+from tests.helpers.loops.texts_llm import chatglm
+from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.tiny import tiny_components
+
+
+TEXT = 24
+SIZE = {"height": 32, "width": 16, "guidance_scale": 5.0, "max_sequence_length": TEXT}
+
+
+def _kolors() -> dict:
+    parts = tiny_components(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,  # six sizes of 8 and a pooled prompt of 32
+        encoder_hid_dim_type="text_proj",
+        encoder_hid_dim=32,
+        cross_attention_dim=24,
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.014, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    return {"unet": parts["unet"], "vae": parts["vae"], "scheduler": scheduler, **chatglm(TEXT)}
+
+
+LOOPS = {
+    "KolorsPipeline": TinyLoop(partial(seeded, _kolors), SIZE),
+    "KolorsImg2ImgPipeline": TinyLoop(
+        partial(seeded, _kolors), SIZE | {"image": picture(32, 16), "strength": 0.5}, steps=4
+    ),
+}
