@@ -23,6 +23,8 @@ class TinyLoop:
         guided: how many of them mix.
         words: whether the text encoders read the prompt's words; else the call passes embeddings.
         written: how the pipeline wants a prompt to be written.
+        settings: attributes of the pipeline before it is called, where its own sizes are too large for a test.
+        batch: whether the stock loop takes two prompts at once; some want a picture for each.
     """
 
     components: Callable[[], dict[str, Any]]
@@ -31,6 +33,8 @@ class TinyLoop:
     guided: int = 2
     words: bool = True
     written: Callable[[str], str] = str
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch: bool = True
 
 
 def build(name: str, loop: TinyLoop, **changes) -> diffusers.DiffusionPipeline:
@@ -42,6 +46,8 @@ def build(name: str, loop: TinyLoop, **changes) -> diffusers.DiffusionPipeline:
 
 def run(pipe: diffusers.DiffusionPipeline, loop: TinyLoop, prompt: str | list[str] = PROMPT, seed: int = 0, **kwargs):
     """What the pipeline returns for the small call: its own output object, latents."""
+    for setting, value in loop.settings.items():
+        setattr(pipe, setting, value)
     torch.manual_seed(seed)  # for what some pipelines draw without the generator
     asked = {
         "num_inference_steps": loop.steps,
