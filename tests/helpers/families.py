@@ -26,13 +26,13 @@ CHARACTERS = string.ascii_letters + string.digits + ".,!?'-"
 SMALL_TEXT = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 37}
 
 
-def _clip(encoder: type, suffix: str = "") -> dict:
+def _clip(encoder: type, suffix: str = "", max_length: int = MAX_TOKENS) -> dict:
     """Each of WORDS is one token; any other word is spelled."""
-    tokenizer = clip_tokenizer(WORDS, max_length=MAX_TOKENS)
+    tokenizer = clip_tokenizer(WORDS, max_length=max_length)
     config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         projection_dim=32,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

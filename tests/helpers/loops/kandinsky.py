@@ -7,10 +7,10 @@ Kandinsky 3: (s + 1) c - s u, one batch, unconditional first; a U-Net whose atte
 from functools import partial
 
 import diffusers
+import transformers
 
-from tests.helpers.families import _flow_vae, _t5
+from tests.helpers.families import _clip, _t5, _vae
 from tests.helpers.loops.pictures import picture
-from tests.helpers.loops.texts_llm import clip77
 from tests.helpers.loops.texts_qwen import WIDTH, qwen2_5_vl, qwen2_5_vl_processor
 from tests.helpers.loops.tiny_loop import TinyLoop, seeded
 
@@ -58,20 +58,24 @@ def _kandinsky5(edit: bool = False) -> dict:
         patch_size=(1, 2, 2),
     )
     texts = {"text_encoder": qwen2_5_vl(), "tokenizer": qwen2_5_vl_processor()}
-    texts |= clip77("_2")
+    texts |= _clip(transformers.CLIPTextModel, "_2", max_length=77)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
-    return {"transformer": transformer, "vae": _flow_vae(4), "scheduler": scheduler, **texts}
+    return {"transformer": transformer, "vae": _vae(levels=4), "scheduler": scheduler, **texts}
 
 
 SIZE3 = {"height": 128, "width": 64, "guidance_scale": 3.0}
-SIZE5 = {"height": 1408, "width": 640, "guidance_scale": 3.5}  # of the few that the pipelines take, the smallest
+SIZE5 = {"height": 64, "width": 32, "guidance_scale": 3.5}
+SIZES = {"resolutions": [(32, 64)]}  # the pipelines take a few large ones
 LOOPS = {
     "Kandinsky3Pipeline": TinyLoop(partial(seeded, _kandinsky3), SIZE3),
     "Kandinsky3Img2ImgPipeline": TinyLoop(
         partial(seeded, _kandinsky3), {"image": picture(128, 64), "strength": 0.5, "guidance_scale": 3.0}, steps=4
     ),
-    "Kandinsky5T2IPipeline": TinyLoop(partial(seeded, _kandinsky5), SIZE5),
+    "Kandinsky5T2IPipeline": TinyLoop(partial(seeded, _kandinsky5), SIZE5, settings=SIZES),
     "Kandinsky5I2IPipeline": TinyLoop(
-        partial(seeded, partial(_kandinsky5, edit=True)), SIZE5 | {"image": picture(1408, 640)}
+        partial(seeded, partial(_kandinsky5, edit=True)),
+        SIZE5 | {"image": picture(64, 32)},
+        settings=SIZES,
+        batch=False,
     ),
 }

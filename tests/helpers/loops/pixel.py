@@ -68,7 +68,9 @@ LOOPS = {
     "IFImg2ImgPipeline": TinyLoop(STAGE1, HALF | {"image": WHOLE}, steps=4, batch=False),
     "IFInpaintingPipeline": TinyLoop(STAGE1, HALF | {"image": WHOLE, "mask_image": MASK}, steps=4, batch=False),
     "IFSuperResolutionPipeline": TinyLoop(STAGE2, GUIDED | UPSCALED | {"height": 32, "width": 16}, batch=False),
-    "IFImg2ImgSuperResolutionPipeline": TinyLoop(STAGE2, HALF | UPSCALED | {"original_image": WHOLE}, steps=4, batch=False),
+    "IFImg2ImgSuperResolutionPipeline": TinyLoop(
+        STAGE2, HALF | UPSCALED | {"original_image": WHOLE}, steps=4, batch=False
+    ),
     "IFInpaintingSuperResolutionPipeline": TinyLoop(
         STAGE2, HALF | UPSCALED | {"original_image": WHOLE, "mask_image": MASK}, steps=4, batch=False
     ),

@@ -17,7 +17,6 @@ from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from eval.scenes.tiny_model import clip_tokenizer
 from tests.helpers.tiny import WORDS
 
 
@@ -80,15 +79,6 @@ def umt5(max_length: int = 24, width: int = 32) -> dict:
     sizes = {"d_model": width, "d_ff": 37, "d_kv": 8, "num_heads": 4, "num_layers": 2}
     encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=len(tokenizer), **sizes))
     return {"text_encoder": encoder, "tokenizer": tokenizer}
-
-
-def clip77(suffix: str = "") -> dict:
-    """CLIP where a pipeline pads to 77 tokens whatever the tokenizer says."""
-    tokenizer = clip_tokenizer(WORDS, max_length=77)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = SMALL | {"hidden_size": 32, "projection_dim": 32, "vocab_size": len(tokenizer)}
-    encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(max_position_embeddings=77, **ids, **sizes))
-    return {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
 
 
 # ---- bytes, a mark for each space ------------------------------------------------------------------------------------
