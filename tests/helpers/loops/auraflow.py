@@ -1,6 +1,7 @@
 """A tiny AuraFlow pipeline.
 
-u + s (c - u), one batch, unconditional first. Joint attention: eight registers, text, image; padding is zeros and is attended to.
+u + s (c - u), one batch, unconditional first. Joint attention: eight registers, text, image; padding is zeros and is
+attended to.
 """
 
 from functools import partial

@@ -1,7 +1,7 @@
 """Tiny Stable Cascade pipelines.
 
-lerp(u, c, s), one batch, *conditional first*; a U-Net called `prior` or `decoder`, whose attention reads image and text keys, and
-in the prior an image prompt's.
+lerp(u, c, s), one batch, *conditional first*; a U-Net called `prior` or `decoder`, whose attention reads image and text
+keys, and in the prior an image prompt's.
 """
 
 from functools import partial

@@ -1,7 +1,7 @@
 """Tiny CogView3-Plus and CogView4 pipelines.
 
-u + s (c - u). CogView3-Plus: one batch, unconditional first. CogView4: two calls, conditional first, each with its own length of
-text, padded on the left to a multiple of 16. Joint attention, text first.
+u + s (c - u). CogView3-Plus: one batch, unconditional first. CogView4: two calls, conditional first, each with its own
+length of text, padded on the left to a multiple of 16. Joint attention, text first.
 """
 
 from functools import partial

@@ -1,7 +1,8 @@
 """A tiny GLM-Image pipeline.
 
-u + s (c - u), two calls, conditional first. The denoiser sees the prior's image tokens and quoted text as glyphs; the words of the
-prompt never reach it: an encoder of vision and language has turned them into the prior's tokens, which are given here.
+u + s (c - u), two calls, conditional first. The denoiser sees the prior's image tokens and quoted text as glyphs; the words
+of the prompt never reach it: an encoder of vision and language has turned them into the prior's tokens, which are given
+here.
 """
 
 from functools import partial

@@ -1,7 +1,7 @@
 """A tiny HiDream-I1 pipeline.
 
-u + s (c - u), one batch, unconditional first. Joint attention: image (padded to the largest where it is no square), then T5's text,
-Llama's last layer, and the Llama layer of the block; single blocks see the same order.
+u + s (c - u), one batch, unconditional first. Joint attention: image (padded to the largest where it is no square), then
+T5's text, Llama's last layer, and the Llama layer of the block; single blocks see the same order.
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 """Tiny HunyuanImage 2.1 pipelines.
 
-A `guider` component mixes, two calls, conditional first (here u + s (c - u); the released one is an adaptive projection). Joint
-attention: image, then the valid tokens of ByT5's glyph text and of Qwen's, then what is not valid; a refiner mixes Qwen's text.
-The refiner pipeline sees the picture as further channels, and Qwen's text alone.
+A `guider` component mixes, two calls, conditional first (here u + s (c - u); the released one is an adaptive projection).
+Joint attention: image, then the valid tokens of ByT5's glyph text and of Qwen's, then what is not valid; a refiner mixes
+Qwen's text. The refiner pipeline sees the picture as further channels, and Qwen's text alone.
 """
 
 from functools import partial

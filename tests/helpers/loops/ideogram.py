@@ -1,7 +1,7 @@
 """A tiny Ideogram 4 pipeline.
 
-s c + (1 - s) u, two denoisers, conditional first: the one without words is another one, and sees the image alone. A single stream
-of padding, text, image. The text encoder's layers are called, not the encoder itself.
+s c + (1 - s) u, two denoisers, conditional first: the one without words is another one, and sees the image alone. A single
+stream of padding, text, image. The text encoder's layers are called, not the encoder itself.
 """
 
 from functools import partial

@@ -1,7 +1,8 @@
 """Tiny Kandinsky 3 and 5 pipelines.
 
-Kandinsky 3: (s + 1) c - s u, one batch, unconditional first; a U-Net whose attention is called neither `attn1` nor `attn2`. Kandinsky
-5: u + s (c - u), two calls, conditional first, with texts of their own lengths; cross-attention and self-attention over frames.
+Kandinsky 3: (s + 1) c - s u, one batch, unconditional first; a U-Net whose attention is called neither `attn1` nor `attn2`.
+Kandinsky 5: u + s (c - u), two calls, conditional first, with texts of their own lengths; cross-attention and self-attention
+over frames.
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 """Tiny PRX pipelines, in a latent space and in pixels.
 
-u + s (c - u), one batch, unconditional first; the texts are read in one batch too, the negative prompt first. Pixels are queries,
-text and pixels keys, text first; a mask tells the valid text. In pixels the mixture is of pictures, not of velocities. The stock
-loop gives two timesteps whatever the batch: it takes one prompt.
+u + s (c - u), one batch, unconditional first; the texts are read in one batch too, the negative prompt first. Pixels are
+queries, text and pixels keys, text first; a mask tells the valid text. In pixels the mixture is of pictures, not of
+velocities. The stock loop gives two timesteps whatever the batch: it takes one prompt.
 """
 
 from functools import partial
