@@ -33,9 +33,11 @@ class GoCAConfig:
         refine_order: applications of the self-attention to the maps; None takes the family's preset.
         blur_size, blur_sigma: the Gaussian before min-max; sigma in pixels of a 64 x 64 map, as the paper's maps are.
         agreement_rows: compare layers in so many rows of the self-attention, the same random ones at every call; None
-            compares all. No effect on joint attention, whose rows are needed for the words. Error: docs/speed.md.
+            takes the family's preset: 1024 for videos, else all. No effect on joint attention of images, whose rows are needed
+            for the words. Error: docs/speed.md.
         working_size: longer side, in pixel tokens, of the grid to which maps are averaged before they are rescaled and
-            refined, and at whose pixels alone self-attention is asked; None keeps the finest grid. Error: docs/speed.md.
+            refined, and at whose pixels alone self-attention is asked; a video keeps half as many frames at the most. None
+            takes the family's preset: 24 for videos, else the finest grid. Error: docs/speed.md.
         timestep: of 1000, at which a real image is noised to be segmented; None takes the family's preset.
     """
 
@@ -172,7 +174,7 @@ class LayerPreset:
         refine: self-attention layers of the finest grid, which refine the maps.
         order: how often they do.
         timestep: of 1000, for the segmentation of real images.
-        heads, row_normalise: see `GoCAConfig`.
+        heads, row_normalise, agreement_rows, working_size: see `GoCAConfig`.
         features: what of the reference layer is dense features, heads side by side: "query" (before norm and rotary
             embeddings) or "output" (before the projection).
         manual: of the text layers those that are picked by hand in the papers; none where they pick none.
@@ -187,6 +189,8 @@ class LayerPreset:
     heads: Weighing = "contribution"
     features: Literal["query", "output"] = "query"
     row_normalise: bool = False
+    agreement_rows: Count | None = None
+    working_size: Count | None = None
     manual: tuple[str, ...] = ()
 
     def reading(self, layers: str | Sequence[str]) -> "LayerPreset":

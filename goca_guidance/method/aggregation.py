@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -18,8 +17,11 @@ from goca_guidance.method.attention import affinity_product, joined, pick, proba
 from goca_guidance.method.goca import agreement, head_weights, layer_weights, pseudo_attention
 from goca_guidance.method.maps import (
     as_maps,
+    average,
     coarser,
     nearest_index,
+    on_keys,
+    over,
     pull_affinity,
     resize,
     resize_adjoint,
@@ -31,7 +33,7 @@ from goca_guidance.method.records import AttentionRecord
 
 BATCH = {"cpu": 2**18}  # elements of queries that are worth a call of their own: fewer wait for others of their shape
 LARGE_BATCH = 2**22  # on any other device
-STORED = 10_000  # pixels up to which the refining layers' sum is stored (400 MB an image)
+STORED = 10_000  # pixels up to which the refining layers' sum is stored (400 MB an image), those of the working size
 
 
 class Aggregation:
@@ -44,6 +46,10 @@ class Aggregation:
       itself is held (`_early`); then it becomes one number an image (`_agreements`).
     - refining layer: added to one sum of all of them (`_sum`), or held where that is too large (`_large`).
     - reference layer: its dense features give the pseudo self-attention (`_affinity`), which lets the early ones go on.
+
+    At a working size a layer has fewer rows, but all its keys: each block of them comes to the working grid as it is made.
+    A video's layers are all of one grid. None waits for the reference, as its keys are hundreds of megabytes: of an early one
+    the rows that are compared are held (`_held`). Words are averaged to the working grid at once.
 
     Work of equal kind and shape waits in `_waiting` until it fills a call; a layer of joint attention has words and pixels
     from one softmax. So between two records are held: maps of the layers reduced so far, the affinity and its forms on
@@ -70,24 +76,26 @@ class Aggregation:
         self.config, self.preset, self.columns, self.total = config, preset, columns, total
         self.heads = config.heads or preset.heads
         self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise
+        self.working_size = config.working_size or preset.working_size
+        self.agreement_rows = config.agreement_rows or preset.agreement_rows
         self._compared = frozenset(preset.self_attention if config.layers == "agreement" else ())
         self._refining = frozenset(preset.refine if refining else ())
         self._pixel_layers = self._compared | self._refining | frozenset([preset.reference] if self._compared else [])
         self._waiting: dict[tuple, list[AttentionRecord]] = {}  # by what is asked of them, and shape
-        self._early: list[tuple[AttentionRecord, tuple[int, int]]] = []  # compared layers seen before the reference
+        self._early: list[tuple[AttentionRecord, tuple[int, ...]]] = []  # compared layers seen before the reference
+        self._held: dict[str, Float[Tensor, "b r q"]] = {}  # the same of a video: their rows
         self._affinity: Tensor | None = None  # pseudo self-attention of the reference, at `_reference_grid`
-        self._reference_grid = (0, 0)
+        self._reference_grid: tuple[int, ...] = ()
         self._pulled: dict[tuple, tuple] = {}  # by grids of queries and keys: what `_pull` gives
         self._agreements: dict[str, Float[Tensor, " b"]] = {}  # by compared layer
-        self._maps: list[tuple[list[str], Float[Tensor, "l b m H W"]]] = []  # of tokens, with the layers' names
+        self._maps: list[tuple[list[str], Float[Tensor, "l b m *S"]]] = []  # of tokens, with the layers' names
         self._sum: Float[Tensor, "b p q"] | None = None  # of the refining layers' self-attention
         self._large: list[AttentionRecord] = []  # refining layers too large for it
-        self._refining_keys = (0, 0)  # grid of the refining layers' pixel keys
+        self._refining_keys: tuple[int, ...] = ()  # grid of the keys of the sum, or of the layers too large for it
         self.joint = False  # whether the keys are words and pixels
-        self.finest = (
+        self.finest: tuple[int, ...] = (
             0,
-            0,
-        )  # finest grid of text and refining layers; that of the maps, unless the working size is coarser
+        )  # of text and refining layers; that of the maps, unless there is a working size
 
     @property
     def refines(self) -> bool:
@@ -112,7 +120,7 @@ class Aggregation:
 
     def _at_working_size(self, record):
         """Fewer queries; the keys stay."""
-        grid = coarser(record.grid, self.config.working_size)
+        grid = coarser(record.grid, self.working_size)
         if grid == record.grid:
             return record
         return record.at(grid, nearest_index(record.grid, grid, record.query.device))
@@ -133,20 +141,25 @@ class Aggregation:
         self._affinity = pseudo_attention(features, self.config.reference_channels)
         self._reference_grid = record.grid
         early, self._early = self._early, []
-        for record, key_grid in early:
-            self._keep_pixels(record, key_grid)
+        for layer, key_grid in early:
+            self._keep_pixels(layer, key_grid)
+        for name, rows in self._held.items():
+            _, reference, mass = self._pull(record, record.grid)
+            self._agreements[name] = agreement(rows, reference, mass)
+        self._held.clear()
 
     def _keep_pixels(self, record, key_grid):
         """`key_grid`: of the pixel keys, which are all there at any working size."""
         compared, refining = record.name in self._compared, record.name in self._refining
         needed = ("output", "gram") if self._has_words_and_pixels(record) and self.heads == "contribution" else ()
-        if compared and self._affinity is None:
+        if compared and self._affinity is None and not record.view.video:
             self._early.append((record.only(*needed).alone(), key_grid))
             return
         if refining:
-            self._refining_keys = key_grid
+            large = math.prod(record.grid) > STORED
+            self._refining_keys = key_grid if large else record.grid
             self.finest = max(self.finest, key_grid, key=math.prod)
-            if record.query.shape[2] * math.prod(key_grid) > STORED**2:
+            if large:
                 self._large.append(record.only().alone())
                 refining = False
         if compared or refining:
@@ -159,7 +172,8 @@ class Aggregation:
         alike = asked, record.query.shape, record.key.shape, tokens, record.scale, mask
         waiting = self._waiting.setdefault(alike, [])
         waiting.append(record)
-        if len(waiting) * record.query.numel() >= BATCH.get(record.query.device.type, LARGE_BATCH):
+        size = max(record.query.numel(), record.key.numel() if record.view.video else 0)
+        if len(waiting) * size >= BATCH.get(record.query.device.type, LARGE_BATCH):
             self._reduce(alike)
 
     def _reduce(self, alike):
@@ -188,7 +202,9 @@ class Aggregation:
 
     def _store(self, records, blocks):
         names = [record.name for record in records]
-        maps = as_maps(joined(blocks, 1), records[0].grid)
+        view = records[0].view
+        maps = as_maps(joined(blocks, 1), view.grid)
+        maps = average(maps, coarser(view.grid, self.working_size)) if view.video else maps
         self._maps.append((names, maps.unflatten(0, (len(records), -1))))
 
     def _reduce_pixels(self, stack, records, key_grid, compared, refining):
@@ -197,42 +213,64 @@ class Aggregation:
         All three are taken from a block of probabilities while it is there. Where agreement reads fewer rows than the
         others, its rows are computed a second time.
         """
-        layers, agreed, words = len(records), [], []
-        rows, reference, mass = self._pull(stack, key_grid) if compared else (None, None, None)
+        layers, found, words = len(records), [], []
+        rows, compare = self._comparison(stack, key_grid) if compared else (None, None)
         with_words = self._has_words_and_pixels(stack)
         weights = self._head_weights(stack, records) if with_words else None
         for chosen in [rows] if rows is None or not (refining or with_words) else [rows, None]:
             for block, probs in probabilities(stack, chosen):
                 pixels = probs[..., stack.view.image].mean(1).unflatten(0, (layers, -1))
                 if compared and chosen is rows:
-                    agreed.append(agreement(pixels, reference[:, block], mass))
+                    found.append(compare(block, pixels))
                 if refining and chosen is None:
-                    self._add_up(block, pixels, stack.query.shape[2])
+                    self._add_up(block, pixels, stack.grid, key_grid)
                 if with_words and chosen is None:
                     words.append(self._words(stack, probs, weights, block))
-        if compared:
-            names = [record.name for record in records]
-            self._agreements.update(zip(names, torch.stack(agreed).sum(0).unbind(0), strict=True))
+        if compared and self._affinity is None:
+            self._held.update(zip([record.name for record in records], joined(found, 2), strict=True))
+        elif compared:
+            self._agreements.update(zip([record.name for record in records], torch.stack(found).sum(0), strict=True))
         if with_words:
             self._store(records, words)
 
-    def _add_up(self, block, pixels, rows):
+    def _add_up(self, block, pixels, grid, key_grid):
+        total = on_keys(resize_adjoint, pixels[0] if len(pixels) == 1 else pixels.sum(0), key_grid, grid)
         if self._sum is None:
-            self._sum = pixels.new_zeros(pixels.shape[1], rows, pixels.shape[-1])
-        self._sum[:, block] += pixels[0] if len(pixels) == 1 else pixels.sum(0)
+            self._sum = total.new_zeros(len(total), math.prod(grid), total.shape[-1])
+        self._sum[:, block] += total
+
+    def _comparison(self, record, key_grid):
+        """Which rows are compared (None for all), and how a block of them is: what it adds to the layers' agreements.
+
+        Before the reference was seen, the block itself, its keys on the grid of the reference.
+        """
+        if self._affinity is None:
+            rows = self._some(record, math.prod(record.grid))
+            return rows, lambda block, pixels: on_keys(resize, pixels, key_grid, record.grid)
+        keys = key_grid if record.grid == key_grid else self._reference_grid
+        rows, reference, mass = self._pull(record, keys)
+        return rows, lambda block, pixels: agreement(
+            on_keys(resize, pixels, key_grid, keys), reference[:, block], mass
+        )
 
     def _pull(self, record, key_grid):
         """The reference's affinity as a layer is compared with it: rows (None for all), affinity, row mass."""
         grids = record.grid, key_grid
         if grids not in self._pulled:
             rows, affinity = pull_affinity(self._affinity, self._reference_grid, *grids)
-            wanted = self.config.agreement_rows
-            if wanted is not None and wanted < len(rows) and not record.view.joint:
-                chosen = sample(len(rows), wanted, rows.device)
-                rows, affinity = rows[chosen], affinity[:, chosen] * (len(rows) / wanted)
+            chosen = self._some(record, len(rows))
+            if chosen is not None:
+                rows, affinity = rows[chosen], affinity[:, chosen] * (len(rows) / len(chosen))
             mass = row_mass(self._reference_grid, key_grid, rows.device) if self.row_normalise else None
             self._pulled[grids] = None if len(rows) == record.query.shape[2] else rows, affinity, mass
         return self._pulled[grids]
+
+    def _some(self, record, count):
+        """Which of the rows are compared, where not all are: of an image's joint attention all are computed anyway."""
+        wanted = self.agreement_rows
+        if wanted is None or wanted >= count or (record.view.joint and not record.view.video):
+            return None
+        return sample(count, wanted, record.query.device)
 
     # ---- answers -----------------------------------------------------------------------------------------------------
     def weights(self) -> Float[Tensor, "b l"]:
@@ -246,33 +284,32 @@ class Aggregation:
             return maps.new_ones(maps.shape[1], layers) / layers
         return layer_weights(torch.stack([self._agreements[name] for name in self.preset.self_attention], -1))
 
-    def merged(self, finest: tuple[int, int]) -> tuple[Float[Tensor, "b m H W"], Tensor]:
+    def merged(self, finest: tuple[int, ...]) -> tuple[Float[Tensor, "b m *S"], Tensor]:
         """A = sum_l w[l] bilinear(A[l]) of the observed tokens at the `finest` grid, clamped at zero, and the text's total.
 
-        Layers of one grid are summed before they are resized. At a working size the maps are averaged at last.
+        Layers of one grid are summed before they are resized. At a working size the maps are averaged, an image's at last.
         """
         by_name = dict(zip(self.preset.text, self.weights().unbind(1), strict=True))
         merged: dict[Any, Tensor] = {}  # by grid
         for names, layers in self._maps:
-            of_layers = torch.stack([by_name[name] for name in names])[..., None, None, None]
-            total, grid = (of_layers * layers).sum(0), layers.shape[-2:]
+            of_layers = over(torch.stack([by_name[name] for name in names]), layers)
+            total, grid = (of_layers * layers).sum(0), tuple(layers.shape[3:])
             merged[grid] = merged[grid] + total if grid in merged else total
-        working = coarser(finest, self.config.working_size)
+        working = coarser(finest, self.working_size)
         size = max(*merged, working, key=math.prod)
         resized = [resize(total, size) for total in merged.values()]
-        whole = sum(resized[1:], resized[0]).clamp(min=0)
-        whole = whole if size == working else F.adaptive_avg_pool2d(whole, working)
+        whole = average(sum(resized[1:], resized[0]).clamp(min=0), working)
         if self.total and self.heads == "contribution":
-            return whole.take_along_dim(self.columns[..., None, None], 1), whole.sum(1, keepdim=True)
+            return whole.take_along_dim(over(self.columns, whole), 1), whole.sum(1, keepdim=True)
         return (whole[:, :-1], whole[:, -1:]) if self.total and self.joint else (whole, whole.new_ones(()))
 
-    def attend(self, x: Float[Tensor, "b p k"], grid: tuple[int, int]) -> Float[Tensor, "b p k"]:
+    def attend(self, x: Float[Tensor, "b p k"], grid: tuple[int, ...]) -> Float[Tensor, "b p k"]:
         """A_self x of the refining layers, up to a factor; x is resized to the grid of the keys where that is finer."""
         if self._sum is None:
             x = resize(as_maps(x, grid), self._refining_keys).flatten(2).mT
             return torch.stack([affinity_product(record, x) for record in self._large]).mean(0)
         if grid != self._refining_keys:
-            self._sum = resize_adjoint(self._sum.unflatten(-1, self._refining_keys), grid).flatten(-2)
+            self._sum = on_keys(resize_adjoint, self._sum, self._refining_keys, grid)
             self._refining_keys = grid
         return self._sum @ x
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from goca_guidance.method.maps import over
 from goca_guidance.method.records import AttentionRecord
 
 
@@ -64,9 +65,8 @@ def probabilities(
     record: AttentionRecord, rows: Int[Tensor, " rows"] | None = None
 ) -> Iterator[tuple[slice, Float[Tensor, "b h r n"]]]:
     """Recomputed float32 probabilities in blocks of query rows, few enough at a time to stay small."""
-    record = record.float()
     query = record.query if rows is None else record.query[:, :, rows]
-    query, key, mask = query * record.scale, record.key.mT, record.mask
+    key, mask = record.key.float().mT, None if record.mask is None else record.mask.float()
     if mask is not None and mask.shape[-2] > 1 and rows is not None:
         mask = mask[:, :, rows]
     batch, heads, count, _ = query.shape
@@ -74,7 +74,7 @@ def probabilities(
     step = max(1, held // (heads * key.shape[-1]))
     for start in range(0, count, step):
         block = slice(start, min(start + step, count))
-        logits = query[:, :, block] @ key
+        logits = query[:, :, block].float() * record.scale @ key
         if mask is not None:
             logits = logits + (mask if mask.shape[-2] == 1 else mask[:, :, block])
         yield block, logits.softmax(-1)
@@ -85,7 +85,7 @@ def joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def one_hot(scores: Float[Tensor, "b k H W"], present: Bool[Tensor, "b k"]) -> Bool[Tensor, "b k H W"]:
+def one_hot(scores: Float[Tensor, "b k *S"], present: Bool[Tensor, "b k"]) -> Bool[Tensor, "b k *S"]:
     """The argmax as masks: one region a pixel, the first one of equals; padding never wins."""
-    winner = scores.masked_fill(~present[..., None, None], -torch.inf).argmax(1, keepdim=True)
-    return winner == torch.arange(scores.shape[1], device=scores.device)[:, None, None]
+    winner = scores.masked_fill(~over(present, scores), -torch.inf).argmax(1, keepdim=True)
+    return winner == over(torch.arange(scores.shape[1], device=scores.device), scores[0])

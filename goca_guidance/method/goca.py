@@ -14,7 +14,10 @@ from torch import Tensor
 
 from goca_guidance.config import GoCAConfig
 from goca_guidance.method.attention import joined
-from goca_guidance.method.maps import as_maps, blur, min_max
+from goca_guidance.method.maps import as_maps, blur, min_max, over
+
+
+AT_A_TIME = 2**25  # elements of an image's output whose heads are weighted at one time (128 MB): a video has more
 
 
 # ---- heads (paper: auto aggregation, heads) --------------------------------------------------------------------------
@@ -26,11 +29,13 @@ def head_weights(output: Float[Tensor, "b h p d"], grams: Sequence[Float[Tensor,
     where the layer writes nothing. No per-head output is built: <o_h, o> = sum over the channels of head h of z * (z W W^T),
     of which z W W^T has the output's dtype and the sum is float32.
     """
-    heads = output.shape[1]
-    z = output.transpose(1, 2).flatten(2)
-    zww = joined([layer @ gram.to(z.dtype) for layer, gram in zip(z.chunk(len(grams)), grams, strict=True)], 0)
-    share = (z.float() * zww.float()).unflatten(-1, (heads, -1)).sum(-1).mT
-    return shares(share, dim=1)
+    heads, pixels = output.shape[1], max(1, AT_A_TIME // (output.shape[1] * output.shape[3]))
+    found = []
+    for part in output.split(pixels, 2):
+        z = part.transpose(1, 2).flatten(2)
+        zww = joined([layer @ gram.to(z.dtype) for layer, gram in zip(z.chunk(len(grams)), grams, strict=True)], 0)
+        found.append((z.float() * zww.float()).unflatten(-1, (heads, -1)).sum(-1).mT)
+    return shares(joined(found, -1), dim=1)
 
 
 def shares(values: Tensor, dim: int) -> Tensor:
@@ -65,24 +70,25 @@ def layer_weights(agreements: Float[Tensor, "b l"]) -> Float[Tensor, "b l"]:
 
 # ---- rescaling (paper: per-pixel rescaling) --------------------------------------------------------------------------
 def rescale(
-    tokens: Float[Tensor, "b m H W"], groups: Float[Tensor, "b m k"], content: Bool[Tensor, "b m"]
-) -> Float[Tensor, "b k H W"]:
+    tokens: Float[Tensor, "b m *S"], groups: Float[Tensor, "b m k"], content: Bool[Tensor, "b m"]
+) -> Float[Tensor, "b k *S"]:
     """Average the tokens of a region and divide by the pixel's sum over content tokens (GoCA, per-pixel rescaling).
 
     Any per-pixel normaliser cancels here, so the special tokens' share never needs computing. With fewer than two regions
     of content there is nothing to compare at a pixel and the quotient would be constant: such a map is left as it is.
     """
-    regions = torch.einsum("bmhw,bmk->bkhw", tokens, groups)
-    total = torch.einsum("bmhw,bm->bhw", tokens, content.to(tokens.dtype))[:, None]
+    regions = torch.einsum("bm...,bmk->bk...", tokens, groups)
+    total = torch.einsum("bm...,bm->b...", tokens, content.to(tokens.dtype))[:, None]
     rivals = ((groups > 0) & content[..., None]).any(1).sum(-1)
-    usable = (total > 0) & (rivals > 1)[:, None, None, None]
+    usable = (total > 0) & over(rivals > 1, tokens)
     return torch.where(usable, regions / torch.where(usable, total, 1), regions)
 
 
-def normalise(maps: Float[Tensor, "b k H W"], config: GoCAConfig) -> Float[Tensor, "b k H W"]:
+def normalise(maps: Float[Tensor, "b k *S"], config: GoCAConfig) -> Float[Tensor, "b k *S"]:
     """Gaussian blur, then min-max per map (GoCA, per-token renormalisation).
 
-    The paper's maps are 64 x 64; on maps of another size the kernel, window and sigma, grows or shrinks with them.
+    The paper's maps are 64 x 64; on maps of another size the kernel, window and sigma, grows or shrinks with them. A video's
+    frames are blurred each by itself; its lowest and highest value are those of all frames.
     """
     relative = (maps.shape[-2] * maps.shape[-1]) ** 0.5 / 64
     reach = math.ceil(config.blur_size // 2 * relative)
@@ -91,18 +97,18 @@ def normalise(maps: Float[Tensor, "b k H W"], config: GoCAConfig) -> Float[Tenso
 
 # ---- refinement ------------------------------------------------------------------------------------------------------
 def refine(
-    maps: Float[Tensor, "b k H W"],
-    attend: Callable[[Float[Tensor, "b p k"], tuple[int, int]], Float[Tensor, "b p k"]],
+    maps: Float[Tensor, "b k *S"],
+    attend: Callable[[Float[Tensor, "b p k"], tuple[int, ...]], Float[Tensor, "b p k"]],
     order: int,
     joint: bool = False,
-) -> Float[Tensor, "b k H W"]:
+) -> Float[Tensor, "b k *S"]:
     """x <- A_self x, `order` times, then min-max: A_self is the mean over heads and layers (GoCA, self-attention refinement).
 
     `attend` gives A_self x, up to a factor, for x on a grid. Unless attention is `joint`, the rows of A_self have one sum: a
     constant that is taken off x comes off A x too, and min-max does not see it. Where attention is nearly uniform, as at the
     first steps, that keeps the digits that matter.
     """
-    grid = maps.shape[-2], maps.shape[-1]
+    grid = tuple(maps.shape[2:])
     x = maps.flatten(2).mT
     for _ in range(order):
         x = attend(x if joint else x - x.mean(1, keepdim=True), grid)

@@ -1,5 +1,9 @@
-"""Operations on maps: one blur, one min-max, one resize convention, and the adjoints of the resizes."""
+"""Operations on maps: one blur, one min-max, one resize convention, and the adjoints of the resizes.
 
+A grid `*S` is H W, an image, or F H W, a video; its tokens are row-major. What smooths does so in space, frame by frame.
+"""
+
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -16,20 +20,32 @@ def _constant(function):
     return lru_cache(maxsize=64)(torch.inference_mode(False)(torch.no_grad()(function)))
 
 
-def min_max(maps: Float[Tensor, "b k H W"]) -> Float[Tensor, "b k H W"]:
+def axes(maps: Tensor) -> tuple[int, ...]:
+    """The axes of a map's pixels, all but image and region."""
+    return tuple(range(2, maps.ndim))
+
+
+def over(values: Tensor, maps: Tensor) -> Tensor:
+    """Values for the first axes of some maps, with axes of one for the others: they multiply as they are."""
+    return values.reshape(*values.shape, *[1] * (maps.ndim - values.ndim))
+
+
+def min_max(maps: Float[Tensor, "b k *S"]) -> Float[Tensor, "b k *S"]:
     """Each map to [0, 1] over its pixels (GoCA, per-token min-max). A constant map becomes zeros, never NaN."""
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    low, high = maps.amin(axes(maps), keepdim=True), maps.amax(axes(maps), keepdim=True)
     return (maps - low) / torch.where(high > low, high - low, 1)
 
 
-def blur(maps: Float[Tensor, "b k H W"], size: int, sigma: float) -> Float[Tensor, "b k H W"]:
-    """Gaussian blur with reflected borders; `size` odd, `sigma` in pixels, the true standard deviation.
+def blur(maps: Float[Tensor, "b k *S"], size: int, sigma: float) -> Float[Tensor, "b k *S"]:
+    """Gaussian blur in space with reflected borders; `size` odd, `sigma` in pixels, the true standard deviation.
 
     The window shrinks to the largest odd one that reflection allows when a map is smaller than the kernel.
     """
     rows, columns = (_gaussian(min(size, 2 * n - 1), sigma, maps.dtype, maps.device) for n in maps.shape[-2:])
-    padded = F.pad(maps, (len(columns) // 2,) * 2 + (len(rows) // 2,) * 2, mode="reflect")
-    return padded.unfold(-1, len(columns), 1).matmul(columns).unfold(-2, len(rows), 1).matmul(rows)
+    frames = maps.flatten(1, -3)
+    padded = F.pad(frames, (len(columns) // 2,) * 2 + (len(rows) // 2,) * 2, mode="reflect")
+    blurred = padded.unfold(-1, len(columns), 1).matmul(columns).unfold(-2, len(rows), 1).matmul(rows)
+    return blurred.reshape(maps.shape)
 
 
 @_constant
@@ -39,56 +55,77 @@ def _gaussian(size: int, sigma: float, dtype, device) -> Float[Tensor, " taps"]:
     return taps / taps.sum()
 
 
-def resize(maps: Float[Tensor, "b k H W"], size: tuple[int, int]) -> Float[Tensor, "b k Y X"]:
-    """Bilinear, pixel centres (align_corners=False), no antialiasing."""
-    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+def resize(maps: Float[Tensor, "b k *S"], size: tuple[int, ...]) -> Float[Tensor, "b k *T"]:
+    """Bilinear in space and linear over frames, pixel centres (align_corners=False), no antialiasing."""
+    mode = "bilinear" if len(size) == 2 else "trilinear"
+    return maps if maps.shape[2:] == size else F.interpolate(maps, size, mode=mode, align_corners=False)
 
 
-def nearest(masks: Bool[Tensor, "b k H W"], size: tuple[int, int]) -> Bool[Tensor, "b k Y X"]:
+def average(maps: Float[Tensor, "b k *S"], size: tuple[int, ...]) -> Float[Tensor, "b k *T"]:
+    """Each pixel the mean of those that it covers, at the least in part."""
+    pool: Callable = F.adaptive_avg_pool2d if len(size) == 2 else F.adaptive_avg_pool3d
+    return maps if maps.shape[2:] == size else pool(maps, size)
+
+
+def nearest(masks: Bool[Tensor, "b k *S"], size: tuple[int, ...]) -> Bool[Tensor, "b k *T"]:
     """Nearest resizing of masks: a partition stays a partition."""
-    if masks.shape[-2:] == size:
-        return masks
-    return masks.flatten(-2)[..., nearest_index((masks.shape[-2], masks.shape[-1]), size, masks.device)].unflatten(
-        -1, size
-    )
+    grid = tuple(masks.shape[2:])
+    return masks if grid == size else masks.flatten(2)[..., nearest_index(grid, size, masks.device)].unflatten(2, size)
 
 
-def as_maps(tokens: Float[Tensor, "b p k"], grid: tuple[int, int]) -> Float[Tensor, "b k H W"]:
+def as_maps(tokens: Float[Tensor, "b p k"], grid: tuple[int, ...]) -> Float[Tensor, "b k *S"]:
     """Pixel tokens in row-major order to maps."""
     return tokens.mT.unflatten(-1, grid)
 
 
-def resize_adjoint(maps: Float[Tensor, "b k Y X"], size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
+def resize_adjoint(maps: Float[Tensor, "b k *T"], size: tuple[int, ...]) -> Float[Tensor, "b k *S"]:
     """Transpose of `resize` from `size` to the size of `maps`: <resize(a), m> = <a, resize_adjoint(m)>."""
-    if maps.shape[-2:] == size:
+    if maps.shape[2:] == size:
         return maps
-    sides = zip(size, maps.shape[-2:], strict=True)
-    rows, columns = (_bilinear_matrix(a, b, maps.dtype, maps.device) for a, b in sides)
-    return rows.mT @ maps @ columns
+    sides = zip(size, maps.shape[2:], strict=True)
+    *frames, rows, columns = (_linear_matrix(a, b, maps.dtype, maps.device) for a, b in sides)
+    maps = rows.mT @ maps @ columns
+    return torch.einsum("gf,bkghw->bkfhw", frames[0], maps) if frames else maps
+
+
+def on_keys(
+    change: Callable, rows: Float[Tensor, "*b r q"], grid: tuple[int, ...], target: tuple[int, ...]
+) -> Float[Tensor, "*b r Q"]:
+    """Rows of attention whose keys are brought from `grid` to `target`, by `resize` or by `resize_adjoint`."""
+    if grid == target:
+        return rows
+    return change(rows.flatten(0, -3).unflatten(-1, grid), target).flatten(2).unflatten(0, rows.shape[:-2])
 
 
 @_constant
-def row_mass(reference: tuple[int, int], grid: tuple[int, int], device) -> Float[Tensor, " q"]:
+def row_mass(reference: tuple[int, ...], grid: tuple[int, ...], device) -> Float[Tensor, " q"]:
     """What each key of `grid` adds to a row's sum when the row is resized to the `reference` grid."""
     return resize_adjoint(torch.ones(1, 1, *reference, dtype=torch.float32, device=device), grid).flatten()
 
 
 @_constant
-def _bilinear_matrix(source: int, target: int, dtype, device) -> Float[Tensor, "target source"]:
+def _linear_matrix(source: int, target: int, dtype, device) -> Float[Tensor, "target source"]:
     """Rows are target pixels: `matrix @ x` is the one-dimensional `resize` of x."""
     eye = torch.eye(source, dtype=dtype, device=device)[None]
     return F.interpolate(eye, target, mode="linear", align_corners=False)[0].mT
 
 
 @_constant
-def nearest_index(source: tuple[int, int], target: tuple[int, int], device) -> Int[Tensor, " p"]:
+def nearest_index(source: tuple[int, ...], target: tuple[int, ...], device) -> Int[Tensor, " p"]:
     """For each target pixel (row-major) the source pixel that nearest resizing reads."""
-    rows, columns = (torch.arange(b, device=device) * a // b for a, b in zip(source, target, strict=True))
-    return (rows[:, None] * source[1] + columns).flatten()
+    return _row_major([torch.arange(b, device=device) * a // b for a, b in zip(source, target, strict=True)], source)
+
+
+def _row_major(places: list[Int[Tensor, " _"]], grid: tuple[int, ...]) -> Int[Tensor, " p"]:
+    """Tokens of a grid, for all combinations of some places along each axis."""
+    tokens = places[0]
+    for along, side in zip(places[1:], grid[1:], strict=True):
+        tokens = (tokens[:, None] * side + along).flatten()
+    return tokens
 
 
 def pull_affinity(
-    affinity: Float[Tensor, "b P Q"], reference: tuple[int, int], queries: tuple[int, int], keys: tuple[int, int]
+    affinity: Float[Tensor, "b P Q"], reference: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...]
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, "b rows q"]]:
     """Adjoint of GoCA's affinity resize (keys bilinear, queries nearest) from a layer's grids to the `reference` grid.
 
@@ -97,18 +134,27 @@ def pull_affinity(
     queries and a reference of 2 x 2, nearest resizing reads rows and columns 0 and 2, so the query rows 0, 2, 8 and 10. Of
     1 x 1 queries it reads one row four times, which is then one row of the sum of four.
     """
-    (y, y_targets), (x, x_targets) = (_read(a, b, affinity.device) for a, b in zip(queries, reference, strict=True))
-    pulled = resize_adjoint(affinity.unflatten(-1, reference), keys).flatten(-2)
-    if len(y) * len(x) < pulled.shape[1]:  # some rows are read more than once
-        targets = y_targets.to(pulled.dtype), x_targets.to(pulled.dtype)
-        pulled = torch.einsum("yh,xw,bhwq->byxq", *targets, pulled.unflatten(1, reference)).flatten(1, 2)
-    return (y[:, None] * queries[1] + x).flatten(), pulled
+    read = [_read(a, b, affinity.device) for a, b in zip(queries, reference, strict=True)]
+    rows = _row_major([along for along, _ in read], queries)
+    pulled = resize_adjoint(affinity.unflatten(-1, reference), keys).flatten(2)
+    if len(rows) < pulled.shape[1]:  # some rows are read more than once
+        ours, theirs = "zyx"[-len(queries) :], "fhw"[-len(queries) :]
+        sums = ",".join(map("".join, zip(ours, theirs, strict=True))) + f",b{theirs}q->b{ours}q"
+        targets = [targets.to(pulled.dtype) for _, targets in read]
+        pulled = torch.einsum(sums, *targets, pulled.unflatten(1, reference)).flatten(1, -2)
+    return rows, pulled
 
 
-def coarser(grid: tuple[int, int], side: int | None) -> tuple[int, int]:
-    """The grid, shrunk until its longer side is at most `side`."""
-    shrink = min(1.0, (side or max(grid)) / max(grid))
-    return max(1, round(grid[0] * shrink)), max(1, round(grid[1] * shrink))
+def coarser(grid: tuple[int, ...], side: int | None) -> tuple[int, ...]:
+    """The grid, shrunk until the longer side of a picture is at most `side`, and frames are at most half as many.
+
+    Frames and pictures shrink apart, so that a longer video is not read less sharply. Half as many frames: between two of them
+    a thing moves by less than it is wide.
+    """
+    *frames, height, width = grid
+    shrink = min(1.0, (side or max(height, width)) / max(height, width))
+    fewer = [min(count, max(1, side // 2)) if side else count for count in frames]
+    return *fewer, max(1, round(height * shrink)), max(1, round(width * shrink))
 
 
 @_constant

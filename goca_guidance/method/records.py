@@ -1,7 +1,7 @@
 """What travels between the rooms: frozen, shape-typed dataclasses.
 
-One axis legend for the project: `b` image, `h` head, `p` pixel token (row-major H*W), `n` key token (text, pixel or both),
-`m` observed text token, `d` head channel, `c` channel, `l` layer, `k` region, `H W` map size.
+One axis legend for the project: `b` image, `h` head, `p` pixel token (row-major), `n` key token (text, pixel or both),
+`m` observed text token, `d` head channel, `c` channel, `l` layer, `k` region, `*S` map size: `H W`, of a video `F H W`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,13 +18,18 @@ from torch import Tensor
 class AttentionView:
     """What the tokens of one attention call are.
 
-    `grid`: height and width of the pixel queries. `text`, `image`: which keys are text and which are pixels. A call with
-    both is joint attention, whose queries are laid out as its keys.
+    `grid`: height and width of the pixel queries; of a video frames, height and width. `text`, `image`: which keys are text
+    and which are pixels. A call with both is joint attention, whose queries are laid out as its keys.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     text: slice = field(default_factory=lambda: slice(0, 0))
     image: slice = field(default_factory=lambda: slice(0, 0))
+
+    @property
+    def video(self) -> bool:
+        """Whether there are frames."""
+        return len(self.grid) == 3
 
     @property
     def joint(self) -> bool:
@@ -55,8 +60,8 @@ class AttentionRecord:
     features: Float[Tensor, "b h p d"] | None = None
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of the pixel queries."""
+    def grid(self) -> tuple[int, ...]:
+        """Size of the pixel queries, see `AttentionView`."""
         return self.view.grid
 
     def branch(self, index: int, branches: tuple[int, ...] = (0, 1)) -> "AttentionRecord":
@@ -74,7 +79,7 @@ class AttentionRecord:
         tensors = {name: half(getattr(self, name)) for name in ("query", "key", "value", "output", "features")}
         return replace(self, mask=mask, **tensors)
 
-    def at(self, grid: tuple[int, int], rows: Int[Tensor, " rows"]) -> "AttentionRecord":
+    def at(self, grid: tuple[int, ...], rows: Int[Tensor, " rows"]) -> "AttentionRecord":
         """Of the queries those `rows` only, which form `grid`; the keys stay."""
         mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[:, :, rows]
         pixels = {name: getattr(self, name) for name in ("query", "output", "features")}
@@ -156,12 +161,12 @@ class TokenLayout:
 class Regions:
     """A partition of every image into named regions, and its foreground.
 
-    `masks` b k H W: exactly one region is true at each pixel. `foreground` b 1 H W. `labels[i][k]` names region k of
-    image i; a region beyond the end of `labels[i]` is padding and empty.
+    `masks` b k H W, of a video b k F H W: exactly one region is true at each pixel. `foreground` b 1 *S. `labels[i][k]` names
+    region k of image i; a region beyond the end of `labels[i]` is padding and empty.
     """
 
-    masks: Bool[Tensor, "b k H W"]
-    foreground: Bool[Tensor, "b 1 H W"]
+    masks: Bool[Tensor, "b k *S"]
+    foreground: Bool[Tensor, "b 1 *S"]
     labels: tuple[tuple[str, ...], ...]
 
     def to(self, device) -> "Regions":
@@ -170,10 +175,10 @@ class Regions:
 
 @dataclass(frozen=True)
 class WordMaps:
-    """Where the words of a prompt act: `scores` b k H W, float32 in [0, 1]; `labels[i][k]` names map k of image i.
+    """Where the words of a prompt act: `scores` b k H W, of a video b k F H W, float32 in [0, 1].
 
-    A map beyond the end of `labels[i]` is padding.
+    `labels[i][k]` names map k of image i. A map beyond the end of `labels[i]` is padding.
     """
 
-    scores: Float[Tensor, "b k H W"]
+    scores: Float[Tensor, "b k *S"]
     labels: tuple[tuple[str, ...], ...]

@@ -7,8 +7,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset, SCFGConfig
-from goca_guidance.method.attention import affinity_product, one_hot, token_maps
-from goca_guidance.method.maps import as_maps, blur, nearest, resize
+from goca_guidance.method.attention import affinity_product, joined, one_hot, probabilities, token_maps
+from goca_guidance.method.maps import (
+    as_maps,
+    axes,
+    blur,
+    coarser,
+    nearest,
+    nearest_index,
+    on_keys,
+    over,
+    resize,
+    resize_adjoint,
+)
 from goca_guidance.method.records import AttentionRecord, Regions, TokenLayout
 
 
@@ -19,7 +30,10 @@ class SCFGSegmentor:
     pixels), refined by (S + 3 S^2) / 4 of the sibling self-attention S, smoothed, divided by their spatial mean, averaged over
     layers. The argmax runs over the layout's regions: all single tokens, unless the caller named some. The foreground is
     where, in the prediction that the sink token belongs to (see `GoCASegmentor`), it is less than the sum of all other
-    tokens. `config` and `rescaled_sink` are not read: this method leaves no such choice open.
+    tokens. `rescaled_sink` and most of `config` are not read: this method leaves no such choice open.
+
+    A video's layers are read at the preset's working size and refined as they come, the maps of all tokens: neither S nor its
+    keys can be kept.
     """
 
     layers_read = 2  # coarsest grids
@@ -34,34 +48,51 @@ class SCFGSegmentor:
         rescaled_sink: bool = False,
     ):
         self.preset, self.layout, self.unconditional_sink = preset, layout, unconditional_sink
+        self.working_size = config.working_size or preset.working_size
         self.layers = frozenset((*preset.text, *preset.self_attention))
-        self._conditional: dict[str, AttentionRecord] = {}
-        self._unconditional: dict[str, AttentionRecord] = {}
+        self._records: dict[int, dict[str, AttentionRecord]] = {0: {}, 1: {}}  # by branch and layer
+        self._refined: dict[tuple[int, str], Float[Tensor, "b n *S"]] = {}  # of a video, by branch and text layer
+        self._text = 0  # tokens
 
     def keep(self, record: AttentionRecord, branches: tuple[int, ...] = (1,)) -> None:
         """Keep a record until the step's grids are known (see `GoCASegmentor.keep`)."""
+        if record.name in self.preset.text:
+            self._text = record.view.text.stop - record.view.text.start
         for branch in branches if record.name in self.layers else ():
             if branch or self.unconditional_sink:
-                part = record.branch(branch, branches)
-                (self._conditional if branch else self._unconditional)[record.name] = part.only().alone()
+                self._records[branch][record.name] = record.branch(branch, branches).only().alone()
+                if record.view.video:
+                    self._refine(branch)
 
-    def regions(self, size: tuple[int, int]) -> Regions:
+    def _refine(self, branch):
+        """A video's layer and the one beside it, as soon as both are there."""
+        records = self._records[branch]
+        for name, beside in zip(self.preset.text, self.preset.self_attention, strict=True):
+            if name in records and beside in records:
+                words = records.pop(name)
+                pixels = records.pop(beside, words)
+                self._refined[branch, name] = _refined(words, pixels, coarser(words.grid, self.working_size))
+
+    def regions(self, size: tuple[int, ...]) -> Regions:
         """The argmax over tokens, and the foreground, at `size`."""
-        tokens = self._maps(self._conditional, self.layout.columns)
+        tokens = self._maps(1, self.layout.columns)
         masks = one_hot(
-            torch.einsum("bmhw,bmk->bkhw", _mean_of_relative(tokens), self.layout.groups), self.layout.present
+            torch.einsum("bm...,bmk->bk...", _mean_of_relative(tokens), self.layout.groups), self.layout.present
         )
-        text = self._conditional[self.preset.text[0]].view.text
-        every = torch.arange(text.stop - text.start, device=self.layout.sink.device).expand(len(self.layout.sink), -1)
-        if self.unconditional_sink or any(len(names) < every.shape[1] for names in self.layout.labels):
-            tokens = self._maps(self._unconditional if self.unconditional_sink else self._conditional, every)
-        sinks = [maps.take_along_dim(self.layout.sink[..., None, None], 1) for maps in tokens]
+        if self.unconditional_sink or any(len(names) < self._text for names in self.layout.labels):
+            every = torch.arange(self._text, device=self.layout.sink.device).expand(len(self.layout.sink), -1)
+            tokens = self._maps(0 if self.unconditional_sink else 1, every)
+        sinks = [maps.take_along_dim(over(self.layout.sink, maps), 1) for maps in tokens]
         others = [maps.sum(1, keepdim=True) - sink for maps, sink in zip(tokens, sinks, strict=True)]
         foreground = _mean_of_relative(sinks) < _mean_of_relative(others)
         return Regions(nearest(masks, size), nearest(foreground, size), self.layout.labels)
 
-    def _maps(self, records, columns) -> list[Float[Tensor, "b m H W"]]:
+    def _maps(self, branch, columns) -> list[Float[Tensor, "b m *S"]]:
         """Refined, resized and smoothed maps of each layer read."""
+        if self._refined:
+            every = [self._refined[branch, name] for name in self.preset.text]
+            return [blur(maps.take_along_dim(over(columns, maps), 1), 3, 0.5**0.5) for maps in every]
+        records = self._records[branch]
         grids = sorted({records[name].grid for name in self.preset.text})[: self.layers_read]
         maps = []
         for name, beside in zip(self.preset.text, self.preset.self_attention, strict=True):
@@ -72,19 +103,30 @@ class SCFGSegmentor:
         return maps
 
 
+def _refined(words: AttentionRecord, pixels: AttentionRecord, grid: tuple[int, ...]) -> Float[Tensor, "b n *S"]:
+    """(S + 3 S^2) / 4 times the maps of all tokens, on a coarser grid, on which S alone is small."""
+    rows = nearest_index(words.grid, grid, words.query.device)
+    blocks = [p[..., pixels.view.image].mean(1) for _, p in probabilities(pixels.at(grid, rows))]
+    affinity = joined([on_keys(resize_adjoint, block, pixels.grid, grid) for block in blocks], 1)
+    text = words.view.text
+    every = torch.arange(text.stop - text.start, device=rows.device).expand(len(words.query), -1)
+    once = affinity @ token_maps(words.at(grid, rows), every, None)
+    return as_maps((once + 3 * affinity @ once) / 4, grid)
+
+
 def _mean_of_relative(maps: list[Tensor]) -> Tensor:
     """Each map over its spatial mean, averaged over layers."""
-    return torch.stack([m / (m.mean((-2, -1), keepdim=True) + 1e-8) for m in maps]).mean(0)
+    return torch.stack([m / (m.mean(axes(m), keepdim=True) + 1e-8) for m in maps]).mean(0)
 
 
 def rate_map(
-    delta: Float[Tensor, "b c H W"], regions: Regions, scale: float, config: SCFGConfig
-) -> Float[Tensor, "b 1 H W"]:
+    delta: Float[Tensor, "b c *S"], regions: Regions, scale: float, config: SCFGConfig
+) -> Float[Tensor, "b 1 *S"]:
     """Rate of every pixel's guidance: its region's mean |delta| is brought to the foreground's (S-CFG, section 3).
 
     rate[k] = mean_foreground |delta| / mean_region_k |delta|, painted back, limited to [rate_min, rate_max] and to
-    ceiling / scale, smoothed. |.| is the norm over channels. Before the limits, an image with an empty foreground has rate
-    one, and so has a region whose delta vanishes.
+    ceiling / scale, smoothed. |.| is the norm over channels; a video's means are over space and time. Before the limits, an
+    image with an empty foreground has rate one, and so has a region whose delta vanishes.
     """
     if config.rate_min == config.rate_max == 1:
         return torch.ones_like(delta[:, :1], dtype=torch.float32)
@@ -92,22 +134,22 @@ def rate_map(
     target, region = region_means(strength, regions.foreground), region_means(strength, regions.masks)
     known = (region > 0) & (target > 0)
     rates = torch.where(known, target / torch.where(known, region, 1), 1.0)
-    rate = torch.einsum("bk,bkhw->bhw", rates, regions.masks.float())[:, None]
+    rate = torch.einsum("bk,bk...->b...", rates, regions.masks.float())[:, None]
     rate = rate.clamp(config.rate_min, config.rate_max).clamp(max=config.ceiling / scale)
     return 1 + blur(rate - 1, config.smooth_size, config.smooth_sigma)  # as blur(rate), and exactly one where rate is
 
 
-def region_means(values: Float[Tensor, "b 1 H W"], masks: Tensor) -> Float[Tensor, "b k"]:
-    """Mean of `values` inside each mask [b k H W]; zero for an empty one."""
+def region_means(values: Float[Tensor, "b 1 *S"], masks: Tensor) -> Float[Tensor, "b k"]:
+    """Mean of `values` inside each mask [b k *S]; zero for an empty one."""
     masks = masks.float()
-    return (values * masks).sum((-2, -1)) / masks.sum((-2, -1)).clamp(min=1)
+    return (values * masks).sum(axes(masks)) / masks.sum(axes(masks)).clamp(min=1)
 
 
 class SpatialGuidanceScale(float):
     """A guidance scale whose product with the guidance difference varies over the image.
 
     A float in every other respect, so that a stock pipeline's checks and logs see the scalar, while its
-    `scale * (cond - uncond)` becomes `scale * rate(delta) * delta`. `rate(delta, scale)` returns b 1 H W, or None for a
+    `scale * (cond - uncond)` becomes `scale * rate(delta) * delta`. `rate(delta, scale)` returns b 1 *S, or None for a
     step without regions, in which the product is the plain one.
     """
 

@@ -47,7 +47,7 @@ class Segmentor(Protocol):
 class ScoringSegmentor(Segmentor, Protocol):
     """A segmentor for real images."""
 
-    def scores(self) -> Float[Tensor, "b k H W"]:
+    def scores(self) -> Float[Tensor, "b k *S"]:
         """One map in [0, 1] for each region of the layout; of its background entities one, or one each."""
         ...
 
@@ -70,7 +70,7 @@ class GuidingSegmentor(Segmentor, Protocol):
         rescaled_sink: bool = False,
     ): ...
 
-    def regions(self, size: tuple[int, int]) -> Regions:
+    def regions(self, size: tuple[int, ...]) -> Regions:
         """A partition of every image into the layout's regions, and its foreground, at `size`."""
         ...
 
@@ -128,11 +128,11 @@ class GoCASegmentor:
         """Weight of each text layer in the conditional prediction, in the preset's order."""
         return self._conditional.weights()
 
-    def scores(self) -> Float[Tensor, "b k H W"]:
+    def scores(self) -> Float[Tensor, "b k *S"]:
         """One map in [0, 1] for each region of the layout, at the finest text layer's grid; background entities are one."""
         return self._scores(self._shares(self._conditional)[:, : self.layout.columns.shape[1]], self.layout)
 
-    def regions(self, size: tuple[int, int]) -> Regions:
+    def regions(self, size: tuple[int, ...]) -> Regions:
         """The argmax over regions, and the foreground, at `size`."""
         layout, tokens = self.layout, self._shares(self._conditional)
         words, sink = tokens.split([layout.columns.shape[1], tokens.shape[1] - layout.columns.shape[1]], 1)

@@ -7,7 +7,7 @@ import torch
 from goca_guidance.method import maps
 
 
-CONSTANTS = (maps._gaussian, maps.row_mass, maps._bilinear_matrix, maps.nearest_index, maps._read, maps.sample)
+CONSTANTS = (maps._gaussian, maps.row_mass, maps._linear_matrix, maps.nearest_index, maps._read, maps.sample)
 
 
 def forget_constants() -> None:
