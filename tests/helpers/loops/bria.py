@@ -17,7 +17,7 @@ from tests.helpers.families import FAMILIES
 from tests.helpers.loops.flux_like import flux2_vae
 from tests.helpers.loops.qwen import picture
 from tests.helpers.loops.texts_qwen import WIDTH, byte_level_tokenizer, qwen3_vl, qwen3_vl_processor
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, in_patches, in_tokens, seeded
 from tests.helpers.loops.zimage import flow_vae
 
 
@@ -97,8 +97,12 @@ def _instruction(prompt: str) -> str:
 _CALL = {"guidance_scale": 4.0, "negative_prompt": ""}
 _FIBO = _CALL | {"height": 64, "width": 96, "negative_prompt": "red"}  # 4 x 6 tokens
 LOOPS: dict[str, TinyLoop] = {
-    "BriaPipeline": TinyLoop(partial(seeded, _bria), _CALL | {"height": 32, "width": 48, "max_sequence_length": 24}),
-    "BriaFiboPipeline": TinyLoop(partial(seeded, _fibo), _FIBO),
-    "BriaFiboEditPipeline": TinyLoop(partial(seeded, _fibo), _FIBO | {"image": picture(64, 64)}, written=_instruction),
+    "BriaPipeline": TinyLoop(
+        partial(seeded, _bria), _CALL | {"height": 32, "width": 48, "max_sequence_length": 24}, packed=in_patches
+    ),
+    "BriaFiboPipeline": TinyLoop(partial(seeded, _fibo), _FIBO, packed=in_tokens),
+    "BriaFiboEditPipeline": TinyLoop(
+        partial(seeded, _fibo), _FIBO | {"image": picture(64, 64)}, packed=in_tokens, written=_instruction
+    ),
     "BriaFibo2Pipeline": TinyLoop(partial(seeded, _fibo2), _CALL | {"height": 16, "width": 24}),
 }

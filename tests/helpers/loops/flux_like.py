@@ -24,7 +24,7 @@ from tests.helpers.loops.texts_qwen import (
     qwen3,
     qwen_tokenizer,
 )
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, in_patches, in_tokens, plain, seeded
 from tests.helpers.loops.zimage import flow_vae
 
 
@@ -123,29 +123,38 @@ _KONTEXT = SIZE | {"guidance_scale": 1.0, "true_cfg_scale": 4.0, "negative_promp
 _KONTEXT |= {"image": picture(16, 16), "max_area": 16 * 24, "_auto_resize": False}
 _HALF = {"strength": 0.5}  # two of four steps
 
+_PACKED, _TOKENS = partial(TinyLoop, packed=in_patches), partial(TinyLoop, packed=in_tokens)
+
+
+def _renormed(u, c, s):
+    """No token is longer than the conditional one."""
+    mixed = plain(u, c, s)
+    return mixed * (c.norm(dim=-1, keepdim=True) / (mixed.norm(dim=-1, keepdim=True) + 1e-8)).clamp(max=1)
+
+
 LOOPS: dict[str, TinyLoop] = {
-    "Flux2KleinPipeline": TinyLoop(partial(seeded, _flux2), _KLEIN),
-    "Flux2KleinInpaintPipeline": TinyLoop(
+    "Flux2KleinPipeline": _TOKENS(partial(seeded, _flux2), _KLEIN),
+    "Flux2KleinInpaintPipeline": _TOKENS(
         partial(seeded, _flux2), _KLEIN | _HALF | {"image": _PICTURE, "mask_image": _MASK}, steps=4
     ),
-    "Flux2Pipeline": TinyLoop(partial(seeded, partial(_flux2, guidance=True)), _FLUX2, guided=0),
-    "ChromaPipeline": TinyLoop(partial(seeded, _chroma), _CHROMA),
-    "ChromaImg2ImgPipeline": TinyLoop(partial(seeded, _chroma), _CHROMA | _HALF | {"image": _PICTURE}, steps=4),
-    "ChromaInpaintPipeline": TinyLoop(
+    "Flux2Pipeline": _TOKENS(partial(seeded, partial(_flux2, guidance=True)), _FLUX2, guided=0),
+    "ChromaPipeline": _PACKED(partial(seeded, _chroma), _CHROMA),
+    "ChromaImg2ImgPipeline": _PACKED(partial(seeded, _chroma), _CHROMA | _HALF | {"image": _PICTURE}, steps=4),
+    "ChromaInpaintPipeline": _PACKED(
         # it asks the configuration for what no Chroma transformer has
         partial(seeded, partial(_chroma, guidance_embeds=False)),
         _CHROMA | _HALF | {"image": _PICTURE, "mask_image": _MASK},
         steps=4,
     ),
-    "FluxKontextPipeline": TinyLoop(FAMILIES["flux"].components, _KONTEXT),
-    "FluxKontextInpaintPipeline": TinyLoop(
+    "FluxKontextPipeline": _PACKED(FAMILIES["flux"].components, _KONTEXT),
+    "FluxKontextInpaintPipeline": _PACKED(
         FAMILIES["flux"].components, _KONTEXT | _HALF | {"image": _PICTURE, "mask_image": _MASK}, steps=4
     ),
-    "OvisImagePipeline": TinyLoop(partial(seeded, _ovis), SIZE | {"guidance_scale": 4.0, "max_sequence_length": 48}),
-    "LongCatImagePipeline": TinyLoop(
-        partial(seeded, _longcat), SIZE | {"guidance_scale": 4.0, "enable_prompt_rewrite": False}
+    "OvisImagePipeline": _PACKED(partial(seeded, _ovis), SIZE | {"guidance_scale": 4.0, "max_sequence_length": 48}),
+    "LongCatImagePipeline": _PACKED(
+        partial(seeded, _longcat), SIZE | {"guidance_scale": 4.0, "enable_prompt_rewrite": False}, mixed=_renormed
     ),
-    "LongCatImageEditPipeline": TinyLoop(
-        partial(seeded, partial(_longcat, PoolingVae)), {"guidance_scale": 4.0, "image": _PICTURE}
+    "LongCatImageEditPipeline": _PACKED(
+        partial(seeded, partial(_longcat, PoolingVae)), {"guidance_scale": 4.0, "image": _PICTURE}, batch=False
     ),
 }

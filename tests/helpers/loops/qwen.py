@@ -22,7 +22,7 @@ from tests.helpers.loops.texts_qwen import (
     qwen3_vl_processor,
     qwen_tokenizer,
 )
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, in_patches, in_tokens, plain, seeded
 
 
 SIZE = {"height": 16, "width": 24}  # 4 x 6 tokens
@@ -115,6 +115,13 @@ def _parts_21() -> dict[str, Any]:
     return parts | {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
 
 
+def _renormed(u, c, s):
+    """Each token as long as the conditional one."""
+    mixed = plain(u, c, s)
+    return mixed * (c.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
+
+
+_LOOP = partial(TinyLoop, mixed=_renormed, packed=in_patches)
 _GUIDED = {"negative_prompt": "", "true_cfg_scale": 4.0}
 _CALL = SIZE | _GUIDED
 _HALF = {"strength": 0.5}  # two of four steps
@@ -123,25 +130,28 @@ _CONTROL = _CALL | {"control_image": picture()}
 _EDIT = _CALL | {"height": 512, "width": 768}
 
 LOOPS: dict[str, TinyLoop] = {
-    "QwenImagePipeline": TinyLoop(partial(seeded, _parts), _CALL),
-    "QwenImageImg2ImgPipeline": TinyLoop(partial(seeded, _parts), _CALL | _HALF | {"image": picture()}, steps=4),
-    "QwenImageInpaintPipeline": TinyLoop(
+    "QwenImagePipeline": _LOOP(partial(seeded, _parts), _CALL),
+    "QwenImageImg2ImgPipeline": _LOOP(partial(seeded, _parts), _CALL | _HALF | {"image": picture()}, steps=4),
+    "QwenImageInpaintPipeline": _LOOP(
         partial(seeded, _parts), _CALL | _HALF | {"image": picture(), "mask_image": half_mask()}, steps=4
     ),
-    "QwenImageControlNetPipeline": TinyLoop(partial(seeded, _controlled), _CONTROL),
-    "QwenImageControlNetInpaintPipeline": TinyLoop(
+    "QwenImageControlNetPipeline": _LOOP(partial(seeded, _controlled), _CONTROL),
+    "QwenImageControlNetInpaintPipeline": _LOOP(
         partial(seeded, partial(_controlled, 4)), _CONTROL | {"control_mask": half_mask()}
     ),
-    "QwenImageEditPipeline": TinyLoop(
-        partial(seeded, partial(_parts, 7, processor=True)), _EDIT | {"image": picture()}
+    "QwenImageEditPipeline": _LOOP(
+        partial(seeded, partial(_parts, 7, processor=True)), _EDIT | {"image": picture()}, batch=False
     ),
-    "QwenImageEditInpaintPipeline": TinyLoop(
+    "QwenImageEditInpaintPipeline": _LOOP(
         partial(seeded, partial(_parts, 7, processor=True)),
         _EDIT | _HALF | {"image": picture(), "mask_image": half_mask()},
         steps=4,
+        batch=False,
     ),
-    "QwenImageEditPlusPipeline": TinyLoop(
-        partial(seeded, partial(_parts, 7, processor=True)), _EDIT | {"image": [picture(), picture(16, 24)]}
+    "QwenImageEditPlusPipeline": _LOOP(
+        partial(seeded, partial(_parts, 7, processor=True)),
+        _EDIT | {"image": [picture(), picture(16, 24)]},
+        batch=False,
     ),
     "QwenImageLayeredPipeline": TinyLoop(
         partial(
@@ -149,6 +159,12 @@ LOOPS: dict[str, TinyLoop] = {
         ),
         # diffusers 0.42.1 returns no latents here
         _GUIDED | {"image": picture(mode="RGBA"), "layers": 2, "output_type": "pt"},
+        packed=in_patches,
     ),
-    "QwenImage21Pipeline": TinyLoop(partial(seeded, _parts_21), {"height": 64, "width": 96} | _GUIDED),
+    "QwenImage21Pipeline": TinyLoop(
+        partial(seeded, _parts_21),
+        {"height": 64, "width": 96} | _GUIDED,
+        packed=in_tokens,
+        target_last=True,
+    ),
 }

@@ -14,7 +14,7 @@ import diffusers
 from tests.helpers.loops.flux_like import flux2_vae
 from tests.helpers.loops.qwen import LATENT_CHANNELS, qwen_vae
 from tests.helpers.loops.texts_qwen import WIDTH, mistral3, mistral3_processor, qwen3_vl, qwen_tokenizer
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, in_patches, seeded
 
 
 SIZE = {"height": 16, "width": 24}  # 4 x 6 tokens
@@ -61,7 +61,10 @@ def _ernie() -> dict[str, Any]:
 
 LOOPS: dict[str, TinyLoop] = {
     "Krea2Pipeline": TinyLoop(
-        partial(seeded, _krea), SIZE | {"guidance_scale": 4.0, "negative_prompt": "", "max_sequence_length": 24}
+        partial(seeded, _krea),
+        SIZE | {"guidance_scale": 4.0, "negative_prompt": "", "max_sequence_length": 24},
+        excess=1,
+        packed=in_patches,
     ),
     "ErnieImagePipeline": TinyLoop(partial(seeded, _ernie), SIZE | {"guidance_scale": 4.0}),
 }

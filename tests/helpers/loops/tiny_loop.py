@@ -1,4 +1,4 @@
-"""What a tiny pipeline of a loop is, and how one is built and run."""
+"""What a tiny pipeline of a loop is, how one is built and run, and how a loop mixes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,9 +6,34 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 PROMPT = "a cat on grass"
+
+
+# ---- how a loop mixes ------------------------------------------------------------------------------------------------
+def plain(u: Tensor, c: Tensor, s: Tensor | float) -> Tensor:
+    """`c + s (c - u)` is this with s + 1."""
+    return u + s * (c - u)
+
+
+def as_is(maps: Tensor) -> Tensor:
+    return maps
+
+
+def in_tokens(maps: Tensor) -> Tensor:
+    """b c H W to b (H W) c."""
+    return maps.flatten(2).mT
+
+
+def in_patches(maps: Tensor) -> Tensor:
+    """b c (H 2) (W 2) to b (H W) (c 2 2), as Flux.1 and its kin pack."""
+    return F.unfold(maps, 2, stride=2).mT
+
+
+# ---- tiny pipelines --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -25,6 +50,11 @@ class TinyLoop:
         written: how the pipeline wants a prompt to be written.
         settings: attributes of the pipeline before it is called, where its own sizes are too large for a test.
         batch: whether the stock loop takes two prompts at once; some want a picture for each.
+        mixed: what the scheduler gets of the unconditional prediction, the conditional one and the effective scale.
+        excess: of the effective scale over the argument: 1 where the loop mixes as `c + s (c - u)`.
+        conditional_first: in a step; of two calls the first is, of two halves of a batch the second, unless this says so.
+        packed: a guidance map b 1 *S in the form of the predictions that `mixed` multiplies.
+        target_last: other pictures' tokens stand before the target's, not behind.
     """
 
     components: Callable[[], dict[str, Any]]
@@ -35,6 +65,11 @@ class TinyLoop:
     written: Callable[[str], str] = str
     settings: dict[str, Any] = field(default_factory=dict)
     batch: bool = True
+    mixed: Callable[[Tensor, Tensor, Any], Tensor] = plain
+    excess: int = 0
+    conditional_first: bool | None = None
+    packed: Callable[[Tensor], Tensor] = as_is
+    target_last: bool = False
 
 
 def build(name: str, loop: TinyLoop, **changes) -> diffusers.DiffusionPipeline:

@@ -14,7 +14,7 @@ import transformers
 
 from tests.helpers.loops.qwen import half_mask, picture
 from tests.helpers.loops.texts_qwen import WIDTH, qwen3, qwen_tokenizer
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, plain, seeded
 
 
 CHANNELS = 4
@@ -77,20 +77,26 @@ def _omni() -> dict[str, Any]:
     return parts | {"siglip": transformers.Siglip2VisionModel(config), "siglip_processor": processor}
 
 
+def _negated(u, c, s):
+    return -plain(u, c, s).squeeze(2)
+
+
+_LOOP = partial(TinyLoop, mixed=_negated, excess=1, conditional_first=True, packed=lambda maps: maps[:, :, None])
 _CALL = SIZE | {"guidance_scale": 4.0, "max_sequence_length": 64}
 _PICTURE, _MASK = picture(48, 32), half_mask(48, 32)
 _HALF = {"strength": 0.5}  # two of four steps
 
 LOOPS: dict[str, TinyLoop] = {
-    "ZImagePipeline": TinyLoop(partial(seeded, _parts), _CALL),
-    "ZImageImg2ImgPipeline": TinyLoop(partial(seeded, _parts), _CALL | _HALF | {"image": _PICTURE}, steps=4),
-    "ZImageInpaintPipeline": TinyLoop(
+    "ZImagePipeline": _LOOP(partial(seeded, _parts), _CALL),
+    "ZImageImg2ImgPipeline": _LOOP(partial(seeded, _parts), _CALL | _HALF | {"image": _PICTURE}, steps=4),
+    "ZImageInpaintPipeline": _LOOP(
         partial(seeded, _parts), _CALL | _HALF | {"image": _PICTURE, "mask_image": _MASK}, steps=4
     ),
-    "ZImageControlNetPipeline": TinyLoop(partial(seeded, _controlled), _CALL | {"control_image": _PICTURE}),
-    "ZImageControlNetInpaintPipeline": TinyLoop(
+    "ZImageControlNetPipeline": _LOOP(partial(seeded, _controlled), _CALL | {"control_image": _PICTURE}),
+    "ZImageControlNetInpaintPipeline": _LOOP(
         partial(seeded, partial(_controlled, 2 * CHANNELS + 1)),
         _CALL | {"control_image": _PICTURE, "image": _PICTURE, "mask_image": _MASK},
+        batch=False,
     ),
-    "ZImageOmniPipeline": TinyLoop(partial(seeded, _omni), _CALL | {"image": [picture(64, 64)]}),
+    "ZImageOmniPipeline": _LOOP(partial(seeded, _omni), _CALL | {"image": [picture(64, 64)]}),
 }

@@ -1,0 +1,103 @@
+"""What a loop predicts and what it gives to its scheduler, seen from outside, stock or guided."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.helpers.loops.tiny_loop import TinyLoop
+
+
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder")
+
+
+@dataclass
+class Step:
+    """Of one step, float64: the unconditional and the conditional prediction, and what the scheduler was given."""
+
+    u: Tensor | None
+    c: Tensor
+    given: Tensor
+
+
+def denoisers(pipe) -> list[torch.nn.Module]:
+    return [pipe.components[name] for name in DENOISERS if pipe.components.get(name) is not None]
+
+
+def latents(output) -> Tensor:
+    """Of an output of any kind, one tensor."""
+    found = next(getattr(output, n) for n in ("images", "frames", "latents", "image_embeddings") if hasattr(output, n))
+    while not isinstance(found, Tensor):
+        found = torch.stack([torch.as_tensor(part) for part in found]) if len(found) > 1 else found[0]
+    return found
+
+
+def _first(output: Any) -> Tensor:
+    """A denoiser's prediction: some give an object, some a tuple, some a list with a tensor for each image."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, list):
+            return torch.stack(output)
+        output = output[0]
+    return output
+
+
+@contextmanager
+def watched(pipe, loop: TinyLoop) -> Iterator[list[Step]]:
+    """The steps of a call inside the block, as it makes them."""
+    steps: list[Step] = []
+    predictions: list[Tensor] = []
+    scheduler = type(pipe.scheduler)
+    step = scheduler.step
+
+    def note(module, args, output):
+        predictions.append(_first(output).detach().double())
+
+    def given(self, model_output, *args, **kwargs):
+        steps.append(Step(*_halves(predictions, loop, model_output), model_output.double()))
+        predictions.clear()
+        return step(self, model_output, *args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(scheduler, "step", given))
+        for denoiser in denoisers(pipe):
+            stack.callback(denoiser.register_forward_hook(note).remove)
+        yield steps
+
+
+def _halves(predictions: list[Tensor], loop: TinyLoop, given: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The unconditional prediction, None where there is one only, and the conditional one."""
+    first, *others = predictions
+    if others:
+        (second,) = others
+        conditional_first = loop.conditional_first is not False
+    elif len(first) == 2 * len(given):
+        first, second = first.chunk(2)
+        conditional_first = bool(loop.conditional_first)
+    else:
+        return None, _target(first, loop, given)
+    first, second = _target(first, loop, given), _target(second, loop, given)
+    return (second, first) if conditional_first else (first, second)
+
+
+def _target(prediction: Tensor, loop: TinyLoop, given: Tensor) -> Tensor:
+    """Without the tokens of other pictures, or of the text, in the same sequence."""
+    if prediction.ndim != 3 or given.ndim != 3:
+        return prediction
+    count = given.shape[1]
+    return prediction[:, -count:] if loop.target_last else prediction[:, :count]
+
+
+def scale_of(loop: TinyLoop) -> float:
+    """The effective one."""
+    return loop.excess + next(loop.call[name] for name in ("true_cfg_scale", "guidance_scale") if name in loop.call)
+
+
+def traced(run: Callable, pipe, loop: TinyLoop, **kwargs) -> tuple[Any, list[Step]]:
+    """The output of a call, and its steps."""
+    with watched(pipe, loop) as steps:
+        output = run(pipe, loop, **kwargs)
+    return output, steps

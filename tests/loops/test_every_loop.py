@@ -1,0 +1,37 @@
+"""Every loop of diffusers that mixes two predictions, tiny and whole: what stock does, and what ours changes in it."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.helpers.loops.every import LOOPS
+from tests.helpers.loops.tiny_loop import build, run
+from tests.helpers.loops.trace import latents, scale_of, traced
+
+
+GUIDED = sorted(name for name, loop in LOOPS.items() if loop.guided)
+every_loop = pytest.mark.parametrize("name", GUIDED)
+
+
+@cache
+def stock(name: str):
+    return build(name, LOOPS[name])
+
+
+@cache
+def stock_call(name: str) -> tuple:
+    """Latents and steps of the stock pipeline's small call."""
+    output, steps = traced(run, stock(name), LOOPS[name])
+    return latents(output), steps
+
+
+@every_loop
+def test_the_loop_mixes_as_it_is_described(name):
+    """Else what is said of ours below would be said of another loop."""
+    loop, (_, steps) = LOOPS[name], stock_call(name)
+    mixing = [step for step in steps if step.u is not None]
+    assert len(mixing) == loop.guided
+    for step in mixing:
+        assert not torch.equal(step.u, step.c)
+        torch.testing.assert_close(loop.mixed(step.u, step.c, scale_of(loop)), step.given, rtol=1e-4, atol=1e-5)
