@@ -1,5 +1,6 @@
 """What a loop predicts and what it gives to its scheduler, seen from outside, stock or guided."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -91,9 +92,12 @@ def _target(prediction: Tensor, loop: TinyLoop, given: Tensor) -> Tensor:
     return prediction[:, -count:] if loop.target_last else prediction[:, :count]
 
 
-def scale_of(loop: TinyLoop) -> float:
+def scale_of(pipe, loop: TinyLoop) -> float:
     """The effective one."""
-    return loop.excess + next(loop.call[name] for name in ("true_cfg_scale", "guidance_scale") if name in loop.call)
+    known = inspect.signature(type(pipe).__call__).parameters
+    names = [name for name in ("true_cfg_scale", "guidance_scale") if name in known]
+    name = next((name for name in names if name in loop.call), names[0])
+    return loop.excess + loop.call.get(name, known[name].default)
 
 
 def traced(run: Callable, pipe, loop: TinyLoop, **kwargs) -> tuple[Any, list[Step]]:
