@@ -115,7 +115,8 @@ class Family:
         grid, text = self.grid(name, call.latent), name.endswith("attn2")
         if (queries, keys) != (math.prod(grid), call.text if text else queries):
             return None
-        return AttentionView(grid, **{"text" if text else "image": slice(0, keys)})
+        tokens: dict[str, Any] = {"text" if text else "image": slice(0, keys)}
+        return AttentionView(grid, **tokens)
 
     def grid(self, name: str, latent: tuple[int, int]) -> tuple[int, int]:
         """Height and width of a layer's pixel tokens: the latent's in patches."""

@@ -4,25 +4,28 @@ Processors are never replaced and outputs stay bit-equal. Hooks live for one `wi
 only while an observed module runs. Hooks and wrappers are seen by the whole process, and heed their own thread alone.
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from jaxtyping import Float
+from diffusers.models.attention_processor import Attention
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from goca_guidance.denoisers.base import argument
 from goca_guidance.hooks.shared import Wrapper, hook_here, release, wrap
 from goca_guidance.method.records import AttentionRecord, AttentionView
 
 
 BACKENDS = _AttentionBackendRegistry._backends  # kernels that may never reach torch's function: flash, sage, xformers
 TORCH_KERNEL = "scaled_dot_product_attention"
+OWN, OTHER = ("hidden_states", "norm_hidden_states"), ("encoder_hidden_states", "norm_encoder_hidden_states")
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 PROBE = 64  # length of the probing vectors: the bias added to their images then costs few bits in half precision
 
@@ -125,11 +128,14 @@ class AttentionObserver:
         if not call.whole(self.images):
             return None
         arguments, output = call.calls[0]
-        query, key, mask = arguments["query"], arguments["key"], arguments.get("attn_mask")
+        query, key = arguments["query"], arguments["key"]
         view = self.view(name, query.shape[2], key.shape[2])
         if view is None:
             return None
-        pixels = view.image if view.joint else slice(None)
+        if view.order is not None:
+            arguments, output = laid_out(arguments, output, view.order)
+        query, key, mask = arguments["query"], arguments["key"], arguments.get("attn_mask")
+        pixels = view.image if view.joint and query.shape[2] == key.shape[2] else slice(None)
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         if mask is not None and mask.shape[-2] > 1:
@@ -142,7 +148,7 @@ class AttentionObserver:
             value=arguments["value"],
             output=output[:, :, pixels],
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            view=view,
+            view=replace(view, order=None),
             mask=mask,
             gram=self._gram(name, query) if name in self.projected else None,
             features=call.raw,
@@ -155,6 +161,19 @@ class AttentionObserver:
             gram = projection @ projection.mT
             self._grams[name] = (gram / gram.amax().clamp(min=torch.finfo(gram.dtype).tiny)).to(like.dtype)
         return self._grams[name]
+
+
+def laid_out(arguments: dict, output: Tensor, order: Int[Tensor, "b n"]) -> tuple[dict, Tensor]:
+    """A kernel's tokens b h n d in another order for each image; queries too, unless they are the pixels alone."""
+    own = output.shape[2] == order.shape[1]
+    columns, mask = order[:, None, :, None], arguments.get("attn_mask")
+    changed = {
+        name: arguments[name].take_along_dim(columns, 2) for name in ("key", "value", *(["query"] if own else []))
+    }
+    if mask is not None:
+        mask = mask.expand(len(order), *mask.shape[1:]).take_along_dim(order[:, None, None], 3)
+        changed["attn_mask"] = mask.take_along_dim(columns, 2) if own and mask.shape[2] > 1 else mask
+    return arguments | changed, output.take_along_dim(columns, 2) if own else output
 
 
 def output_projection(project: Callable[[Tensor], Tensor], like: Tensor) -> Float[Tensor, "hd c"]:
@@ -178,11 +197,18 @@ def check_seen(expected: Iterable[str], seen: set[str]) -> None:
         )
 
 
+@cache
+def _parameters(kind: Any) -> tuple[str, ...]:
+    """Names of what a module's forward takes, in order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
 @dataclass(frozen=True)
 class Asked:
     """What an attention module was asked for: so many images, heads, tokens of its own, and tokens to attend to, if any.
 
     A kernel that got fewer saw a part: a tile of the picture, merged tokens, a chunk of the batch or of the keys, one head.
+    `Attention` of diffusers takes pixels as b c H W too.
     """
 
     images: int
@@ -193,23 +219,28 @@ class Asked:
     @classmethod
     def of(cls, module, args: tuple, kwargs: dict) -> "Asked | None":
         """Read off the arguments; None where they are not those of diffusers' attention."""
-        own = argument(args, kwargs, 0, "hidden_states")
-        other = argument(args, kwargs, 1, "encoder_hidden_states")
+        kind: Any = type(module)
+        given = dict(zip(_parameters(kind), args, strict=False)) | kwargs
+        own, other = (next((given[n] for n in names if n in given), None) for names in (OWN, OTHER))
         other = other[0] if isinstance(other, (tuple, list)) else other  # beside image prompts (IP-Adapter)
         if not isinstance(own, Tensor) or (other is not None and len(other) != len(own)):
             return None
         heads = getattr(module, "heads", getattr(module, "num_heads", None))
-        return cls(len(own), heads, own.shape[1:-1].numel(), 0 if other is None else other.shape[1])
+        tokens = own.shape[2:] if own.ndim == 4 and isinstance(module, Attention) else own.shape[1:-1]
+        return cls(len(own), heads, tokens.numel(), 0 if other is None else other.shape[1])
 
     def answered(self, query: Tensor, key: Tensor, output: Tensor) -> bool:
-        """Whether a kernel's call is all of it: b h n d each; keys are the others, one's own, or both (joint attention)."""
+        """Whether a kernel's call is all of it: b h n d each; keys are the others, one's own, or both (joint attention).
+
+        Both may be asked by one's own tokens alone.
+        """
         if query.ndim != 4 or query.shape[:2] != key.shape[:2] or output.shape[:3] != query.shape[:3]:
             return False
         both = self.own + self.other
         return (
             query.shape[0] == self.images
             and query.shape[1] == (self.heads or query.shape[1])
-            and (query.shape[2], key.shape[2]) in {(self.own, self.other or self.own), (both, both)}
+            and (query.shape[2], key.shape[2]) in {(self.own, self.other or self.own), (self.own, both), (both, both)}
         )
 
 

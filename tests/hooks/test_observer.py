@@ -433,12 +433,22 @@ def test_a_module_that_is_called_for_a_part_is_refused(part):
         guided(stock).segment([np.zeros((32, 32, 3), np.uint8)] * 2, ["cat", "grass"])
 
 
+class Asking:
+    """What is asked, of an attention module."""
+
+    heads = 3
+
+    def forward(self, hidden_states, encoder_hidden_states=None):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("query", "key", "whole"),
     [
         ((2, 3, 16, 5), (2, 3, 16, 5), True),  # the pixels
         ((2, 3, 16, 5), (2, 3, 7, 5), True),  # the text
         ((2, 3, 23, 5), (2, 3, 23, 5), True),  # both
+        ((2, 3, 16, 5), (2, 3, 23, 5), True),  # both, asked by the pixels alone
         ((1, 3, 16, 5), (1, 3, 7, 5), False),
         ((2, 1, 16, 5), (2, 1, 7, 5), False),
         ((2, 3, 8, 5), (2, 3, 7, 5), False),
@@ -449,7 +459,7 @@ def test_a_module_that_is_called_for_a_part_is_refused(part):
 )
 def test_sizes_of_a_part(query, key, whole):
     """Each by itself: of two images, three heads, sixteen tokens, and seven others."""
-    module, own, other = SimpleNamespace(heads=3), torch.zeros(2, 16, 15), torch.zeros(2, 7, 9)
+    module, own, other = Asking(), torch.zeros(2, 16, 15), torch.zeros(2, 7, 9)
     asked = Asked.of(module, (own,), {"encoder_hidden_states": None if key == query == (2, 3, 16, 5) else other})
     assert asked.answered(torch.zeros(query), torch.zeros(key), torch.zeros(query)) == whole
     assert not asked.answered(torch.zeros(query), torch.zeros(key), torch.zeros(query)[:, :, :4])
