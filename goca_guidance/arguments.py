@@ -17,12 +17,13 @@ FINITE = Bound("finite", lambda tensor: bool(torch.isfinite(tensor).all()), befo
 Text = str | Annotated[Sequence[str], FILLED] | None
 Embeds = Annotated[Tensor, FINITE] | None
 Numbers = Annotated[Sequence[float], FILLED] | None
+EACH = ("num_images_per_prompt", "num_videos_per_prompt")
 STOCK: dict[str, Any] = {  # what stock does not check itself, or only where it stumbles; other arguments are its own matter
     **dict.fromkeys(("prompt", "prompt_2", "prompt_3"), Text),
     **dict.fromkeys(("negative_prompt", "negative_prompt_2", "negative_prompt_3"), Text),
     **dict.fromkeys(("height", "width"), Positive | None),
-    **dict.fromkeys(("num_inference_steps", "num_images_per_prompt", "max_sequence_length"), Count),
-    **dict.fromkeys(("guidance_scale", "true_cfg_scale", "pag_scale", "pag_adaptive_scale"), float),
+    **dict.fromkeys(("num_inference_steps", *EACH, "max_sequence_length"), Count),
+    **dict.fromkeys(("guidance_scale", "guidance_scale_2", "true_cfg_scale", "pag_scale", "pag_adaptive_scale"), float),
     **dict.fromkeys(("guidance_rescale", "eta", "strength"), float),
     **dict.fromkeys(("timesteps", "sigmas", "original_size", "target_size", "crops_coords_top_left"), Numbers),
     "generator": torch.Generator | list[torch.Generator] | None,
@@ -91,10 +92,10 @@ def check_arguments(arguments: Mapping[str, Any], given: Iterable[str]) -> None:
 
 
 def check_latents(latents: Tensor | None, family: Family, channels: int | None, images: int) -> None:
-    """ValueError for latents of another shape than a call for so many images draws itself: b c H W, or b n c in patches."""
-    if latents is None or channels is None:
+    """ValueError for latents of another shape than a call for so many images draws itself, where that is known."""
+    if latents is None or channels is None or (of_image := family.latents(channels)) is None:
         return
-    wanted = (images, None, channels * family.patch**2) if family.packed else (images, channels, None, None)
+    wanted = (images, *of_image)
     if len(latents.shape) != len(wanted) or any(
         w not in (None, n) for w, n in zip(wanted, latents.shape, strict=True)
     ):
@@ -106,7 +107,8 @@ def counts(arguments: Mapping[str, Any]) -> tuple[int, int]:
     """How many prompts a call has, and how many images."""
     prompt = arguments["prompt"] if arguments["prompt"] is not None else arguments["prompt_embeds"]
     prompts = 1 if isinstance(prompt, str) else len(prompt)
-    return prompts, prompts * (arguments.get("num_images_per_prompt") or 1)
+    each = next((arguments[name] for name in EACH if arguments.get(name)), 1)
+    return prompts, prompts * each
 
 
 @contextmanager

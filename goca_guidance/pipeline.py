@@ -23,7 +23,7 @@ from torch import Tensor
 
 from goca_guidance.arguments import bind, check_arguments, check_latents, counts, or_plain
 from goca_guidance.config import GoCAConfig, SCFGConfig
-from goca_guidance.denoisers.adapters import denoiser_of, family_of, text_encoders_of
+from goca_guidance.denoisers.adapters import denoiser_of, denoisers_of, family_of, text_encoders_of
 from goca_guidance.denoisers.layouts import named_words
 from goca_guidance.denoisers.readings import Asked, forms_of
 from goca_guidance.denoisers.words import tokenise
@@ -32,6 +32,7 @@ from goca_guidance.hooks.finite import finite_pictures
 from goca_guidance.hooks.guided import GuidedCall, check_alone
 from goca_guidance.method.records import Regions, WordMaps
 from goca_guidance.method.scfg import SpatialGuidanceScale
+from goca_guidance.mixing import FURTHER, mixing_of
 from goca_guidance.real_images.discover import discover
 from goca_guidance.real_images.segment import Segmentation, segment
 from goca_guidance.schema import between, check_names, checked, shown
@@ -41,7 +42,6 @@ from goca_guidance.stock import (
     is_text_to_image,
     join_auto_pipelines,
     named_pipeline,
-    scale_name,
     stock_class,
 )
 
@@ -113,9 +113,9 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self):
-        """The scale of the call in progress, spatial while one is guided (true guidance has a scale of another name)."""
+        """The scale of the call in progress, spatial while one is guided by it (true guidance has one of another name)."""
         call, scale = self._goca_call, self._guidance_scale
-        if call is None or call.separate:
+        if call is None or not call.mixing.product or call.mixing.scale != "guidance_scale":
             return float(scale) if isinstance(scale, SpatialGuidanceScale) else scale  # copied in the middle of a call
         return SpatialGuidanceScale(scale, call.rate)
 
@@ -191,15 +191,16 @@ class GoCASCFGPipeline(DiffusionPipeline):
         return _output(output, state, arguments.get("return_dict", True), output_regions, output_negative_maps)
 
     def _is_guided(self, arguments, given) -> bool:
-        scale = arguments[scale_name(stock_of(type(self)))]
+        mixing = mixing_of(stock_of(type(self)))
+        scale = arguments[mixing.scale]
         embedded = hasattr(
             self, "get_guidance_scale_embedding"
         )  # where the denoiser takes it: a latent consistency model
         config = family_of(denoiser_of(self.components)).denoiser.config
         if embedded and getattr(config, "time_cond_proj_dim", None) is not None:
             return False  # nothing is mixed
-        if scale_name(stock_of(type(self))) == "guidance_scale":
-            return bool(scale > 1)
+        if mixing.scale == "guidance_scale":
+            return bool(scale > mixing.least)
         if "true_cfg_scale" in given and scale <= 1:
             return False
         if scale <= 1 or all(arguments.get(name) is None for name in ("negative_prompt", "negative_prompt_embeds")):
@@ -210,18 +211,20 @@ class GoCASCFGPipeline(DiffusionPipeline):
         return True
 
     def _guided_call(self, arguments, goca, scfg, **kwargs) -> GuidedCall:
-        denoiser, (prompts, images) = denoiser_of(self.components), counts(arguments)
-        check_alone(self.components, denoiser)
+        denoisers, (prompts, images) = denoisers_of(self.components), counts(arguments)
+        check_alone(self.components, denoisers)
         return GuidedCall(
-            denoiser,
-            text_encoders_of(self, family_of(denoiser)),
+            denoisers,
+            text_encoders_of(self, family_of(denoisers[0])),
             goca,
             scfg,
             images=images,
             prompts=prompts,
             prompt_read=arguments["prompt"] is not None,
-            separate=scale_name(stock_of(type(self))) == "true_cfg_scale",
-            own=OwnCalls(self, denoiser),
+            separate=None,
+            mixing=mixing_of(stock_of(type(self))),
+            scale=lambda: self.guidance_scale,
+            own=OwnCalls(self, denoisers),
             asked=self._asked(arguments, prompts),
             **kwargs,
         )
@@ -273,10 +276,11 @@ class GoCASCFGPipeline(DiffusionPipeline):
         """The stock call; with a state, observed, and its scale spatial: as argument, and as property (`guidance_scale`)."""
         if state is None:
             return stock(**{**arguments, "return_dict": True})
-        name = scale_name(stock_of(type(self)))
-        spatial = SpatialGuidanceScale(float(arguments[name]), state.rate)
+        if state.mixing.product:
+            scales = [name for name in (state.mixing.scale, *FURTHER) if arguments.get(name) is not None]
+            arguments |= {name: SpatialGuidanceScale(float(arguments[name]), state.rate) for name in scales}
         with finite_pictures(getattr(self, "vae", None)), or_plain(), state.installed(), self._in_call(state):
-            output = state.own.run(stock, {**arguments, name: spatial, "return_dict": True})
+            output = state.own.run(stock, {**arguments, "return_dict": True})
         if not getattr(self, "interrupt", False):
             state.check()
         return output
@@ -399,7 +403,7 @@ def guided(stock: type[DiffusionPipeline]) -> type[GoCASCFGPipeline]:
     """The subclass of a stock pipeline class and of ours."""
     if issubclass(stock, GoCASCFGPipeline):
         return stock
-    if "prompt" not in inspect.signature(stock.__call__).parameters or scale_name(stock) is None:
+    if "prompt" not in inspect.signature(stock.__call__).parameters or mixing_of(stock).scale is None:
         raise ValueError(
             "Expected a text-to-image pipeline whose loop mixes two predictions by a `guidance_scale` or a `true_cfg_scale`, "
             f"but {stock.__name__} is none."

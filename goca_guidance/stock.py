@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from goca_guidance.denoisers.base import Family
+from goca_guidance.mixing import mixing_of
 from goca_guidance.schema import shown
 
 
@@ -132,18 +133,12 @@ def _or_none(guided, stock):
         return None
 
 
-def scale_name(pipeline: type[DiffusionPipeline]) -> str | None:
-    """The argument that a pipeline's loop multiplies by the guidance difference; true guidance (Flux) has precedence."""
-    names = inspect.signature(pipeline.__call__).parameters
-    return next((name for name in ("true_cfg_scale", "guidance_scale") if name in names), None)
-
-
 def guidance_arguments(pipeline: type[DiffusionPipeline], scale: float) -> dict:
     """The arguments of a call that is guided by a scale, without words in its negative prompt.
 
     True guidance (Flux) mixes nothing unless a negative prompt is given: it gets an empty one.
     """
-    name = scale_name(pipeline) or "guidance_scale"
+    name = mixing_of(pipeline).scale or "guidance_scale"
     return {name: scale} | ({"negative_prompt": ""} if name == "true_cfg_scale" else {})
 
 

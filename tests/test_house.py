@@ -18,6 +18,7 @@ LIBRARY = [  # rooms of goca_guidance by floor: one imports itself and lower flo
     {"config"},
     {"method"},
     {"denoisers", "pictures"},
+    {"mixing"},
     {"arguments", "stock", "hooks"},
     {"real_images"},
     {"pipeline", "guider"},

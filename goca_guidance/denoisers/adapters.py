@@ -1,19 +1,16 @@
-"""What differs between denoisers: names of attention layers, token order, token grid, presets. Nothing else knows families."""
+"""The adapter of a denoiser: U-Nets and transformers with cross-attention; rows of joint attention stand in `joint`."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.denoisers.base import DenoiserCall, Family, argument, self_attention_beside
-from goca_guidance.method.records import AttentionView
+from goca_guidance.denoisers.base import Family, self_attention_beside
+from goca_guidance.denoisers.frames import FRAMES
+from goca_guidance.denoisers.joint import JOINT
 
 
 # ---- U-Nets ----------------------------------------------------------------------------------------------------------
@@ -83,7 +80,7 @@ class UNetFamily(Family):
             return deepest
         return int(index) if kind == "down_blocks" else deepest - int(index)
 
-    def grid(self, name: str, latent: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, name: str, latent: tuple[int, ...]) -> tuple[int, ...]:
         """Height and width of a layer's pixel tokens: the latent's, halved and rounded up so often as the layer is deep."""
         shrink = 2 ** self._level(name)
         return -(-latent[0] // shrink), -(-latent[1] // shrink)
@@ -129,6 +126,7 @@ class HunyuanFamily(Family):
 
     pipeline = "HunyuanDiTPipeline"
     encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    texts = ("encoder_hidden_states", "encoder_hidden_states_t5")
 
     @cached_property
     def preset(self) -> LayerPreset:
@@ -139,121 +137,13 @@ class HunyuanFamily(Family):
         beside = self_attention_beside(text[20:30])
         return LayerPreset(text[20:30], beside, text[25], beside, order=4, heads="uniform")
 
-    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
-        call = super().call(args, kwargs)
-        return DenoiserCall(call.batch, call.latent, call.text + kwargs["encoder_hidden_states_t5"].shape[1])
-
-
-# ---- transformers with joint attention -------------------------------------------------------------------------------
-class FluxFamily(Family):
-    """`FluxTransformer2DModel`: joint attention, text first; latents are packed into tokens of 2 x 2 latent pixels."""
-
-    pipeline = "FluxPipeline"
-    encoders = (("text_encoder_2", "tokenizer_2"),)  # the other one makes no tokens
-    sink = "end"
-    unconditional_sink = False
-    patch = 2
-    packed = True
-
-    @cached_property
-    def preset(self) -> LayerPreset:
-        """The released configuration for Flux.1's 19 + 38 blocks, else a generic one."""
-        names = tuple(self.attention_modules)
-        double = sum(name.startswith("transformer_blocks") for name in names)
-        refine: tuple[str, ...]
-        if (double, len(names)) == (19, 57):
-            reference, refine = names[19 + 8], (names[12], names[18])
-        else:
-            reference, refine = names[len(names) // 2], names[len(names) // 3 : 2 * len(names) // 3]
-        return LayerPreset(names, names, reference, refine, timestep=150, heads="uniform", features="output")
-
-    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
-        """The latent's size is read off the image tokens' positions."""
-        sample = argument(args, kwargs, 0, "hidden_states")
-        if sample.shape[1] == 0:
-            raise ValueError(
-                "Expected an image of at least one pixel token, but the denoiser got none: use a larger height and width."
-            )
-        rows, columns = self._read_grid(kwargs["img_ids"])
-        if rows * columns != sample.shape[1]:
-            raise ValueError(
-                f"Expected the {rows} x {columns} tokens of one image, but the denoiser got {sample.shape[1]}. Pipelines "
-                "that put a second image into the sequence (Kontext) are not supported: pass use_scfg=False."
-            )
-        text = argument(args, kwargs, 1, "encoder_hidden_states")
-        return DenoiserCall(sample.shape[0], (2 * rows, 2 * columns), text.shape[1])
-
-    def _read_grid(self, positions: Tensor) -> tuple[int, int]:
-        """Rows and columns, read once for each tensor of positions: it waits for the device."""
-        key = id(positions), 0 if positions.is_inference() else positions._version
-        if key not in self._grids_read:
-            rows, columns = (int(n) + 1 for n in positions.reshape(-1, positions.shape[-1])[:, 1:].amax(0))
-            self._grids_read[key] = positions, (rows, columns)
-        return self._grids_read[key][1]
-
-    @cached_property
-    def _grids_read(self) -> dict[tuple[int, int], tuple[Tensor, tuple[int, int]]]:
-        """By the identity of the positions, which are kept so that no others get it."""
-        return {}
-
-    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
-        grid = self.grid(name, call.latent)
-        return (
-            AttentionView(grid, slice(0, call.text), slice(call.text, keys))
-            if keys == call.text + math.prod(grid)
-            else None
-        )
-
-    def project(self, name: str) -> Callable[[Tensor], Tensor]:
-        """A single block projects attention and feed-forward at once: the latter's part is fed zeros."""
-        if not name.startswith("single"):
-            return super().project(name)
-        block = self.denoiser.get_submodule(name.removesuffix(".attn"))
-        return lambda x: block.proj_out(F.pad(x, (0, block.mlp_hidden_dim)))
-
-    def pack(self, maps: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n e"]:
-        """b c (h 2) (w 2) to b (h w) (c 2 2)."""
-        return F.pixel_unshuffle(maps, 2).flatten(2).mT
-
-    def unpack(self, prediction: Float[Tensor, "b n e"], call: DenoiserCall) -> Float[Tensor, "b c H W"]:
-        return F.pixel_shuffle(prediction.mT.unflatten(2, (call.latent[0] // 2, -1)), 2)
-
-
-class SD3Family(Family):
-    """`SD3Transformer2DModel`: joint attention, image first; the text is CLIP's tokens, then T5's.
-
-    No paper has a preset for it: the generic one, ours, with Flux's uniform heads, and the sink in the conditional prediction:
-    the unconditional one would cost all its joint attention again. The second attention of dual blocks sees no text and is
-    not read.
-    """
-
-    pipeline = "StableDiffusion3Pipeline"
-    encoders = (("text_encoder", "tokenizer"), ("text_encoder_3", "tokenizer_3"))
-    unconditional_sink = False
-
-    @cached_property
-    def preset(self) -> LayerPreset:
-        return self._generic_preset()
-
-    def _generic_preset(self) -> LayerPreset:
-        names = tuple(name for name in self.attention_modules if name.endswith(".attn"))
-        third = len(names) // 3
-        refine = names[third : max(third + 1, 2 * third)]
-        return LayerPreset(names, names, names[len(names) // 2], refine, heads="uniform")
-
-    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
-        grid = self.grid(name, call.latent)
-        if (pixels := math.prod(grid)) + call.text != keys:
-            return None
-        return AttentionView(grid, slice(pixels, keys), slice(0, pixels))
-
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
 ADAPTERS: dict[str, type[Family]] = {
     "PixArtTransformer2DModel": PixArtFamily,
     "HunyuanDiT2DModel": HunyuanFamily,
-    "FluxTransformer2DModel": FluxFamily,
-    "SD3Transformer2DModel": SD3Family,
+    **JOINT,
+    **FRAMES,
 }
 
 
@@ -271,14 +161,24 @@ def family_of(denoiser: Any) -> Family:
     return next((ADAPTERS[name] for name in names if name in ADAPTERS), Family)(denoiser, compiled)
 
 
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")  # names of components
+
+
+def denoisers_of(components: Mapping) -> list[torch.nn.Module]:
+    """The denoisers among a pipeline's components, `unet` or `transformer` first."""
+    found = [
+        components[name] for name in DENOISERS if components.get(name) is not None
+    ]  # a compiled module has no truth
+    if not found:
+        raise ValueError(
+            f"Expected a `unet` or a `transformer` among the components, but got {', '.join(sorted(components))}."
+        )
+    return found
+
+
 def denoiser_of(components: Mapping) -> torch.nn.Module:
-    """The denoiser among a pipeline's components, `unet` or `transformer`."""
-    for name in ("unet", "transformer"):
-        if components.get(name) is not None:  # truth is no test: a compiled module has none
-            return components[name]
-    raise ValueError(
-        f"Expected a `unet` or a `transformer` among the components, but got {', '.join(sorted(components))}."
-    )
+    """The first denoiser among a pipeline's components."""
+    return denoisers_of(components)[0]
 
 
 def text_encoders_of(pipe, family: Family) -> list[tuple[Any, Any]]:

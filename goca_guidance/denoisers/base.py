@@ -1,16 +1,20 @@
 """What an adapter of a denoiser answers, with the answers for a transformer that no adapter names."""
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import ModuleList, Sequential
 
 from goca_guidance.config import LayerPreset
 from goca_guidance.method.records import AttentionView
@@ -21,11 +25,15 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """What one call of a denoiser predicts: so many images, of this latent size, from so many text tokens."""
+    """What one call of a denoiser predicts: so many images, of this latent size, from so many text tokens.
+
+    `latent`: H W, or F H W of a video. `others`: tokens of other pictures in the same sequence, behind the image's own.
+    """
 
     batch: int
-    latent: tuple[int, int]
+    latent: tuple[int, ...]
     text: int
+    others: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,16 @@ class Family:
     encoders: ClassVar[tuple[tuple[str, str], ...]] = (("text_encoder", "tokenizer"),)  # in the order of the text
     side_by_side: ClassVar[bool] = False  # encoders share token positions, and the first one is read
     sink: ClassVar[str] = "start"  # the token that looks at the background: "start" or "end"
+    sink_measured: ClassVar[bool] = True  # whether anyone has looked, on trained weights
     unconditional_sink: ClassVar[bool] = True  # in which prediction it does
     packed: ClassVar[bool] = False  # a patch's pixels are channels of the denoiser's input
+    modules: ClassVar[str] = r"[^.]*block.*"  # names of attention modules, in network order: those of the blocks
+    samples: ClassVar[tuple[str, ...]] = ("sample", "hidden_states")  # the argument that is denoised
+    texts: ClassVar[tuple[str, ...]] = (
+        "encoder_hidden_states",
+    )  # arguments that are text, in the order of the tokens
+    branches: ClassVar[tuple[int, ...]] = (0, 1)  # order of a batch of two predictions: the unconditional one first
+    by_image: ClassVar[bool] = False  # whether the loop mixes each image of a batch by itself
 
     # ---- layers ------------------------------------------------------------------------------------------------------
     @cached_property
@@ -53,7 +69,7 @@ class Family:
         Modules outside the blocks, such as an image prompt's projection, are no layers.
         """
         kinds, named = (Attention, AttentionModuleMixin), self.denoiser.named_modules()
-        return {name: m for name, m in named if isinstance(m, kinds) and "block" in name.partition(".")[0]}
+        return {name: m for name, m in named if isinstance(m, kinds) and re.fullmatch(self.modules, name)}
 
     @cached_property
     def preset(self) -> LayerPreset:
@@ -80,8 +96,7 @@ class Family:
         if not text:
             raise ValueError(
                 "Expected text cross-attention layers (`attn2` beside `attn1`) in the denoiser's blocks, but "
-                f"{type(self.denoiser).__name__} has none. Joint attention is read for Flux.1 and Stable Diffusion 3 only: "
-                "use one of the supported families."
+                f"{type(self.denoiser).__name__} has none, and no row of facts names it: use one of the supported families."
             )
         processors = (
             getattr(self.attention_modules[layer], "processor", None) for layer in self_attention_beside(text)
@@ -100,15 +115,40 @@ class Family:
         return LayerPreset(text, beside, text[count // 2], beside[count // 3 : max(count // 3 + 1, 2 * count // 3)])
 
     # ---- calls -------------------------------------------------------------------------------------------------------
+    def bound(self, args: tuple, kwargs: Mapping) -> dict[str, Any]:
+        """The arguments of a call of the denoiser by name, from what a forward pre-hook sees."""
+        return self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(type(self.denoiser).forward)
+
+    def sample(self, given: Mapping[str, Any]) -> Tensor:
+        """What is denoised, of the arguments by name."""
+        return next(given[name] for name in self.samples if name in given)
+
+    def text(self, given: Mapping[str, Any]) -> list[Tensor]:
+        """The texts [b n c] of a call in the order of their tokens."""
+        return [given[name] for name in self.texts if given.get(name) is not None]
+
     def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
         """Sizes of a call of the denoiser, from what a forward pre-hook sees."""
-        sample = argument(args, kwargs, 0, "sample", "hidden_states")
-        text = argument(args, kwargs, 2, "encoder_hidden_states")
-        if text is None:
+        given = self.bound(args, kwargs)
+        sample, texts = self.sample(given), self.text(given)
+        if not texts:
             raise ValueError(f"Expected text tokens for the denoiser, but {type(self.denoiser).__name__} got none.")
+        return DenoiserCall(len(sample), self.size(given), sum(text.shape[1] for text in texts), self.others(given))
+
+    def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
+        """Height and width of the latent, behind its number of frames if it is a video, from the arguments by name."""
+        sample = self.sample(given)
         if sample.ndim != 4:
             raise ValueError(f"Expected image latents of shape b c H W, but the denoiser got {tuple(sample.shape)}.")
-        return DenoiserCall(sample.shape[0], (sample.shape[2], sample.shape[3]), text.shape[1])
+        return sample.shape[2], sample.shape[3]
+
+    def others(self, given: Mapping[str, Any]) -> int:
+        """Tokens of other pictures that stand behind the image's own in the sequence."""
+        return 0
 
     def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
         """What the tokens of a layer's attention call are; None where they are not all of the layer's, and no others."""
@@ -118,27 +158,56 @@ class Family:
         tokens: dict[str, Any] = {"text" if text else "image": slice(0, keys)}
         return AttentionView(grid, **tokens)
 
-    def grid(self, name: str, latent: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of a layer's pixel tokens: the latent's in patches."""
-        return latent[0] // self.patch, latent[1] // self.patch
+    def grid(self, name: str, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """Height and width of a layer's pixel tokens, behind the frames if any: the latent's in patches."""
+        patches = (self.patch_frames, self.patch, self.patch)
+        return tuple(side // patch for side, patch in zip(latent, patches[-len(latent) :], strict=True))
 
     def project(self, name: str) -> Callable[[Tensor], Tensor]:
-        """The output projection of a layer, bias included."""
-        return self.attention_modules[name].to_out[0]
+        """The output projection of a layer, bias included.
+
+        Where a block projects attention and feed-forward at once, the latter's part, which comes last, is fed zeros.
+        """
+        layer = self.attention_modules[name]
+        if getattr(layer, "to_out", None) is None:
+            last: Any = self.denoiser.get_submodule(name.rpartition(".")[0]).proj_out
+        else:
+            last = layer.to_out[0] if isinstance(layer.to_out, (ModuleList, Sequential)) else layer.to_out
+        return lambda x: last(F.pad(x, (0, last.in_features - x.shape[-1])))
 
     # ---- latents as the denoiser takes them --------------------------------------------------------------------------
     @property
     def patch(self) -> int:
         """Latent pixels on a side of a pixel token, at the least."""
-        return getattr(self.denoiser.config, "patch_size", None) or 1
+        size = getattr(self.denoiser.config, "patch_size", None) or 1
+        return size[-1] if isinstance(size, (tuple, list)) else size
 
-    def pack(self, maps: Float[Tensor, "b c H W"]) -> Tensor:
+    @property
+    def patch_frames(self) -> int:
+        """Latent frames of a pixel token."""
+        config = self.denoiser.config
+        size = getattr(config, "patch_size", None)
+        along = size[0] if isinstance(size, (tuple, list)) and len(size) == 3 else None
+        return along or getattr(config, "patch_size_t", None) or 1
+
+    def latents(self, channels: int) -> tuple[int | None, ...] | None:
+        """Shape, behind the images, of the latents that a pipeline takes; None for a free side, or where nobody knows."""
+        return channels, None, None
+
+    def pack(self, maps: Float[Tensor, "b c *S"]) -> Tensor:
         """Maps in the form of the denoiser's input and prediction."""
         return maps
 
-    def unpack(self, prediction: Tensor, call: DenoiserCall) -> Float[Tensor, "b c H W"]:
+    def unpack(self, prediction: Tensor, call: DenoiserCall) -> Float[Tensor, "b c *S"]:
         """The inverse of `pack`."""
         return prediction
+
+
+def row(base: type[Family], **facts: Any) -> type[Family]:
+    """A family that differs from `base` by facts alone."""
+    if unknown := [name for name in facts if not hasattr(base, name)]:
+        raise TypeError(f"Expected facts that {base.__name__} has, but got {', '.join(unknown)}.")
+    return type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, **facts})
 
 
 @cache

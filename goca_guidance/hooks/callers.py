@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import CO_NESTED
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -22,12 +22,13 @@ class OwnCalls:
 
     Args:
         pipe: the pipeline.
-        denoiser: what it calls; a class of one's own may call through.
+        denoisers: what it calls; a class of one's own may call through.
     """
 
-    def __init__(self, pipe: Any, denoiser: Any):
+    def __init__(self, pipe: Any, denoisers: Sequence[Any]):
         self.pipe, self.stranger = pipe, ""
-        self._methods, self._through = _codes_of(type(pipe).__mro__), _codes_of(type(denoiser).__mro__)
+        kinds = tuple(cls for denoiser in denoisers for cls in type(denoiser).__mro__)
+        self._methods, self._through = _codes_of(type(pipe).__mro__), _codes_of(kinds)
 
     def run(self, call: Callable, arguments: Mapping[str, Any]) -> Any:
         """The pipeline's call, inside which own calls are made."""

@@ -18,6 +18,7 @@ from goca_guidance.hooks.watch import Watch
 from goca_guidance.method.records import Regions, TokenLayout, WordMaps
 from goca_guidance.method.scfg import SCFGSegmentor, rate_map
 from goca_guidance.method.segmentor import GoCASegmentor, GuidingSegmentor
+from goca_guidance.mixing import Mixing
 
 
 LayoutRule = Callable[[Sequence[Encoded], str, bool], TokenLayout]  # encoded text, sink, drop_stop_words
@@ -25,6 +26,7 @@ SEGMENTORS: dict[str, tuple[type[GuidingSegmentor], LayoutRule]] = {  # by `SCFG
     "goca": (GoCASegmentor, prompt_layout),
     "s-cfg": (SCFGSegmentor, token_layout),
 }
+PRODUCT = Mixing()
 GuidanceRule = Callable[[Tensor, Regions, float, SCFGConfig], Tensor]
 """A guidance rule: guidance difference [b c H W], regions, scale, config to the rate [b 1 H W]."""
 
@@ -45,15 +47,20 @@ class GuidedCall(Watch):
     `_regions_found` and `_words_found` stay until the next ones are found, for `_steps_served` steps (`SCFGConfig.every`).
     After the loop `check` says whether every prediction was multiplied, and whether all were finite.
 
+    Where a loop makes no such product (`mixing.product`), 4 comes with the later prediction instead (`on_prediction`): it is
+    replaced by one that the loop mixes to what guidance by regions would give.
+
     Args:
-        denoiser: predicts twice a step: unconditional and conditional halves of one batch, or, if `separate`, the
-            conditional prediction and then the unconditional one.
+        denoisers: predict twice a step: two halves of one batch, or, if `separate`, the conditional prediction and then the
+            unconditional one. Each predicts some of the steps, or one of the halves.
         text_encoders: with their tokenizers, in the order of the denoiser's text sequence.
         goca, scfg: the choices.
         rule: the guidance rule.
         images, prompts: how many; None, where predictions are `separate`, takes what denoiser and text encoder get.
         prompt_read: whether an encoder reads the prompt; with prompt embeddings it reads the negative prompt at most.
-        separate: see `denoiser`.
+        separate: see `denoisers`; None is found out at the first step.
+        mixing: how the loop mixes.
+        scale: the guidance scale of the step in progress, where there is no product to tell it.
         is_guided: number of a step to whether regions guide it.
         own: whether a forward, or a product, is the loop's own, and not a callback's, a hook's or another pipeline's.
         asked: the prompts; None where only the encoders know them.
@@ -63,7 +70,7 @@ class GuidedCall(Watch):
 
     def __init__(
         self,
-        denoiser: torch.nn.Module,
+        denoisers: torch.nn.Module | Sequence[torch.nn.Module],
         text_encoders: Sequence[tuple[Any, Any]],
         goca: GoCAConfig,
         scfg: SCFGConfig,
@@ -72,7 +79,9 @@ class GuidedCall(Watch):
         images: int | None = None,
         prompts: int | None = None,
         prompt_read: bool = True,
-        separate: bool = False,
+        separate: bool | None = False,
+        mixing: Mixing = PRODUCT,
+        scale: Callable[[], float] = lambda: 1.0,
         is_guided: Callable[[int], bool] = lambda step: True,
         own: OwnCalls | Callable[[], bool] = lambda: True,
         asked: Asked | None = None,
@@ -80,8 +89,10 @@ class GuidedCall(Watch):
         keep_regions: bool = False,
         keep_negative: bool = False,
     ):
-        super().__init__(family_of(denoiser), text_encoders)
+        several = denoisers if isinstance(denoisers, Sequence) else [denoisers]
+        super().__init__([family_of(denoiser) for denoiser in several], text_encoders)
         self.goca, self.scfg, self.rule, self.prompts = goca, scfg, rule, prompts
+        self.mixing, self.scale = mixing, scale
         self.prompt_read, self.is_guided = prompt_read, is_guided
         self.own, self.asked = own, asked
         self.region_tokens, self.keep_regions, self.keep_negative = region_tokens, keep_regions, keep_negative
@@ -91,10 +102,12 @@ class GuidedCall(Watch):
                 '`region_tokens={"cat": [2], "grass": [5]}` (positions in the text sequence; `pipe.words(prompt)` finds '
                 "them), or `use_scfg=False`."
             )
-        self.steps = Steps(images, separate)
+        self.steps = Steps(images, separate, self.family.branches, self.family.by_image)
         self.negative: GoCASegmentor | None = None  # reads the negative prompt's words in the unconditional prediction
         self._guided = False  # the step in progress is guided, by its own regions or the last ones
-        self._expected: tuple[int, ...] = ()  # size of the step's difference: images, then places
+        self._images = 0  # of the step's difference
+        self._conditional: Tensor | None = None  # prediction, where the unconditional one is to be replaced
+        self._step_regions: Any = None  # of the step in progress
         self._regions_found: Any = None  # the last ones
         self._words_found: WordMaps | None = None  # of the negative prompt, the last ones
         self._steps_served = 0  # by them
@@ -106,8 +119,8 @@ class GuidedCall(Watch):
 
     @property
     def separate(self) -> bool:
-        """Whether a step makes its predictions one after the other."""
-        return self.steps.separate
+        """Whether a step makes its predictions one after the other, as far as is known."""
+        return bool(self.steps.separate)
 
     @property
     def step(self) -> int:
@@ -124,7 +137,7 @@ class GuidedCall(Watch):
         """After the loop: guidance was really applied, to every prediction, and stayed finite."""
         if getattr(self.own, "stranger", ""):
             self._check_called()
-        if self.steps.awaited and not (self.separate and self.steps.products):
+        if self.steps.awaited and not (self.steps.separate and self.steps.products):
             raise RuntimeError(
                 "Expected a product of guidance scale and guidance difference in the loop for each of its "
                 f"{self.steps.predictions} predictions, but saw {self.steps.products or 'none'}."
@@ -151,7 +164,7 @@ class GuidedCall(Watch):
             self._check_processors()
         branches = self.steps.forward(call, self.timestep, self.text)
         if 1 in branches:
-            self._expected = self.shape[0] // len(branches), *_places(self.shape)
+            self._images = call.batch // len(branches)
             self.observer.seen.clear()
             self.segmentor = self.negative = None
             self._guided = self.is_guided(self.steps.count - 1)
@@ -246,22 +259,67 @@ class GuidedCall(Watch):
         if not self.own():
             return None
         self._check_called()
-        self.steps.product()
-        guided, self._guided = self._guided, False
+        image = self.steps.product()
+        guided = self._guided
+        if not self.steps.awaited:
+            self._guided = False
         if not guided:
             self.segmentor = None
             return None
+        if self.family.by_image:
+            return self._rate(delta[None], scale, image)[0]
+        return self._rate(delta, scale)
+
+    def _rate(self, delta: Tensor, scale: float, image: int | None = None) -> Tensor:
+        """Of all images of the step, or of one. The effective scale, of c + s (c - u) it is s + 1, is what is rated."""
+        effective = scale + self.mixing.excess
         with torch.autocast(delta.device.type, enabled=False):
-            self._check_size(delta)
-            regions = self._find_regions()
-            maps = self.family.unpack(delta, self.call)
+            maps = self._maps_of(delta, 1 if image is not None else self._images)
+            if not image:
+                self._step_regions = self._find_regions()
+            regions = self._step_regions if image is None else self._step_regions.of(image)
             predicted = maps if self.scfg.variance_channels else maps[:, : self.family.denoiser.config.in_channels]
-            rate = self.rule(predicted, regions, scale, self.scfg)
+            rate = self.rule(predicted, regions, effective, self.scfg)
         self._finite.append(torch.isfinite(delta).all())
         if self.keep_regions:
-            self._regions.append(regions)
-            self._maps.append(scale * rate)
+            self._keep(regions, effective * rate, image)
+        if self.mixing.excess and self.mixing.product:
+            rate = 1 + (rate - 1) * (effective / scale)
         return self.family.pack(rate.expand_as(maps))
+
+    def _keep(self, regions, maps, image):
+        if image:
+            self._maps[-1] = torch.cat([self._maps[-1], maps])
+        else:
+            self._maps.append(maps)
+            self._regions.append(regions if image is None else self._step_regions)
+
+    def on_prediction(self, output: Any) -> Any:
+        """Where the loop makes no product of scale and difference, the later prediction is replaced.
+
+        With an effective scale S and a rate r, u' = u + S (1 - r) / (S - 1) (c - u) is mixed to u + S r (c - u).
+        """
+        if self.mixing.product or not self.steps.branches:
+            return None
+        found = prediction(output)
+        if self.steps.branches == (1,):
+            self._conditional = found
+            return None
+        if self.steps.branches == (0,):
+            return self._replace(output, self._conditional, found, 0)
+        parts = dict(zip(self.steps.branches, found.chunk(2), strict=True))
+        return self._replace(output, parts[1], parts[0], self.steps.branches.index(0) * len(parts[0]))
+
+    def _replace(self, output, c, u, start):
+        """The output with another unconditional prediction, whose images begin at `start`."""
+        scale, self._conditional = float(self.scale()), None
+        rate = self.rate(c - u, scale)
+        if rate is None:
+            return None
+        change = 1 + 1 / (scale + self.mixing.excess - 1)  # S / (S - 1)
+        first = prediction(output).clone()
+        first[start : start + len(u)] = u.float() + change * (1 - rate) * (c - u).float()
+        return replaced(output, first)
 
     def _check_called(self) -> None:
         if not self.steps.count:
@@ -272,13 +330,19 @@ class GuidedCall(Watch):
                 "regions: call it in the pipeline's class, in that thread, or pass `use_scfg=False`."
             )
 
-    def _check_size(self, delta: Tensor) -> None:
-        if (len(delta), *_places(delta.shape)) != self._expected:
+    def _maps_of(self, delta: Tensor, images: int) -> Tensor:
+        """The difference as maps b c *S, or an error where it is not of the size that the denoiser predicted."""
+        try:
+            maps = self.family.unpack(delta, self.call)
+        except RuntimeError:  # so many tokens are no such maps
+            maps = None
+        if maps is None or (len(maps), *maps.shape[2:]) != (images, *self.call.latent):
             raise RuntimeError(
-                f"Expected a guidance difference of {self._expected} (images and places), as the denoiser predicted it, but "
-                f"got {(len(delta), *_places(delta.shape))}: this loop puts parts together before it mixes. Pass "
-                "use_scfg=False."
+                f"Expected a guidance difference of {images} images and {self.call.latent} latent pixels, as the denoiser "
+                f"predicted it, but got one of shape {tuple(delta.shape)}: this loop puts parts together before it mixes. "
+                "Pass use_scfg=False."
             )
+        return maps
 
     def _find_regions(self) -> Regions:
         """Those of this step's attention, or, between recomputations, the last ones; word maps alike."""
@@ -294,20 +358,27 @@ class GuidedCall(Watch):
         return self._regions_found
 
 
-def _places(shape: torch.Size) -> tuple[int, ...]:
-    """Of a prediction b c H W, or packed b n c, without images and channels."""
-    return tuple(shape[2:]) if len(shape) == 4 else tuple(shape[1:-1])
+def prediction(output: Any) -> Tensor:
+    """The first tensor of a denoiser's output, a tuple or an object of one field."""
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def replaced(output: Any, first: Tensor) -> Any:
+    """The output with another first tensor."""
+    return (first, *output[1:]) if isinstance(output, tuple) else type(output)(sample=first)
 
 
 def _alike(module, processor) -> bool:
     return type(module.processor) is type(processor)
 
 
-def check_alone(components: Mapping, denoiser: torch.nn.Module) -> None:
-    """Refuse a pipeline that may change its denoiser in the middle of a call: one is watched."""
-    others = [name for name, part in components.items() if part is not denoiser and type(part) is type(denoiser)]
+def check_alone(components: Mapping, denoisers: Sequence[torch.nn.Module]) -> None:
+    """Refuse a pipeline that may change its denoiser in the middle of a call to one that is not watched."""
+    kinds = {type(denoiser) for denoiser in denoisers}
+    known = [id(denoiser) for denoiser in denoisers]
+    others = [name for name, part in components.items() if id(part) not in known and type(part) in kinds]
     if others:
         raise ValueError(
-            f"Expected one {type(denoiser).__name__} in the pipeline, but it has {', '.join(others)} besides the one that "
+            f"Expected one {type(denoisers[0]).__name__} in the pipeline, but it has {', '.join(others)} besides the one that "
             "would be watched: pass use_scfg=False."
         )

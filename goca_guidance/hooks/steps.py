@@ -15,11 +15,16 @@ class Steps:
 
     Args:
         images: how many a step predicts; None, where predictions are `separate`, takes what comes.
-        separate: a step predicts the conditional part and then the unconditional one, instead of both in one batch.
+        separate: a step predicts the conditional part and then the unconditional one, instead of both in one batch; None is
+            found out at the first forward.
+        order: of the predictions in one batch.
+        by_image: each image has a product of its own.
     """
 
-    def __init__(self, images: int | None, separate: bool):
-        self.images, self.separate = images, separate
+    def __init__(
+        self, images: int | None, separate: bool | None, order: tuple[int, ...] = (0, 1), by_image: bool = False
+    ):
+        self.images, self.separate, self.order, self.by_image = images, separate, order, by_image
         self.count = 0  # steps begun
         self.branches: tuple[int, ...] = ()  # predicted by the last forward: 0 unconditional, 1 conditional
         self.awaited = False  # the product of scale and difference is still to come
@@ -30,6 +35,7 @@ class Steps:
         self._place: tuple | None = None  # of it
         self._text: Any = None  # of the last conditional forward
         self._parts = 0  # of the step in progress
+        self._image = 0  # whose product comes next, where each image has one
 
     def begin(self) -> None:
         """The next forward is the first one of a step, where a loop tells."""
@@ -42,6 +48,11 @@ class Steps:
             raise RuntimeError(
                 "Expected the product of guidance scale and difference after every two predictions, but this loop predicts "
                 "again before it: it mixes more than two predictions, or in another way. Pass use_scfg=False."
+            )
+        if 1 in self.branches and self.awaited and self.separate and self.images is not None and not self.products:
+            raise RuntimeError(
+                "Expected two predictions a step and the product of guidance scale and their difference, but this loop makes "
+                "one: a distilled model, or other guidance. Pass use_scfg=False."
             )
         if self.branches != (0,):
             place = _place(timestep)
@@ -56,22 +67,28 @@ class Steps:
         self._halves.update(self.branches)
         return self.branches
 
-    def product(self) -> None:
-        """The loop multiplies scale and difference."""
+    def product(self) -> int:
+        """The loop multiplies scale and difference: of which image, where each has a product of its own."""
         if not self.awaited:
             raise RuntimeError(
                 "Expected each product of guidance scale and difference to follow a prediction of the pipeline's denoiser, "
                 f"but product {self.products + 1} does not: another model predicts some steps, or the loop multiplies several "
                 "times. Pass use_scfg=False."
             )
-        self.awaited, self.products = False, self.products + 1
+        image = self._image
+        self._image = (image + 1) % (self.images or 1) if self.by_image else 0
+        if self._image == 0:
+            self.awaited, self.products = False, self.products + 1
+        return image
 
     def _predicted(self, call: DenoiserCall, text: Any) -> tuple[int, ...]:
         batch, images = call.batch, self.images or call.batch
+        if self.separate is None:
+            self.separate = batch == images
         if self.separate and batch == images:
             return (0,) if self.awaited and text is not self._text else (1,)
         if not self.separate and batch == 2 * images:
-            return (0, 1)
+            return self.order
         if not self.separate and batch == images and self.count:
             return ()
         how = ("", "one after the other") if self.separate else ("2 x ", "unconditional and conditional")

@@ -1,6 +1,5 @@
 """Hooks on a denoiser and its text encoders for the time of one pipeline call, and what they tell."""
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -9,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goca_guidance.denoisers.base import DenoiserCall, Family, argument, check_whole
+from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
 from goca_guidance.denoisers.words import Encoded, encoder_ids
 from goca_guidance.hooks.observer import AttentionObserver
 from goca_guidance.hooks.shared import eager_here, hook_here
 from goca_guidance.method.records import AttentionRecord
+
+
+TIMESTEPS = ("timestep", "timesteps", "t")  # what a denoiser calls it
 
 
 class Watch:
@@ -32,19 +34,23 @@ class Watch:
     error, hooks and observer are gone, and `forget` lets the records go. After an error the denoiser has the attention
     processors that it had before: stock pipelines that set some of their own would leave them behind.
 
+    A pipeline may have several denoisers, one for some of the steps each: `family` and `observer` are those of the one that
+    is called, the first one before.
+
     Args:
-        family: the denoiser's adapter.
+        families: the denoisers' adapters.
         text_encoders: each with its tokenizer, in the order of the denoiser's text sequence; None for an encoder that is not
             loaded.
     """
 
-    def __init__(self, family: Family, text_encoders: Sequence[tuple[Any, Any]]):
-        check_whole(family)
-        self.family = family
+    def __init__(self, families: Sequence[Family], text_encoders: Sequence[tuple[Any, Any]]):
+        for family in families:
+            check_whole(family)
+        self.families, self.family = families, families[0]
         self.text_encoders = [(module, tokenizer) for module, tokenizer in text_encoders if module is not None]
         self.reads: list[list[Tensor]] = [[] for _ in self.text_encoders]  # ids by encoder, of each time it was called
         self._listening = True  # to the text encoders
-        self._outside: list[bool] = []  # by running forward: whether attention was paused before it
+        self._outside: list[tuple[AttentionObserver, bool]] = []  # by running forward: who was paused before it
         self.segmentor: Any = None  # of the forward in progress, where one is
 
     def is_own(self) -> bool:
@@ -59,42 +65,48 @@ class Watch:
         """An attention call of it was seen."""
         raise NotImplementedError
 
+    def on_prediction(self, output: Any) -> Any:
+        """The denoiser has predicted: what replaces its output, or None."""
+
     def forget(self) -> None:
         """Let go of what refers to this object: records would wait for the garbage collector, also after an error."""
-        del self.observer
+        del self.observer, self._observers
         self.segmentor = None
 
     @contextmanager
     def installed(self):
         """All hooks, gone afterwards, whatever happens. What is compiled runs eagerly in this thread: it would ignore them."""
-        preset = self.family.preset
-        modules = {name: m for name, m in self.family.attention_modules.items() if name in preset.layers}
-        raw = frozenset({preset.reference}) if preset.features == "query" else frozenset()
-        self.observer = AttentionObserver(modules, self.on_attention, self._view, self.family.project, raw)
-        self.observer.paused = True
-        hooked = [(self.family.denoiser, self._before_denoiser)]
+        self._observers = [self._observer(family) for family in self.families]
+        self.observer = self._observers[0]
+        hooked = [(family.denoiser, self._before_denoiser(i)) for i, family in enumerate(self.families)]
         hooked += [(module, self._before_text_encoder(i)) for i, (module, _) in enumerate(self.text_encoders)]
-        compiled = [] if self.family.compiled is None else [self.family.compiled]
+        compiled = [family.compiled for family in self.families if family.compiled is not None]
         with ExitStack() as stack:
             stack.enter_context(eager_here([*compiled, *(module for module, _ in hooked)]))
             for module, hook in hooked:
                 stack.callback(hook_here(module.register_forward_pre_hook, hook, with_kwargs=True).remove)
-            after = self.family.denoiser.register_forward_hook
-            stack.callback(hook_here(after, self._after_denoiser, always_call=True).remove)
-            stack.enter_context(self.observer)
+            for family in self.families:
+                after = family.denoiser.register_forward_hook
+                stack.callback(hook_here(after, self._after_denoiser, always_call=True).remove)
+            for observer in self._observers:
+                stack.enter_context(observer)
             stack.callback(self.forget)
             stack.enter_context(self._processors_kept())
             yield
 
-    @cached_property
-    def _signature(self) -> inspect.Signature:
-        return inspect.signature(type(self.family.denoiser).forward)
+    def _observer(self, family: Family) -> AttentionObserver:
+        preset = family.preset
+        modules = {name: m for name, m in family.attention_modules.items() if name in preset.layers}
+        raw = frozenset({preset.reference}) if preset.features == "query" else frozenset()
+        observer = AttentionObserver(modules, self.on_attention, self._view, family.project, raw)
+        observer.paused = True
+        return observer
 
     @cached_property
     def processors(self) -> list[tuple[Any, Any]]:
-        """Every attention module of the denoiser with the processor that it had when the call began."""
-        found = [module for module in self.family.denoiser.modules() if hasattr(module, "set_processor")]
-        return [(module, module.processor) for module in found]
+        """Every attention module of the denoisers with the processor that it had when the call began."""
+        modules = [module for family in self.families for module in family.denoiser.modules()]
+        return [(module, module.processor) for module in modules if hasattr(module, "set_processor")]
 
     @contextmanager
     def _processors_kept(self) -> Iterator[None]:
@@ -123,22 +135,32 @@ class Watch:
 
         return note_ids
 
-    def _before_denoiser(self, module, args, kwargs):
-        self._outside.append(self.observer.paused)
-        if len(self._outside) > 1 or not self.is_own():
-            self.observer.paused = True
-            return
-        self._listening = self.observer.paused = False
-        sample = argument(args, kwargs, 0, "sample", "hidden_states")
-        self.call = self.family.call(args, kwargs)
-        self.observer.images = self.call.batch
-        given = self._signature.bind_partial(module, *args, **kwargs).arguments
-        self.shape, self.timestep, self.text = sample.shape, given.get("timestep"), given.get("encoder_hidden_states")
-        self.on_forward(self.call, sample.device)
+    def _before_denoiser(self, index):
+        def before(module, args, kwargs):
+            observer = self._observers[index]
+            self._outside.append((observer, observer.paused))
+            if len(self._outside) > 1 or not self.is_own():
+                observer.paused = True
+                return
+            self.family, self.observer = self.families[index], observer
+            self._listening = observer.paused = False
+            given = self.family.bound(args, kwargs)
+            sample = self.family.sample(given)
+            self.call = self.family.call(args, kwargs)
+            observer.images = self.call.batch
+            self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
+            self.text = given.get(self.family.texts[0])
+            self.on_forward(self.call, sample[0].device)
 
-    def _after_denoiser(self, *_):
-        if self._outside:  # else another hook failed before ours began
-            self.observer.paused = self._outside.pop()
+        return before
+
+    def _after_denoiser(self, module, args, output):
+        """Returns what replaces the output, or None."""
+        if not self._outside:  # another hook failed before ours began
+            return None
+        observer, paused = self._outside.pop()
+        observer.paused = paused
+        return None if self._outside or output is None or not self.is_own() else self.on_prediction(output)
 
     def _view(self, name, queries, keys):
         return self.family.view(self.call, name, queries, keys)

@@ -75,7 +75,7 @@ class AttentionRecord:
             return self
 
         def half(x):
-            return None if x is None else x.chunk(2)[index]
+            return None if x is None else x.chunk(2)[branches.index(index)]
 
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else half(self.mask)
         tensors = {name: half(getattr(self, name)) for name in ("query", "key", "value", "output", "features")}
@@ -173,6 +173,11 @@ class Regions:
 
     def to(self, device) -> "Regions":
         return Regions(self.masks.to(device), self.foreground.to(device), self.labels)
+
+    def of(self, image: int) -> "Regions":
+        """Those of one image."""
+        one = slice(image, image + 1)
+        return Regions(self.masks[one], self.foreground[one], self.labels[one])
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Forwards(Watch):
     """
 
     def __init__(self, pipe: DiffusionPipeline, family: Family):
-        super().__init__(family, text_encoders_of(pipe, family))
+        super().__init__([family], text_encoders_of(pipe, family))
         self.pipe = pipe
         self._results: list[Tensor] = []
         self._begun = False

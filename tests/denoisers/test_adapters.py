@@ -220,10 +220,10 @@ ADAPTED = {
 
 
 def test_every_adapter_is_tested():
-    """A new one has a tiny model in `tests/helpers/families.py`, on which the contract of all families is tried."""
+    """A new one has a tiny model in `tests/helpers/families.py`, or a tiny loop: `tests/loops` holds the latter."""
     denoisers = {type(denoiser_of(FAMILIES[name].components())).__name__ for name in ADAPTED}
-    assert denoisers == {*ADAPTERS, "UNet2DConditionModel"}
-    assert set(ADAPTED.values()) == {cls.__name__ for cls in (*ADAPTERS.values(), UNetFamily, XLFamily)}
+    assert denoisers <= {*ADAPTERS, "UNet2DConditionModel"}
+    assert set(ADAPTED.values()) <= {cls.__name__ for cls in (*ADAPTERS.values(), UNetFamily, XLFamily)}
     assert set(ADAPTED) == set(FAMILIES)
 
 
@@ -374,6 +374,9 @@ class Unheard(ModelMixin, ConfigMixin):
         sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 12}
         self.transformer_blocks = torch.nn.ModuleList(BasicTransformerBlock(dim=16, **sizes) for _ in range(layers))
 
+    def forward(self, hidden_states, timestep=None, encoder_hidden_states=None):
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize(("layers", "fine"), [(7, range(2, 4)), (1, range(1)), (12, range(4, 8))])
 def test_an_unknown_transformer_gets_a_generic_preset_and_a_warning(layers, fine, caplog):
@@ -393,7 +396,7 @@ def test_an_unknown_transformer_gets_a_generic_preset_and_a_warning(layers, fine
 
 def test_calls_of_an_unknown_transformer():
     family, text = family_of(Unheard()), torch.zeros(2, 5, 12)
-    call = family.call((torch.zeros(2, 4, 6, 8),), {"encoder_hidden_states": text})
+    call = family.call((torch.zeros(2, 4, 6, 8), None, text), {})
     assert call == DenoiserCall(2, (6, 8), 5)
     assert family.call((), {"hidden_states": torch.zeros(2, 4, 6, 8), "encoder_hidden_states": text}) == call
     assert family.view(call, "transformer_blocks.0.attn2", 12, 5).text == slice(0, 5)
@@ -405,14 +408,12 @@ def test_calls_of_an_unknown_transformer():
         named_pipeline(family)
 
 
-@pytest.mark.parametrize(
-    "denoiser", ["Flux2Transformer2DModel", "QwenImageTransformer2DModel", "ChromaTransformer2DModel", "UNet2DModel"]
-)
+@pytest.mark.parametrize("denoiser", ["DiTTransformer2DModel", "UNet2DModel"])
 def test_a_denoiser_without_readable_text_attention_is_refused(denoiser, caplog):
     """Joint attention that no adapter names, and no text at all; a warning beside the refusal would promise too much."""
     with torch.device("meta"):
         family = family_of(getattr(diffusers, denoiser)())
-    with pytest.raises(ValueError, match=rf"{denoiser} has none\. Joint attention is read for Flux\.1"):
+    with pytest.raises(ValueError, match=rf"{denoiser} has none, and no row of facts names it"):
         _ = family.preset
     assert not caplog.records
 
@@ -426,8 +427,8 @@ def test_unknown_denoiser():
         denoiser_of({"vae": None, "prior": None})
 
 
-def test_a_second_image_in_the_sequence_is_refused():
-    """As Flux Kontext puts it there."""
+def test_a_second_image_in_the_sequence_is_told_apart():
+    """As Flux Kontext puts it there, its positions marked by their first column; another length is refused."""
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
     ids = torch.stack([torch.zeros(24), rows.flatten(), columns.flatten()], -1)
     family = family_in(stock_pipeline("flux"))
@@ -435,8 +436,11 @@ def test_a_second_image_in_the_sequence_is_refused():
     one = {"hidden_states": torch.zeros(1, 24, 16), "img_ids": ids, **text}
     assert family.call((), one) == DenoiserCall(1, (8, 12), 7)
     ids = torch.cat([ids, ids + torch.tensor([1.0, 0, 0])])
-    with pytest.raises(ValueError, match="4 x 6 tokens of one image, but the denoiser got 48"):
-        family.call((), {"hidden_states": torch.zeros(1, 48, 16), "img_ids": ids, **text})
+    assert family.call((), {"hidden_states": torch.zeros(1, 48, 16), "img_ids": ids, **text}) == DenoiserCall(
+        1, (8, 12), 7, 24
+    )
+    with pytest.raises(ValueError, match="4 x 6 tokens of one image, but the denoiser got 50"):
+        family.call((), {"hidden_states": torch.zeros(1, 50, 16), "img_ids": ids, **text})
 
 
 # ---- denoisers seen in part ------------------------------------------------------------------------------------------

@@ -1,0 +1,46 @@
+"""How the loop of a stock pipeline mixes its two predictions: by which argument, with which formula."""
+
+import inspect
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How a loop mixes a conditional prediction c and an unconditional one u by a scale s.
+
+    Args:
+        scale: name of the argument that is s; None where a pipeline has none.
+        excess: what the effective scale S, of u + S (c - u), has more than s: one, where the loop computes c + s (c - u).
+        least: s above which it mixes at all.
+        product: whether s (c - u) is computed as that product; else one prediction is replaced.
+    """
+
+    scale: str | None = "guidance_scale"
+    excess: int = 0
+    least: float = 1.0
+    product: bool = True
+
+
+SCALES = ("true_cfg_scale", "guidance_scale")  # arguments; true guidance (Flux) has precedence
+FURTHER = ("guidance_scale_2",)  # of a second denoiser (Wan 2.2)
+FORMULAS = {  # by how the pipeline's name begins, where it is not u + s (c - u)
+    "ZImage": Mixing(excess=1, least=0),
+    "Krea2": Mixing(excess=1, least=0),
+    "Cosmos3": Mixing(),
+    "Cosmos": Mixing(excess=1),
+    "Kandinsky3": Mixing(excess=1, product=False),
+    "StableCascade": Mixing(product=False),
+    "LTX2": Mixing(product=False),
+}
+
+
+def mixing_of(pipeline: type[DiffusionPipeline]) -> Mixing:
+    """How the loop of a stock pipeline class mixes."""
+    arguments = inspect.signature(pipeline.__call__).parameters
+    if (scale := next((name for name in SCALES if name in arguments), None)) != "guidance_scale":
+        return Mixing(scale)
+    names = [base.__name__ for base in pipeline.__mro__]
+    known = (formula for begin, formula in FORMULAS.items() if any(name.startswith(begin) for name in names))
+    return next(known, Mixing())
