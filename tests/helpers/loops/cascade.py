@@ -53,9 +53,14 @@ def _decoder() -> dict:
 EMBEDDING = torch.randn(1, 4, 6, 3, generator=torch.Generator().manual_seed(0))
 LOOPS = {
     "StableCascadePriorPipeline": TinyLoop(
-        partial(seeded, _prior), {"height": 512, "width": 256, "guidance_scale": 4.0, "output_type": "pt"}
+        partial(seeded, _prior),
+        {"height": 512, "width": 256, "guidance_scale": 4.0, "output_type": "pt"},
+        conditional_first=True,
     ),
     "StableCascadeDecoderPipeline": TinyLoop(
-        partial(seeded, _decoder), {"image_embeddings": EMBEDDING, "guidance_scale": 2.0}, batch=False
+        partial(seeded, _decoder),
+        {"image_embeddings": EMBEDDING, "guidance_scale": 2.0},
+        batch=False,
+        conditional_first=True,
     ),
 }

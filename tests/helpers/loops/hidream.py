@@ -11,7 +11,7 @@ import transformers
 
 from tests.helpers.families import _clip, _flow_vae, _t5
 from tests.helpers.loops.texts_llm import WIDTH, llama3
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, negated, seeded
 
 
 TEXT = 24
@@ -42,6 +42,8 @@ def _hidream() -> dict:
 
 LOOPS = {
     "HiDreamImagePipeline": TinyLoop(
-        partial(seeded, _hidream), {"height": 64, "width": 16, "guidance_scale": 4.0, "max_sequence_length": TEXT}
+        partial(seeded, _hidream),
+        {"height": 64, "width": 16, "guidance_scale": 4.0, "max_sequence_length": TEXT},
+        mixed=negated,
     )
 }

@@ -68,9 +68,12 @@ SIZE3 = {"height": 128, "width": 64, "guidance_scale": 3.0}
 SIZE5 = {"height": 64, "width": 32, "guidance_scale": 3.5}
 SIZES = {"resolutions": [(32, 64)]}  # the pipelines take a few large ones
 LOOPS = {
-    "Kandinsky3Pipeline": TinyLoop(partial(seeded, _kandinsky3), SIZE3),
+    "Kandinsky3Pipeline": TinyLoop(partial(seeded, _kandinsky3), SIZE3, excess=1),
     "Kandinsky3Img2ImgPipeline": TinyLoop(
-        partial(seeded, _kandinsky3), {"image": picture(128, 64), "strength": 0.5, "guidance_scale": 3.0}, steps=4
+        partial(seeded, _kandinsky3),
+        {"image": picture(128, 64), "strength": 0.5, "guidance_scale": 3.0},
+        steps=4,
+        excess=1,
     ),
     "Kandinsky5T2IPipeline": TinyLoop(partial(seeded, _kandinsky5), SIZE5, settings=SIZES),
     "Kandinsky5I2IPipeline": TinyLoop(

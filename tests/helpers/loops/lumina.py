@@ -9,10 +9,11 @@ refiners that mix the text.
 from functools import partial
 
 import diffusers
+import torch
 
 from tests.helpers.families import _flow_vae, _vae
 from tests.helpers.loops.texts_llm import WIDTH, gemma2
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, negated, seeded
 
 
 SIZE = {"height": 64, "width": 32, "guidance_scale": 4.0}  # the pipelines shrink by 8 whatever the autoencoder
@@ -51,9 +52,23 @@ def _lumina2() -> dict:
     return {"transformer": transformer, "vae": _flow_vae(4), "scheduler": scheduler, **gemma2(max_length=256)}
 
 
+def _three_channels(u: torch.Tensor, c: torch.Tensor, s: torch.Tensor | float) -> torch.Tensor:
+    u, c = u[:, :4], c[:, :4]  # the others are a variance
+    return negated(torch.cat([u[:, :3], c[:, 3:]], 1), c, s)
+
+
+def _rows_as_long(u: torch.Tensor, c: torch.Tensor, s: torch.Tensor | float) -> torch.Tensor:
+    mixture = negated(u, c, s)
+    return mixture * (c.norm(dim=-1, keepdim=True) / mixture.norm(dim=-1, keepdim=True))
+
+
 LOOPS = {
-    "LuminaPipeline": TinyLoop(partial(seeded, _lumina), SIZE | {"clean_caption": False}),
+    "LuminaPipeline": TinyLoop(
+        partial(seeded, _lumina), SIZE | {"clean_caption": False}, mixed=_three_channels, conditional_first=True
+    ),
     "Lumina2Pipeline": TinyLoop(
-        partial(seeded, _lumina2), SIZE | {"system_prompt": "You are an assistant.", "max_sequence_length": 64}
+        partial(seeded, _lumina2),
+        SIZE | {"system_prompt": "You are an assistant.", "max_sequence_length": 64},
+        mixed=_rows_as_long,
     ),
 }

@@ -8,10 +8,11 @@ first, at the coarse levels of the U-Net.
 from functools import partial
 
 import diffusers
+import torch
 
 from tests.helpers.families import _t5
 from tests.helpers.loops.pictures import picture
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, plain, seeded
 
 
 TEXT = 77  # the pipelines pad to it whatever the tokenizer says
@@ -19,6 +20,10 @@ SAFETY = {"safety_checker": None, "feature_extractor": None, "watermarker": None
 GUIDED = {"guidance_scale": 4.0, "clean_caption": False, "output_type": "pt"}
 WHOLE, SMALL = picture(32, 16), picture(16, 8)
 MASK = picture(32, 16, seed=1).convert("L").point(lambda value: 255 * (value > 127))
+
+
+def _with_variance(u: torch.Tensor, c: torch.Tensor, s: torch.Tensor | float) -> torch.Tensor:
+    return torch.cat([plain(u[:, :3], c[:, :3], s), c[:, 3:]], 1)
 
 
 def _unet(superresolution: bool) -> diffusers.UNet2DConditionModel:
@@ -64,14 +69,22 @@ STAGE1, STAGE2 = partial(seeded, _stage1), partial(seeded, _stage2)
 HALF = GUIDED | {"strength": 0.5}
 UPSCALED = {"image": SMALL, "noise_level": 20}
 LOOPS = {
-    "IFPipeline": TinyLoop(STAGE1, GUIDED | {"height": 32, "width": 16}),
-    "IFImg2ImgPipeline": TinyLoop(STAGE1, HALF | {"image": WHOLE}, steps=4, batch=False),
-    "IFInpaintingPipeline": TinyLoop(STAGE1, HALF | {"image": WHOLE, "mask_image": MASK}, steps=4, batch=False),
-    "IFSuperResolutionPipeline": TinyLoop(STAGE2, GUIDED | UPSCALED | {"height": 32, "width": 16}, batch=False),
+    "IFPipeline": TinyLoop(STAGE1, mixed=_with_variance, call=GUIDED | {"height": 32, "width": 16}),
+    "IFImg2ImgPipeline": TinyLoop(STAGE1, mixed=_with_variance, call=HALF | {"image": WHOLE}, steps=4, batch=False),
+    "IFInpaintingPipeline": TinyLoop(
+        STAGE1, mixed=_with_variance, call=HALF | {"image": WHOLE, "mask_image": MASK}, steps=4, batch=False
+    ),
+    "IFSuperResolutionPipeline": TinyLoop(
+        STAGE2, mixed=_with_variance, call=GUIDED | UPSCALED | {"height": 32, "width": 16}, batch=False
+    ),
     "IFImg2ImgSuperResolutionPipeline": TinyLoop(
-        STAGE2, HALF | UPSCALED | {"original_image": WHOLE}, steps=4, batch=False
+        STAGE2, mixed=_with_variance, call=HALF | UPSCALED | {"original_image": WHOLE}, steps=4, batch=False
     ),
     "IFInpaintingSuperResolutionPipeline": TinyLoop(
-        STAGE2, HALF | UPSCALED | {"original_image": WHOLE, "mask_image": MASK}, steps=4, batch=False
+        STAGE2,
+        mixed=_with_variance,
+        call=HALF | UPSCALED | {"original_image": WHOLE, "mask_image": MASK},
+        steps=4,
+        batch=False,
     ),
 }

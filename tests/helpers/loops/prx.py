@@ -19,6 +19,10 @@ SIZE = {"height": 32, "width": 16, "guidance_scale": 4.0, "use_resolution_binnin
 BODY = {"context_in_dim": WIDTH, "hidden_size": 16, "mlp_ratio": 2.0, "num_heads": 2, "depth": 3, "axes_dim": [4, 4]}
 
 
+def _velocity(mixture, sample, timestep, sigma):
+    return (sample - mixture) / (timestep / 1000).clamp(min=0.05)
+
+
 def _prx() -> dict:
     transformer = diffusers.PRXTransformer2DModel(in_channels=4, **BODY)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
@@ -33,5 +37,5 @@ def _pixel() -> dict:
 
 LOOPS = {
     "PRXPipeline": TinyLoop(partial(seeded, _prx), SIZE, batch=False),
-    "PRXPixelPipeline": TinyLoop(partial(seeded, _pixel), SIZE | {"output_type": "pt"}, batch=False),
+    "PRXPixelPipeline": TinyLoop(partial(seeded, _pixel), SIZE | {"output_type": "pt"}, batch=False, after=_velocity),
 }

@@ -6,12 +6,13 @@ u + s (c - u): one batch, unconditional first; Flux.1 makes two calls, condition
 from functools import partial
 
 import diffusers
+import torch
 import transformers
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 
 from tests.helpers.families import FAMILIES, MAX_TOKENS, SMALL_TEXT, _control_model
 from tests.helpers.loops.pictures import picture
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, plain, seeded, without_variance
 from tests.helpers.tiny import tiny_components
 
 
@@ -133,11 +134,21 @@ def _upscale2() -> dict:
     return parts | {"scheduler": diffusers.EulerDiscreteScheduler(prediction_type="sample")}
 
 
+def _without_last(u: torch.Tensor, c: torch.Tensor, s: torch.Tensor | float) -> torch.Tensor:
+    return plain(u[:, :-1], c[:, :-1], s)  # the last channel is a variance
+
+
+def _denoised(mixture, sample, timestep, sigma):
+    """Preconditioned as by Karras et al."""
+    return sample / (sigma**2 + 1) + sigma / (sigma**2 + 1) ** 0.5 * mixture
+
+
 # ---- loops -----------------------------------------------------------------------------------------------------------
 def _loop(name: str, changes: dict | None = None, components=None, **fields) -> TinyLoop:
     size = HUNYUAN if name == "hunyuan" else SIZE
     make = components or partial(_family, name)
-    return TinyLoop(partial(seeded, make), FAMILIES[name].call | size | (changes or {}), **fields)
+    mixed = without_variance if name.startswith(("pixart", "hunyuan")) else plain
+    return TinyLoop(partial(seeded, make), FAMILIES[name].call | size | (changes or {}), mixed=mixed, **fields)
 
 
 def _tasks(name: str, stock: str) -> dict[str, TinyLoop]:
@@ -186,6 +197,10 @@ LOOPS |= {
         partial(seeded, _upscale4), {"image": picture(16, 8), "guidance_scale": 5.0}, batch=False
     ),
     "StableDiffusionLatentUpscalePipeline": TinyLoop(
-        partial(seeded, _upscale2), {"image": PICTURE, "guidance_scale": 5.0}, batch=False
+        partial(seeded, _upscale2),
+        {"image": PICTURE, "guidance_scale": 5.0},
+        batch=False,
+        mixed=_without_last,
+        after=_denoised,
     ),
 }

@@ -19,6 +19,16 @@ def plain(u: Tensor, c: Tensor, s: Tensor | float) -> Tensor:
     return u + s * (c - u)
 
 
+def negated(u: Tensor, c: Tensor, s: Tensor | float) -> Tensor:
+    """The scheduler counts time the other way round."""
+    return -plain(u, c, s)
+
+
+def without_variance(u: Tensor, c: Tensor, s: Tensor | float) -> Tensor:
+    """The second half of the channels is a variance that is dropped."""
+    return plain(u.chunk(2, 1)[0], c.chunk(2, 1)[0], s)
+
+
 def as_is(maps: Tensor) -> Tensor:
     return maps
 
@@ -51,6 +61,7 @@ class TinyLoop:
         settings: attributes of the pipeline before it is called, where its own sizes are too large for a test.
         batch: whether the stock loop takes two prompts at once; some want a picture for each.
         mixed: what the scheduler gets of the unconditional prediction, the conditional one and the effective scale.
+        after: what the scheduler gets of that, of the sample, its timestep and its sigma, where the loop goes on with it.
         excess: of the effective scale over the argument: 1 where the loop mixes as `c + s (c - u)`.
         conditional_first: in a step; of two calls the first is, of two halves of a batch the second, unless this says so.
         packed: a guidance map b 1 *S in the form of the predictions that `mixed` multiplies.
@@ -66,6 +77,7 @@ class TinyLoop:
     settings: dict[str, Any] = field(default_factory=dict)
     batch: bool = True
     mixed: Callable[[Tensor, Tensor, Any], Tensor] = plain
+    after: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = lambda mixture, sample, timestep, sigma: mixture
     excess: int = 0
     conditional_first: bool | None = None
     packed: Callable[[Tensor], Tensor] = as_is

@@ -18,20 +18,29 @@ DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer"
 
 @dataclass
 class Step:
-    """Of one step, float64: the unconditional and the conditional prediction, and what the scheduler was given."""
+    """Of one step, float64: the unconditional and the conditional prediction, and what the scheduler was given.
+
+    `at`: the sample, the timestep and the sigma that it was given with.
+    """
 
     u: Tensor | None
     c: Tensor
     given: Tensor
+    at: tuple[Tensor, Tensor, Tensor | None]
 
 
 def denoisers(pipe) -> list[torch.nn.Module]:
+    """Those of the loop; an image prior beside a U-Net has a loop of its own."""
+    if pipe.components.get("unet") is not None:
+        return [pipe.unet]
     return [pipe.components[name] for name in DENOISERS if pipe.components.get(name) is not None]
 
 
 def latents(output) -> Tensor:
     """Of an output of any kind, one tensor."""
-    found = next(getattr(output, n) for n in ("images", "frames", "latents", "image_embeddings") if hasattr(output, n))
+    found = next(
+        getattr(output, n) for n in ("images", "frames", "latents", "image_embeddings", "image") if hasattr(output, n)
+    )
     while not isinstance(found, Tensor):
         found = torch.stack([torch.as_tensor(part) for part in found]) if len(found) > 1 else found[0]
     return found
@@ -58,7 +67,10 @@ def watched(pipe, loop: TinyLoop) -> Iterator[list[Step]]:
         predictions.append(_first(output).detach().double())
 
     def given(self, model_output, *args, **kwargs):
-        steps.append(Step(*_halves(predictions, loop, model_output), model_output.double()))
+        asked = inspect.signature(step).bind(self, model_output, *args, **kwargs).arguments
+        sigma = self.sigmas[self.step_index or 0] if hasattr(self, "sigmas") and hasattr(self, "step_index") else None
+        at = asked["sample"].double(), torch.as_tensor(asked["timestep"]), sigma
+        steps.append(Step(*_halves(predictions, loop, model_output), model_output.double(), at))
         predictions.clear()
         return step(self, model_output, *args, **kwargs)
 
@@ -93,7 +105,9 @@ def _target(prediction: Tensor, loop: TinyLoop, given: Tensor) -> Tensor:
 
 
 def scale_of(pipe, loop: TinyLoop) -> float:
-    """The effective one."""
+    """The effective one; of a guider, where one mixes."""
+    if getattr(pipe, "guider", None) is not None:
+        return pipe.guider.guidance_scale
     known = inspect.signature(type(pipe).__call__).parameters
     names = [name for name in ("true_cfg_scale", "guidance_scale") if name in known]
     name = next((name for name in names if name in loop.call), names[0])
