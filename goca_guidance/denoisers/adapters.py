@@ -1,7 +1,6 @@
-"""The adapter of a denoiser: U-Nets and transformers with cross-attention; rows of joint attention stand in `joint`."""
+"""The adapter of a denoiser: those of the first transformers with cross-attention, and which one a denoiser has."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,96 +10,7 @@ from goca_guidance.config import LayerPreset
 from goca_guidance.denoisers.base import Family, self_attention_beside
 from goca_guidance.denoisers.frames import FRAMES
 from goca_guidance.denoisers.joint import JOINT
-
-
-# ---- U-Nets ----------------------------------------------------------------------------------------------------------
-_SD_BLOCKS = (  # Stable Diffusion 1.x and 2.x: three levels with attention down, two layers each; the middle; three up
-    *(f"down_blocks.{level}.attentions.{layer}" for level in (0, 1, 2) for layer in (0, 1)),
-    "mid_block.attentions.0",
-    *(f"up_blocks.{level}.attentions.{layer}" for level in (1, 2, 3) for layer in (0, 1, 2)),
-)
-_SD_FINE = ("down_blocks.0.attentions.1.0", "up_blocks.3.attentions.0.0", "up_blocks.3.attentions.1.0")
-_SDXL_DEPTHS = {  # Stable Diffusion XL: transformer blocks of each attention
-    **{f"down_blocks.{level}.attentions.{layer}": depth for level, depth in ((1, 2), (2, 10)) for layer in (0, 1)},
-    "mid_block.attentions.0": 10,
-    **{f"up_blocks.{level}.attentions.{layer}": depth for level, depth in ((0, 10), (1, 2)) for layer in (0, 1, 2)},
-}
-_SDXL_FINE = (
-    *(f"down_blocks.1.attentions.0.{block}" for block in (0, 1)),
-    *(f"up_blocks.1.attentions.{layer}" for layer in ("0.0", "0.1", "1.0", "1.1", "2.0")),
-)
-
-
-class UNetFamily(Family):
-    """`UNet2DConditionModel`: Stable Diffusion 1.x and 2.x, and other U-Nets with text cross-attention."""
-
-    pipeline = "StableDiffusionPipeline"
-
-    @cached_property
-    def attention_modules(self) -> dict[str, Any]:
-        """Every attention module by its full name, in network order: a U-Net registers its middle last."""
-        order = ("down_blocks", "mid_block", "up_blocks")
-        found = super().attention_modules
-        return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition(".")[0])))
-
-    @cached_property
-    def preset(self) -> LayerPreset:
-        """Stable Diffusion's by its layout, else a preset that is fitted to the U-Net's grids."""
-        if self._text_layers() != tuple(f"{block}.transformer_blocks.0.attn2" for block in _SD_BLOCKS):
-            return self._generic_preset()
-        named = self._named_preset("up_blocks.2.attentions.1.0", _SD_FINE)
-        return replace(named, manual=named.text[4:12])  # down_blocks.2 to up_blocks.2.attentions.1
-
-    def _named_preset(self, reference, refine):
-        text = self._text_layers()
-        reference, *refine = (_unet_layer(block) for block in (reference, *refine))
-        return LayerPreset(text, self_attention_beside(text), reference, self_attention_beside(refine))
-
-    def _generic_preset(self) -> LayerPreset:
-        """Ours: the finest grid refines, and the reference is the middle layer of half the latent's grid.
-
-        Stable Diffusion's and XL's presets have their reference there; a reference of the finest grid agrees with itself more
-        than with what localises; it is taken where no layer has that grid. Grids may lie further apart than Stable
-        Diffusion's, so rows are normalised: else the coarsest layers win. Order and timestep are those that served the
-        embedded model best on validation scenes.
-        """
-        text = self._text_layers()
-        level = min(map(self._level, text))
-        finest = [name for name in text if self._level(name) == level]
-        halved = [name for name in text if self._level(name) == 1] or finest
-        refine, reference = self_attention_beside(finest[: max(1, len(text) // 3)]), halved[len(halved) // 2]
-        beside = self_attention_beside(text)
-        return LayerPreset(text, beside, reference, refine, order=1, timestep=50, row_normalise=True)
-
-    def _level(self, name: str) -> int:
-        """How often the grid is halved between the latent and a layer."""
-        kind, index = name.split(".")[:2]
-        deepest = len(self.denoiser.config.block_out_channels) - 1
-        if kind == "mid_block":
-            return deepest
-        return int(index) if kind == "down_blocks" else deepest - int(index)
-
-    def grid(self, name: str, latent: tuple[int, ...]) -> tuple[int, ...]:
-        """Height and width of a layer's pixel tokens: the latent's, halved and rounded up so often as the layer is deep."""
-        shrink = 2 ** self._level(name)
-        return -(-latent[0] // shrink), -(-latent[1] // shrink)
-
-
-class XLFamily(UNetFamily):
-    """`UNet2DConditionModel` with size embeddings: Stable Diffusion XL. Two encoders share the token positions."""
-
-    pipeline = "StableDiffusionXLPipeline"
-    encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
-    side_by_side = True
-    unconditional_sink = False  # without a negative prompt the unconditional text is all zeros, and no token differs
-
-    @cached_property
-    def preset(self) -> LayerPreset:
-        """Stable Diffusion XL's by its layout, else a preset that is fitted to the U-Net's grids."""
-        layout = tuple(_unet_layer(f"{block}.{i}") for block, depth in _SDXL_DEPTHS.items() for i in range(depth))
-        if self._text_layers() != layout:
-            return self._generic_preset()
-        return self._named_preset("up_blocks.1.attentions.0.0", _SDXL_FINE)
+from goca_guidance.denoisers.unets import UNETS, unet_family
 
 
 # ---- transformers with cross-attention -------------------------------------------------------------------------------
@@ -144,6 +54,7 @@ ADAPTERS: dict[str, type[Family]] = {
     "HunyuanDiT2DModel": HunyuanFamily,
     **JOINT,
     **FRAMES,
+    **UNETS,
 }
 
 
@@ -157,7 +68,7 @@ def family_of(denoiser: Any) -> Family:
             f"Expected a denoiser of diffusers, but got {names[0]}: pass the model itself, not a wrapper."
         )
     if "UNet2DConditionModel" in names:
-        return (UNetFamily if denoiser.config.addition_embed_type is None else XLFamily)(denoiser, compiled)
+        return unet_family(denoiser)(denoiser, compiled)
     return next((ADAPTERS[name] for name in names if name in ADAPTERS), Family)(denoiser, compiled)
 
 
@@ -186,9 +97,3 @@ def text_encoders_of(pipe, family: Family) -> list[tuple[Any, Any]]:
     found = [(getattr(pipe, model, None), getattr(pipe, tokenizer, None)) for model, tokenizer in family.encoders]
     found = [(model, tokenizer) for model, tokenizer in found if tokenizer is not None]
     return found[:1] if family.side_by_side else found
-
-
-def _unet_layer(place: str) -> str:
-    """`up_blocks.1.attentions.0.1` to the full name of that transformer block's cross-attention."""
-    attention, _, block = place.rpartition(".")
-    return f"{attention}.transformer_blocks.{block}.attn2"

@@ -21,8 +21,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 
 from goca_guidance.config import RELEASED, GoCAConfig
-from goca_guidance.denoisers.adapters import ADAPTERS, UNetFamily, XLFamily, denoiser_of, family_of, text_encoders_of
+from goca_guidance.denoisers.adapters import ADAPTERS, denoiser_of, family_of, text_encoders_of
 from goca_guidance.denoisers.base import DenoiserCall, Family, _warn_of_generic_preset, check_whole
+from goca_guidance.denoisers.unets import UNetFamily, XLFamily
 from goca_guidance.stock import named_pipeline
 from tests.helpers import families
 from tests.helpers.families import BERT_TOKENS, FAMILIES, HUNYUAN_T5_TOKENS, MAX_TOKENS, stock_pipeline
