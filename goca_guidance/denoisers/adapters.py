@@ -10,6 +10,8 @@ from goca_guidance.config import LayerPreset
 from goca_guidance.denoisers.base import Family, self_attention_beside
 from goca_guidance.denoisers.frames import FRAMES
 from goca_guidance.denoisers.joint import JOINT
+from goca_guidance.denoisers.packed import PACKED
+from goca_guidance.denoisers.streams import STREAMS
 from goca_guidance.denoisers.unets import UNETS, unet_family
 
 
@@ -53,6 +55,8 @@ ADAPTERS: dict[str, type[Family]] = {
     "PixArtTransformer2DModel": PixArtFamily,
     "HunyuanDiT2DModel": HunyuanFamily,
     **JOINT,
+    **PACKED,
+    **STREAMS,
     **FRAMES,
     **UNETS,
 }
@@ -95,5 +99,5 @@ def denoiser_of(components: Mapping) -> torch.nn.Module:
 def text_encoders_of(pipe, family: Family) -> list[tuple[Any, Any]]:
     """The text encoders whose tokens the denoiser sees, with their tokenizers; None for an encoder that is not loaded."""
     found = [(getattr(pipe, model, None), getattr(pipe, tokenizer, None)) for model, tokenizer in family.encoders]
-    found = [(model, tokenizer) for model, tokenizer in found if tokenizer is not None]
+    found = [(model, getattr(it, "tokenizer", it)) for model, it in found if it is not None]  # a processor has one
     return found[:1] if family.side_by_side else found

@@ -88,7 +88,10 @@ class PackedFamily(JointFamily):
         positions = given[self.positions]
         key = id(positions), 0 if positions.is_inference() else positions._version
         if key not in self._grids_read:
-            self._grids_read[key] = positions, _grid(positions.reshape(-1, positions.shape[-1]))
+            tokens = self.sample(given).shape[
+                1
+            ]  # the last ones: positions of the text may stand before, or other images'
+            self._grids_read[key] = positions, _grid(positions.reshape(-1, positions.shape[-1])[-tokens:])
         return self._grids_read[key][1]
 
     @cached_property
@@ -155,7 +158,6 @@ class SD3Family(JointFamily):
 JOINT: dict[str, type[Family]] = {
     "FluxTransformer2DModel": FluxFamily,
     "SD3Transformer2DModel": SD3Family,
-    "ChromaTransformer2DModel": row(PackedFamily, pipeline="ChromaPipeline"),
     "AuraFlowTransformer2DModel": row(
         JointFamily,
         pipeline="AuraFlowPipeline",

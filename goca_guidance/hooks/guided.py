@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, SCFGConfig
@@ -285,7 +286,9 @@ class GuidedCall(Watch):
             self._keep(regions, effective * rate, image)
         if self.mixing.excess and self.mixing.product:
             rate = 1 + (rate - 1) * (effective / scale)
-        return self.family.pack(rate.expand_as(maps))
+        packed = self.family.pack(rate.expand_as(maps))
+        others = delta.shape[1] - packed.shape[1]  # tokens of other pictures that are mixed too
+        return F.pad(packed, (0, 0, 0, others), value=1) if others else packed
 
     def _keep(self, regions, maps, image):
         if image:
