@@ -1,5 +1,6 @@
 """Which step of a loop a forward of the denoiser belongs to, and which predictions it makes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,11 +36,19 @@ class Steps:
         self._place: tuple | None = None  # of it
         self._text: Any = None  # of the last conditional forward
         self._parts = 0  # of the step in progress
+        self._announced: list[
+            int | None
+        ] = []  # predictions of the forwards to come, where a guider tells; None is no half
         self._image = 0  # whose product comes next, where each image has one
 
     def begin(self) -> None:
         """The next forward is the first one of a step, where a loop tells."""
         self.awaited, self._place = False, None
+        self._announced = []
+
+    def announce(self, predictions: Sequence[int | None]) -> None:
+        """Which predictions the next forwards make, where a guider tells: 0 unconditional, 1 conditional, None neither."""
+        self._announced = list(predictions)
 
     def forward(self, call: DenoiserCall, timestep: Any, text: Any) -> tuple[int, ...]:
         """A forward of the loop's own begins: which predictions it makes, none where nothing is mixed."""
@@ -82,6 +91,9 @@ class Steps:
         return image
 
     def _predicted(self, call: DenoiserCall, text: Any) -> tuple[int, ...]:
+        if self._announced:
+            told = self._announced.pop(0)
+            return () if told is None else (told,)
         batch, images = call.batch, self.images or call.batch
         if self.separate is None:
             self.separate = batch == images

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from diffusers import guiders
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.hooks import LayerSkipConfig
 
 from goca_guidance import GoCAConfig, GoCAGuidance, SCFGConfig
+from goca_guidance.guider import RegionMixin, regional
 from tests.helpers.families import FAMILIES, stock_pipeline
 from tests.helpers.guided import NEUTRAL, assert_untouched, guided
 from tests.helpers.modular import modular_pipeline, needs_modular_sd3
@@ -35,7 +38,7 @@ def run(pipe, name, guider, **kwargs):
     pipe.update_components(guider=guider)
     length = {"max_sequence_length": FAMILIES[name].call["max_sequence_length"]} if name == "sd3" else {}
     arguments = {**CALL, **length, "generator": torch.Generator().manual_seed(0), **kwargs}
-    if not isinstance(guider, GoCAGuidance):
+    if not isinstance(guider, RegionMixin):
         return pipe(**arguments), None
     with guider.watching(pipe, keep_regions=True, keep_negative=True) as seen:
         return pipe(**arguments), seen
@@ -158,3 +161,53 @@ def test_a_guider_that_does_not_watch(pipe, name):
     pipe.update_components(guider=guider)
     with pytest.raises(RuntimeError, match=r"with guider.watching\(pipe\)"):
         pipe(**CALL)
+
+
+# ---- beside other guiders --------------------------------------------------------------------------------------------
+SKIPPED = {"fqn": "transformer_blocks", "indices": [1]}
+OTHERS = {  # of diffusers, with arguments
+    "ClassifierFreeZeroStarGuidance": {"zero_init_steps": 0},
+    "TangentialClassifierFreeGuidance": {},
+    "AdaptiveProjectedGuidance": {"adaptive_projected_guidance_rescale": 0.0},
+    "AdaptiveProjectedMixGuidance": {"adaptive_projected_guidance_start_step": 1},
+    "SkipLayerGuidance": {"skip_layer_config": LayerSkipConfig(**SKIPPED), "skip_layer_guidance_start": 0.0},
+    "PerturbedAttentionGuidance": {
+        "perturbed_guidance_config": LayerSkipConfig(
+            **SKIPPED, skip_attention_scores=True, skip_attention=False, skip_ff=False
+        ),
+        "perturbed_guidance_start": 0.0,
+    },
+}
+
+
+@needs_modular_sd3
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_guiders_follow_regions(other):
+    """A rate of one is the guider itself, bit for bit; and every step is guided, a third prediction among them or not."""
+    pipe, stock = modular_pipeline("sd3"), getattr(guiders, other)
+    arguments = {"guidance_scale": 5.0, **OTHERS[other]}
+    expected, _ = run(pipe, "sd3", stock(**arguments))
+    neutral, _ = run(pipe, "sd3", regional(stock)(**arguments, scfg=NEUTRAL))
+    assert torch.equal(neutral, expected)
+    ours, seen = run(pipe, "sd3", regional(stock)(**arguments))
+    assert not torch.allclose(ours, expected, atol=1e-4)
+    assert len(seen.results()[0]) == 2
+    assert_untouched(pipe.transformer)
+
+
+def test_a_regional_guider_is_saved_with_its_choices():
+    made = regional(guiders.AdaptiveProjectedGuidance)
+    guider = made(guidance_scale=4.0, eta=0.5, goca=GoCAConfig(rescale=False), scfg=SCFGConfig(rate_max=2.0))
+    again = made.from_config(guider.config)
+    assert (again.guidance_scale, again.eta, again.goca, again.scfg) == (4.0, 0.5, guider.goca, guider.scfg)
+    assert regional(guiders.AdaptiveProjectedGuidance) is made
+
+
+@pytest.mark.parametrize("other", ["MagnitudeAwareGuidance", "FrequencyDecoupledGuidance", "LTX2Guidance"])
+def test_guiders_without_the_product_are_refused_by_name(other):
+    if not hasattr(guiders, other):
+        pytest.skip(f"this diffusers has no {other}")
+    with pytest.raises(ValueError, match=f"but {other} does not .*use another one"):
+        regional(getattr(guiders, other))
+    with pytest.raises(TypeError, match="Expected a class of diffusers' guiders"):
+        regional(torch.nn.Linear)
