@@ -29,7 +29,7 @@ class Step:
     projections [h*d c] of the text layers, without bias.
     """
 
-    latent: tuple[int, int]
+    latent: tuple[int, ...]
     preset: LayerPreset
     layout: TokenLayout
     unconditional_sink: bool

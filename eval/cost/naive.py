@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.method.maps import as_maps, blur, min_max, nearest, resize
+from goca_guidance.method.maps import as_maps, average, blur, min_max, nearest, over, resize
 from goca_guidance.method.records import AttentionRecord, Regions, TokenLayout
 
 
@@ -23,7 +23,8 @@ class NaiveSegmentor:
     """`GoCASegmentor` in its naive form: the same calls, for the records of every family, joint attention and masks included.
 
     Every field of `GoCAConfig` is supported, and means the same, except the options that trade exactness for
-    speed: `agreement_rows` is not, and for `working_size` stands `working`, grids of layers to the grids that are read.
+    speed: `agreement_rows` is not, and for `working_size` stands `working`, grids of layers to the grids that are read. Grids
+    have two axes, or three, of a video.
     Of the unconditional prediction maps are built where `unconditional_sink` asks for them. Contribution heads need the output
     `projections` too, without bias.
     """
@@ -34,7 +35,7 @@ class NaiveSegmentor:
     unconditional_sink: bool = False
     projections: Mapping[str, Float[Tensor, "hd c"]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
-    working: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    working: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
         config, preset = self.config, self.preset
@@ -96,46 +97,49 @@ class NaiveSegmentor:
     def _read(self, name, rows, grid):  # b r n: of b p n, a row for each pixel of a layer
         return rows if grid == self._views[name].grid else nearest_rows(rows, self._views[name].grid, grid)
 
-    def scores(self) -> Float[Tensor, "b k H W"]:
+    def scores(self) -> Float[Tensor, "b k *S"]:
         """One map in [0, 1] for each region of the layout, at the finest text layer's grid."""
         tokens = columns_of(self._tokens(1), self.layout.columns)
-        groups, content = self.layout.groups.to(self.dtype), self.layout.content[..., None, None]
-        maps = torch.einsum("bmhw,bmk->bkhw", tokens, groups)
-        total = (tokens * content).sum(1, keepdim=True)
-        rivals = ((groups > 0) & content[..., 0]).any(1).sum(-1)  # a single region of content is left as it is
-        divided = (total > 0) & (rivals > 1)[:, None, None, None] & self.config.rescale
+        groups, content = self.layout.groups.to(self.dtype), self.layout.content
+        maps = as_maps(tokens.flatten(2).mT @ groups, tuple(tokens.shape[2:]))
+        total = (tokens * over(content, tokens)).sum(1, keepdim=True)
+        rivals = ((groups > 0) & content[..., None]).any(1).sum(-1)  # a single region of content is left as it is
+        divided = (total > 0) & over(rivals > 1, total) & self.config.rescale
         return self._refined(self._normalised(torch.where(divided, maps / total, maps)))
 
-    def regions(self, size: tuple[int, int]) -> Regions:
+    def regions(self, size: tuple[int, ...]) -> Regions:
         """The argmax over regions, and the foreground: where the sink's share of the text, refined, is below one half."""
         layout, text = self.layout, self._tokens(0 if self.unconditional_sink else 1)
-        winner = self.scores().masked_fill(~layout.present[..., None, None], -torch.inf).argmax(1)
+        scores = self.scores()
+        winner = scores.masked_fill(~over(layout.present, scores), -torch.inf).argmax(1)
         masks = torch.stack([winner == k for k in range(layout.groups.shape[2])], 1)
         sink = columns_of(text, layout.sink)
         foreground = self._normalised(self._refined(sink)) < 0.5
         return Regions(nearest(masks, size), nearest(foreground, size), layout.labels)
 
     def _tokens(self, branch):
-        """b n H W: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, of whose tokens all sum to one at a pixel.
+        """b n *S: A = sum_l w[l] bilinear(sum_h w[h] A[l, h]), clamped at 0, of whose tokens all sum to one at a pixel.
 
-        At a working size it is averaged; but words that share a softmax with pixels are read in the pixels' rows.
+        At a working size it is averaged, of a video each layer; but words that share a softmax with pixels are read in the
+        pixels' rows.
         """
         views = {name: self._views[name] for name in self.preset.text}
         grids = {name: self._grid(name) if view.joint else view.grid for name, view in views.items()}
         size, total, weights = max(grids.values(), key=math.prod), 0, self.weights(branch)
+        working = self._grid(max(views, key=lambda name: math.prod(views[name].grid)))
         for layer, (name, grid) in enumerate(grids.items()):
             text = (self._maps[branch, name][..., views[name].text] * self._shares[branch, name]).sum(1)
             text = as_maps(self._read(name, text, grid), grid)
-            total = total + weights[:, layer, None, None, None] * resize(text, size)
-        working = self._grid(max(views, key=lambda name: math.prod(views[name].grid)))
-        total = F.adaptive_avg_pool2d(total.clamp(min=0), working)
+            text = resize(text, size)
+            total = total + over(weights[:, layer], text) * (average(text, working) if views[name].video else text)
+        total = average(total.clamp(min=0), working)
         return total / total.sum(1, keepdim=True)
 
     def _refined(self, maps):
         if not self.order:
             return maps
         affinity = sum(map(self._affinity, self.preset.refine)) / len(self.preset.refine)
-        size, keys = maps.shape[-2:], self._views[self.preset.refine[0]].grid
+        size, keys = tuple(maps.shape[2:]), self._views[self.preset.refine[0]].grid
         for _ in range(self.order):
             maps = as_maps(affinity @ resize(maps, keys).flatten(2).mT, size)
         return min_max(maps)
@@ -147,7 +151,7 @@ class NaiveSegmentor:
         return min_max(blur(maps, size, self.config.blur_sigma * relative))
 
 
-def columns_of(text: Float[Tensor, "b n H W"], columns: Int[Tensor, "b m"]) -> Float[Tensor, "b m H W"]:
+def columns_of(text: Float[Tensor, "b n *S"], columns: Int[Tensor, "b m"]) -> Float[Tensor, "b m *S"]:
     """Some tokens of each image's text."""
     return torch.stack([maps[at] for maps, at in zip(text, columns, strict=True)])
 
@@ -167,12 +171,12 @@ def head_shares(output: Tensor, projection: Float[Tensor, "hd c"]) -> Float[Tens
 
 
 def resize_affinity(
-    affinity: Tensor, queries: tuple[int, int], keys: tuple[int, int], target: tuple[int, int]
+    affinity: Tensor, queries: tuple[int, ...], keys: tuple[int, ...], target: tuple[int, ...]
 ) -> Float[Tensor, "b P Q"]:
     """A self-attention map b p q on another grid: its keys bilinear, its queries nearest (GoCA, layers)."""
     return nearest_rows(resize(affinity.unflatten(-1, keys), target).flatten(2), queries, target)
 
 
-def nearest_rows(rows: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Float[Tensor, "b P n"]:
+def nearest_rows(rows: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Float[Tensor, "b P n"]:
     """Rows b p n of a grid's pixels on another grid, nearest."""
     return F.interpolate(rows.mT.unflatten(-1, grid), target, mode="nearest").flatten(2).mT

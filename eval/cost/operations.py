@@ -13,6 +13,7 @@ layer from the sizes of the attention calls, each product and each probability o
 Elementwise work (sums over heads, resizing, blurs, the rate) is not counted, and tensors are in half precision.
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Layer:
     """Sizes of one attention call of one image: `pixels` queries on `grid`, `keys` (of them `image` pixels), `channels` of
     all `heads` together."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     keys: int
     image: int
     heads: int
@@ -43,7 +44,7 @@ class Layer:
 
     @property
     def pixels(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
     @property
     def joint(self) -> bool:
@@ -101,9 +102,9 @@ def recomputed(layer: Layer, order: int) -> Cost:
     return Cost(4 * p * n * c * order, p * n * layer.heads * order, HALF * c * (p + n) * order)
 
 
-def rows_read(layer: Layer, grid: tuple[int, int]) -> int:
+def rows_read(layer: Layer, grid: tuple[int, ...]) -> int:
     """Query rows that the nearest resize to `grid` reads."""
-    return min(layer.grid[0], grid[0]) * min(layer.grid[1], grid[1])
+    return math.prod(map(min, layer.grid, grid))
 
 
 def added(step: "StockStep") -> dict[str, Cost]:

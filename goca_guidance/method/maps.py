@@ -148,8 +148,8 @@ def pull_affinity(
 def coarser(grid: tuple[int, ...], side: int | None) -> tuple[int, ...]:
     """The grid, shrunk until the longer side of a picture is at most `side`, and frames are at most half as many.
 
-    Frames and pictures shrink apart, so that a longer video is not read less sharply. Half as many frames: between two of them
-    a thing moves by less than it is wide.
+    Frames and pictures shrink apart, so that the pictures of a longer video are read as sharply. That frames are half as many
+    (ours) shrinks space and time about alike in the usual videos: Wan's 21 x 30 x 52 is 12 x 14 x 24 at 24.
     """
     *frames, height, width = grid
     shrink = min(1.0, (side or max(height, width)) / max(height, width))

@@ -1,5 +1,6 @@
 """Records of attention: random ones in small, and those of the first step of each family's tiny model."""
 
+import math
 from functools import cache
 
 import torch
@@ -14,7 +15,7 @@ from tests.helpers.families import FAMILIES, stock_pipeline
 def record(name="layer", b=2, heads=3, grid=(4, 4), keys=None, d=5, seed=0, channels=7, view=None):
     """Text keys, so many as `keys`, or else the pixels' own; a view says otherwise."""
     g = torch.Generator().manual_seed(seed)
-    pixels = grid[0] * grid[1]
+    pixels = math.prod(grid)
     view = view or AttentionView(grid, **{"text" if keys else "image": slice(0, keys or pixels)})
     keys = keys or pixels
     q, k, v = (torch.randn(b, heads, n, d, generator=g) for n in (pixels, keys, keys))
@@ -56,5 +57,7 @@ def same(ours: Regions, theirs: Regions) -> bool:
 
 def resized_affinity(a, grid, reference):
     """The naive form: keys bilinear, queries nearest."""
-    keys = F.interpolate(a.unflatten(-1, grid), reference, mode="bilinear").flatten(-2)
-    return F.interpolate(keys.mT.unflatten(-1, grid), reference, mode="nearest").flatten(-2).mT
+    keys = F.interpolate(a.unflatten(-1, grid), reference, mode="bilinear" if len(grid) == 2 else "trilinear").flatten(
+        2
+    )
+    return F.interpolate(keys.mT.unflatten(-1, grid), reference, mode="nearest").flatten(2).mT
