@@ -256,6 +256,7 @@ def test_what_is_held_of_a_video_before_its_reference(monkeypatch):
     )
     fed(segmentor, records[4:])
     assert held._held == {}
+    assert {maps.shape[3:] for _, maps in held._maps} == {(2, 3, 4)}
     assert held.weights().shape == (1, 4)
 
 
