@@ -25,6 +25,8 @@ from tests.helpers.loops.tiny_loop import TinyLoop, seeded
 FRAMES = 9  # three latent frames
 PICTURE_TOKENS = 16
 _SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<image>", "<pad>"]
+_VISION = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_VISION |= {"image_size": 32, "patch_size": 8}
 _LLAMA = {"hidden_size": TEXT, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
 
 
@@ -53,19 +55,20 @@ def _llama_config() -> transformers.LlamaConfig:
 
 def _llama() -> dict[str, Any]:
     texts = {"text_encoder": transformers.LlamaModel(_llama_config()), "tokenizer": _tokenizer()}
-    return texts | _clip(transformers.CLIPTextModel, "_2")
+    return texts | _clip(transformers.CLIPTextModel, "_2", max_length=77)
 
 
 def _llava() -> dict[str, Any]:
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=8, projection_dim=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, intermediate_size=16
+    vision = transformers.CLIPVisionConfig(**_VISION, projection_dim=8)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=_llama_config(),
+        image_token_index=_SPECIAL.index("<image>"),
+        pad_token_id=5,
     )
-    vision.patch_size = 8
-    config = transformers.LlavaConfig(vision, _llama_config(), image_token_index=_SPECIAL.index("<image>"))
-    config.pad_token_id = 5
     texts = {"text_encoder": transformers.LlavaForConditionalGeneration(config), "tokenizer": _tokenizer()}
     processor = transformers.CLIPImageProcessor(crop_size=32, size=32)
-    return texts | _clip(transformers.CLIPTextModel, "_2") | {"image_processor": processor}
+    return texts | _clip(transformers.CLIPTextModel, "_2", max_length=77) | {"image_processor": processor}
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------------------
@@ -108,15 +111,12 @@ def _framepack() -> dict[str, Any]:
     transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
         in_channels=4, has_image_proj=True, image_proj_dim=8, has_clean_x_embedder=True, **SIZES
     )
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, intermediate_size=16, patch_size=8
-    )
     return {
         "transformer": transformer,
         "vae": vae(),
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         **_llama(),
-        "image_encoder": transformers.SiglipVisionModel(vision),
+        "image_encoder": transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**_VISION)),
         "feature_extractor": transformers.SiglipImageProcessor(size={"height": 32, "width": 32}),
     }
 
