@@ -25,7 +25,13 @@ def _anyflow(model: type = diffusers.AnyFlowTransformer3DModel, **changes) -> di
 
 
 _far = partial(_anyflow, diffusers.AnyFlowFARTransformer3DModel, chunk_partition=(1, 2), full_chunk_limit=2)
-_CALL = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "guidance_scale": 5.0, "max_sequence_length": MAX_TOKENS}
+_CALL = {
+    "height": HEIGHT,
+    "width": WIDTH,
+    "num_frames": FRAMES,
+    "guidance_scale": 5.0,
+    "max_sequence_length": MAX_TOKENS,
+}
 LOOPS = {
     "AnyFlowPipeline": TinyLoop(partial(seeded, _anyflow), _CALL),
     "AnyFlowFARPipeline": TinyLoop(partial(seeded, _far), _CALL),

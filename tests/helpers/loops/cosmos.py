@@ -15,7 +15,8 @@ import torch
 
 from tests.helpers.families import MAX_TOKENS
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture, video
-from tests.helpers.loops.texts_qwen import LAYERS, WIDTH as TEXT, qwen2_5_vl, qwen_tokenizer
+from tests.helpers.loops.texts_qwen import LAYERS, qwen2_5_vl, qwen_tokenizer
+from tests.helpers.loops.texts_qwen import WIDTH as TEXT
 from tests.helpers.loops.texts_t5 import t5
 from tests.helpers.loops.tiny_loop import TinyLoop, seeded
 from tests.helpers.loops.wan import vae

@@ -93,9 +93,20 @@ LOOPS = {
         partial(seeded, _allegro),
         _SMALL | {"num_frames": FRAMES, "max_sequence_length": MAX_TOKENS, "clean_caption": False},
     ),
-    "LattePipeline": TinyLoop(partial(seeded, _latte), {"height": 16, "width": 32} | {"video_length": 3, "clean_caption": False}),
+    "LattePipeline": TinyLoop(
+        partial(seeded, _latte), {"height": 16, "width": 32} | {"video_length": 3, "clean_caption": False}
+    ),
     "SanaVideoPipeline": TinyLoop(
-        partial(seeded, partial(_sana, partial(diffusers.DPMSolverMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction"))), _SANA
+        partial(
+            seeded,
+            partial(
+                _sana,
+                partial(
+                    diffusers.DPMSolverMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction"
+                ),
+            ),
+        ),
+        _SANA,
     ),
     "SanaImageToVideoPipeline": TinyLoop(
         partial(seeded, partial(_sana, diffusers.FlowMatchEulerDiscreteScheduler)), _SANA | {"image": picture()}

@@ -14,7 +14,8 @@ import diffusers
 import torch
 
 from tests.helpers.loops.pictures import HEIGHT, WIDTH
-from tests.helpers.loops.texts_qwen import WIDTH as TEXT, qwen2_5_vl, qwen_tokenizer
+from tests.helpers.loops.texts_qwen import WIDTH as TEXT
+from tests.helpers.loops.texts_qwen import qwen2_5_vl, qwen_tokenizer
 from tests.helpers.loops.tiny_loop import TinyLoop, seeded
 
 
@@ -23,7 +24,12 @@ FRAMES = 9  # three latent frames
 
 def _vae() -> diffusers.AutoencoderKLMagvit:
     """Shrinks frames by 4 and pixels by 8."""
-    down = ("SpatialDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D")
+    down = (
+        "SpatialDownBlock3D",
+        "SpatialTemporalDownBlock3D",
+        "SpatialTemporalDownBlock3D",
+        "SpatialTemporalDownBlock3D",
+    )
     up = ("SpatialUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D")
     return diffusers.AutoencoderKLMagvit(
         down_block_types=down,
@@ -59,10 +65,17 @@ def _easy(in_channels: int = 4) -> dict[str, Any]:
 
 
 _VIDEO = torch.rand(1, 3, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
-_CALL: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "guidance_scale": 5.0, "negative_prompt": ""}
+_CALL: dict[str, Any] = {
+    "height": HEIGHT,
+    "width": WIDTH,
+    "num_frames": FRAMES,
+    "guidance_scale": 5.0,
+    "negative_prompt": "",
+}
 LOOPS = {
     "EasyAnimatePipeline": TinyLoop(partial(seeded, _easy), _CALL),
     "EasyAnimateInpaintPipeline": TinyLoop(
-        partial(seeded, partial(_easy, 9)), _CALL | {"video": _VIDEO, "mask_video": torch.full_like(_VIDEO[:, :1], 255)}
+        partial(seeded, partial(_easy, 9)),
+        _CALL | {"video": _VIDEO, "mask_video": torch.full_like(_VIDEO[:, :1], 255)},
     ),
 }

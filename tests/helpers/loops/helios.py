@@ -20,10 +20,13 @@ _SIZES = {name: value for name, value in SIZES.items() if name != "rope_max_seq_
 
 
 def _helios() -> dict[str, Any]:
-    transformer = diffusers.HeliosTransformer3DModel(
-        in_channels=16, out_channels=16, rope_dim=(4, 4, 4), **_SIZES
-    )
-    return {"transformer": transformer, "vae": vae(), "scheduler": diffusers.HeliosScheduler(stages=1, stage_range=[0, 1], gamma=1/3), **umt5()}
+    transformer = diffusers.HeliosTransformer3DModel(in_channels=16, out_channels=16, rope_dim=(4, 4, 4), **_SIZES)
+    return {
+        "transformer": transformer,
+        "vae": vae(),
+        "scheduler": diffusers.HeliosScheduler(stages=1, stage_range=[0, 1], gamma=1 / 3),
+        **umt5(),
+    }
 
 
 LOOPS = {

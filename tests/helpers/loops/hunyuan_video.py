@@ -18,7 +18,8 @@ import transformers
 
 from tests.helpers.families import MAX_TOKENS, _clip
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture
-from tests.helpers.loops.texts_qwen import WIDTH as TEXT, byte_level_tokenizer, qwen2_5_vl, qwen_tokenizer
+from tests.helpers.loops.texts_qwen import WIDTH as TEXT
+from tests.helpers.loops.texts_qwen import byte_level_tokenizer, qwen2_5_vl, qwen_tokenizer
 from tests.helpers.loops.tiny_loop import TinyLoop, seeded
 
 

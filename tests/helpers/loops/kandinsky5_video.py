@@ -14,7 +14,8 @@ import transformers
 from tests.helpers.families import _clip
 from tests.helpers.loops.hunyuan_video import vae
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture
-from tests.helpers.loops.texts_qwen import WIDTH as TEXT, qwen2_5_vl, qwen2_5_vl_processor
+from tests.helpers.loops.texts_qwen import WIDTH as TEXT
+from tests.helpers.loops.texts_qwen import qwen2_5_vl, qwen2_5_vl_processor
 from tests.helpers.loops.tiny_loop import TinyLoop, seeded
 
 

@@ -16,7 +16,8 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 from tests.helpers.families import MAX_TOKENS
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture
-from tests.helpers.loops.texts_llm import SMALL, WIDTH as TEXT, gemma2
+from tests.helpers.loops.texts_llm import SMALL, gemma2
+from tests.helpers.loops.texts_llm import WIDTH as TEXT
 from tests.helpers.loops.tiny_loop import TinyLoop, seeded
 
 
@@ -135,7 +136,12 @@ _CALL: dict[str, Any] = {
     "negative_prompt": "",
     "max_sequence_length": MAX_TOKENS,
 }
-_AUDIO = {"audio_guidance_scale": 1.0, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0, "audio_guidance_rescale": 0.0}
+_AUDIO = {
+    "audio_guidance_scale": 1.0,
+    "audio_stg_scale": 0.0,
+    "audio_modality_scale": 1.0,
+    "audio_guidance_rescale": 0.0,
+}
 _PICTURE = [LTX2VideoCondition(picture(), crf=0)]  # other numbers want a video codec
 _ltx2_parts = partial(seeded, _ltx2)
 LOOPS = {

@@ -19,7 +19,9 @@ from tests.helpers.loops.wan import FRAMES, PICTURE, SIZES, vae
 
 def _skyreels(in_channels: int = 16, **changes) -> dict[str, Any]:
     made = diffusers.SkyReelsV2Transformer3DModel(in_channels=in_channels, out_channels=16, **SIZES | changes)
-    scheduler = diffusers.UniPCMultistepScheduler(flow_shift=8.0, use_flow_sigmas=True, prediction_type="flow_prediction")
+    scheduler = diffusers.UniPCMultistepScheduler(
+        flow_shift=8.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
     return {"transformer": made, "vae": vae(), "scheduler": scheduler, **umt5()}
 
 
@@ -37,7 +39,9 @@ LOOPS = {
         partial(seeded, _image_to_video), _SMALL | {"num_frames": FRAMES, "image": picture()}
     ),
     "SkyReelsV2DiffusionForcingPipeline": TinyLoop(partial(seeded, _forcing), _CALL),
-    "SkyReelsV2DiffusionForcingImageToVideoPipeline": TinyLoop(partial(seeded, _forcing), _CALL | {"image": picture()}),
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": TinyLoop(
+        partial(seeded, _forcing), _CALL | {"image": picture()}
+    ),
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": TinyLoop(
         partial(seeded, _forcing),
         _CALL | {"video": video(5), "num_frames": 13, "base_num_frames": 13, "overlap_history": 5},
