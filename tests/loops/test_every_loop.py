@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers.loops.every import LOOPS
 from tests.helpers.loops.tiny_loop import build, run
-from tests.helpers.loops.trace import latents, scale_of, traced
+from tests.helpers.loops.trace import latents, own, scale_of, traced
 
 
 GUIDED = sorted(name for name, loop in LOOPS.items() if loop.guided)
@@ -34,5 +34,5 @@ def test_the_loop_mixes_as_it_is_described(name):
     assert len(mixing) == loop.guided
     for step in mixing:
         assert not torch.equal(step.u, step.c)
-        expected = loop.after(loop.mixed(step.u, step.c, scale_of(stock(name), loop)), *step.at)
-        torch.testing.assert_close(expected, step.given, rtol=1e-4, atol=1e-5)
+        mixture = loop.mixed(step.u, step.c, scale_of(stock(name), loop))
+        torch.testing.assert_close(*own(loop, step, mixture), rtol=1e-4, atol=loop.tolerance)

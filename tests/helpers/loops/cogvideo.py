@@ -14,7 +14,7 @@ import diffusers
 from tests.helpers.families import MAX_TOKENS
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture, video
 from tests.helpers.loops.texts_t5 import t5
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, frames_first, seeded
 
 
 FRAMES = 9  # three latent frames
@@ -54,16 +54,17 @@ def _cogvideo(in_channels: int = 4, **changes) -> dict[str, Any]:
 _SMALL = {"height": HEIGHT, "width": WIDTH, "guidance_scale": 5.0, "max_sequence_length": MAX_TOKENS}
 _CALL = _SMALL | {"num_frames": FRAMES}
 _newer = partial(_cogvideo, patch_size_t=2, use_rotary_positional_embeddings=True)
+_cog = partial(TinyLoop, packed=frames_first)
 LOOPS = {
-    "CogVideoXPipeline": TinyLoop(partial(seeded, _cogvideo), _CALL),
-    "CogVideoXImageToVideoPipeline": TinyLoop(partial(seeded, partial(_cogvideo, 8)), _CALL | {"image": picture()}),
-    "CogVideoXVideoToVideoPipeline": TinyLoop(
+    "CogVideoXPipeline": _cog(partial(seeded, _cogvideo), _CALL),
+    "CogVideoXImageToVideoPipeline": _cog(partial(seeded, partial(_cogvideo, 8)), _CALL | {"image": picture()}),
+    "CogVideoXVideoToVideoPipeline": _cog(
         partial(seeded, _cogvideo), _SMALL | {"video": video(FRAMES), "strength": 0.5}, steps=4
     ),
-    "CogVideoXFunControlPipeline": TinyLoop(
+    "CogVideoXFunControlPipeline": _cog(
         partial(seeded, partial(_cogvideo, 8)), _SMALL | {"control_video": video(FRAMES)}
     ),
 }
 SECOND = {  # CogVideoX 1.5: two latent frames a token, and one more frame where their number is odd
-    "CogVideoXPipeline": TinyLoop(partial(seeded, _newer), _CALL | {"use_dynamic_cfg": True}),
+    "CogVideoXPipeline": _cog(partial(seeded, _newer), _CALL | {"use_dynamic_cfg": True}),
 }

@@ -12,18 +12,20 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
 from tests.helpers.families import MAX_TOKENS
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture, video
 from tests.helpers.loops.texts_qwen import LAYERS, qwen2_5_vl, qwen_tokenizer
 from tests.helpers.loops.texts_qwen import WIDTH as TEXT
 from tests.helpers.loops.texts_t5 import t5
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, later_frames, seeded
 from tests.helpers.loops.wan import vae
 
 
 FRAMES = 9  # three latent frames
 QWEN_TOKENS = 64
+SIGMA_DATA = 0.5
 
 
 class _Safe(torch.nn.Module):
@@ -71,7 +73,7 @@ def _vae() -> diffusers.AutoencoderKLCosmos:
 
 def _first(in_channels: int = 16) -> dict[str, Any]:
     scheduler = diffusers.EDMEulerScheduler(
-        sigma_min=0.002, sigma_max=80, sigma_data=0.5, num_train_timesteps=1000, prediction_type="epsilon"
+        sigma_min=0.002, sigma_max=80, sigma_data=SIGMA_DATA, num_train_timesteps=1000, prediction_type="epsilon"
     )
     parts = {"transformer": _transformer(in_channels), "vae": _vae(), "scheduler": scheduler}
     return {**parts, **t5(), "safety_checker": _Safe()}
@@ -125,14 +127,35 @@ _SMALL = {"height": HEIGHT, "width": WIDTH, "guidance_scale": 4.0, "negative_pro
 _TOKENS = {"max_sequence_length": MAX_TOKENS}
 _CALL = _SMALL | _TOKENS | {"num_frames": FRAMES}
 _QWEN = _SMALL | {"num_frames": FRAMES, "max_sequence_length": QWEN_TOKENS}
+
+
+def _edm(mixture: Tensor, sample: Tensor, timestep: Tensor, sigma: Tensor) -> Tensor:
+    """The sample without noise that the scheduler makes of a prediction (EDM, Table 1); their mixture is that of mixtures."""
+    norm = sigma.double() ** 2 + SIGMA_DATA**2
+    return sample * SIGMA_DATA**2 / norm + mixture * sigma * SIGMA_DATA / norm.sqrt()
+
+
+def _flow(mixture: Tensor, sample: Tensor, timestep: Tensor, sigma: Tensor) -> Tensor:
+    """The loop makes samples without noise, mixes them, and gives their difference from the sample by sigma."""
+    return (sample + mixture) / (sigma.double() + 1)
+
+
+_loop = partial(TinyLoop, excess=1)
 LOOPS = {
-    "CosmosTextToWorldPipeline": TinyLoop(partial(seeded, _first), _CALL),
-    "CosmosVideoToWorldPipeline": TinyLoop(partial(seeded, partial(_first, 17)), _CALL | {"image": picture()}),
-    "Cosmos2TextToImagePipeline": TinyLoop(partial(seeded, _second), _SMALL | _TOKENS),
-    "Cosmos2VideoToWorldPipeline": TinyLoop(partial(seeded, partial(_second, 17)), _CALL | {"image": picture()}),
-    "Cosmos2_5_PredictBasePipeline": TinyLoop(partial(seeded, _predict), _QWEN | {"image": picture()}),
-    "Cosmos2_5_TransferPipeline": TinyLoop(
-        partial(seeded, _transfer),
-        _QWEN | {"controls": video(FRAMES), "num_frames_per_chunk": FRAMES},
+    "CosmosTextToWorldPipeline": _loop(partial(seeded, _first), _CALL, after=_edm),
+    "CosmosVideoToWorldPipeline": _loop(
+        partial(seeded, partial(_first, 17)), _CALL | {"image": picture()}, after=_edm, own=later_frames
+    ),
+    "Cosmos2TextToImagePipeline": _loop(partial(seeded, _second), _SMALL | _TOKENS, after=_flow, tolerance=2e-3),
+    "Cosmos2VideoToWorldPipeline": _loop(
+        partial(seeded, partial(_second, 17)),
+        _CALL | {"image": picture()},
+        after=_flow,
+        own=later_frames,
+        tolerance=2e-3,
+    ),
+    "Cosmos2_5_PredictBasePipeline": _loop(partial(seeded, _predict), _QWEN | {"image": picture()}, own=later_frames),
+    "Cosmos2_5_TransferPipeline": _loop(
+        partial(seeded, _transfer), _QWEN | {"controls": video(FRAMES), "num_frames_per_chunk": FRAMES}
     ),
 }

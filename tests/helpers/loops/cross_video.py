@@ -15,7 +15,7 @@ from tests.helpers.families import MAX_TOKENS, _vae
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture
 from tests.helpers.loops.texts_llm import gemma2
 from tests.helpers.loops.texts_t5 import t5
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, later_frames, seeded, without_variance
 from tests.helpers.loops.wan import vae as wan_vae
 
 
@@ -85,6 +85,7 @@ def _sana(scheduler) -> dict[str, Any]:
     return {"transformer": transformer, "vae": wan_vae(), "scheduler": scheduler(), **gemma2(width=32)}
 
 
+_flow = partial(diffusers.DPMSolverMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction")
 _SMALL: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "guidance_scale": 5.0}
 _SANA = _SMALL | {"frames": FRAMES, "use_resolution_binning": False, "max_sequence_length": MAX_TOKENS}
 _SANA |= {"complex_human_instruction": ["a photo of", "the sky"]}
@@ -94,21 +95,14 @@ LOOPS = {
         _SMALL | {"num_frames": FRAMES, "max_sequence_length": MAX_TOKENS, "clean_caption": False},
     ),
     "LattePipeline": TinyLoop(
-        partial(seeded, _latte), {"height": 16, "width": 32} | {"video_length": 3, "clean_caption": False}
+        partial(seeded, _latte),
+        {"height": 16, "width": 32, "video_length": 3, "clean_caption": False},
+        mixed=without_variance,
     ),
-    "SanaVideoPipeline": TinyLoop(
-        partial(
-            seeded,
-            partial(
-                _sana,
-                partial(
-                    diffusers.DPMSolverMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction"
-                ),
-            ),
-        ),
-        _SANA,
-    ),
+    "SanaVideoPipeline": TinyLoop(partial(seeded, partial(_sana, _flow)), _SANA),
     "SanaImageToVideoPipeline": TinyLoop(
-        partial(seeded, partial(_sana, diffusers.FlowMatchEulerDiscreteScheduler)), _SANA | {"image": picture()}
+        partial(seeded, partial(_sana, diffusers.FlowMatchEulerDiscreteScheduler)),
+        _SANA | {"image": picture()},
+        own=later_frames,
     ),
 }

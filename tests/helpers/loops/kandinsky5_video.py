@@ -16,7 +16,7 @@ from tests.helpers.loops.hunyuan_video import vae
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture
 from tests.helpers.loops.texts_qwen import WIDTH as TEXT
 from tests.helpers.loops.texts_qwen import qwen2_5_vl, qwen2_5_vl_processor
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, channels_last, seeded
 
 
 def _kandinsky() -> dict[str, Any]:
@@ -46,6 +46,11 @@ def _kandinsky() -> dict[str, Any]:
 FRAMES = 21  # six latent frames: the first four are normalised by those that follow
 _CALL: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "guidance_scale": 5.0, "negative_prompt": ""}
 LOOPS = {
-    "Kandinsky5T2VPipeline": TinyLoop(partial(seeded, _kandinsky), _CALL | {"num_frames": 9}),
-    "Kandinsky5I2VPipeline": TinyLoop(partial(seeded, _kandinsky), _CALL | {"num_frames": FRAMES, "image": picture()}),
+    "Kandinsky5T2VPipeline": TinyLoop(partial(seeded, _kandinsky), _CALL | {"num_frames": 9}, packed=channels_last),
+    "Kandinsky5I2VPipeline": TinyLoop(
+        partial(seeded, _kandinsky),
+        _CALL | {"num_frames": FRAMES, "image": picture()},
+        packed=channels_last,
+        own=lambda latents: latents[:, 1:],  # the first is the picture
+    ),
 }

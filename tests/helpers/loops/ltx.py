@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any
 
 import diffusers
+from torch import Tensor
 
 from tests.helpers.families import MAX_TOKENS
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture
 from tests.helpers.loops.texts_t5 import t5
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, in_tokens, negated, seeded
 
 
 FRAMES = 17  # three latent frames
@@ -58,9 +59,19 @@ _CALL = {
     "max_sequence_length": MAX_TOKENS,
 }
 _flat = partial(seeded, partial(_ltx, shifted=False))
+
+
+def _later(tokens: Tensor) -> Tensor:
+    """Frames behind the first, which is a picture: the loop unpacks them for its scheduler."""
+    return tokens.unflatten(1, (3, HEIGHT // 8, WIDTH // 8)).movedim(-1, 1)[:, :, 1:]
+
+
+_ltx_loop = partial(TinyLoop, packed=in_tokens)
 LOOPS = {
-    "LTXPipeline": TinyLoop(partial(seeded, _ltx), _CALL),
-    "LTXImageToVideoPipeline": TinyLoop(partial(seeded, _ltx), _CALL | {"image": picture()}),
-    "LTXConditionPipeline": TinyLoop(_flat, _CALL | {"image": picture()}),
-    "LTXI2VLongMultiPromptPipeline": TinyLoop(_flat, _CALL | {"cond_image": picture(), "seed": None}, steps=3),
+    "LTXPipeline": _ltx_loop(partial(seeded, _ltx), _CALL),
+    "LTXImageToVideoPipeline": _ltx_loop(partial(seeded, _ltx), _CALL | {"image": picture()}, own=_later),
+    "LTXConditionPipeline": _ltx_loop(_flat, _CALL | {"image": picture()}, mixed=negated, target_last=True),
+    "LTXI2VLongMultiPromptPipeline": _ltx_loop(
+        _flat, _CALL | {"cond_image": picture(), "seed": None}, steps=3, batch=False
+    ),
 }

@@ -13,12 +13,13 @@ from typing import Any
 import diffusers
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from torch import Tensor
 
 from tests.helpers.families import MAX_TOKENS
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture
 from tests.helpers.loops.texts_llm import SMALL, gemma2
 from tests.helpers.loops.texts_llm import WIDTH as TEXT
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, in_tokens, seeded
 
 
 FRAMES = 17  # three latent frames
@@ -144,10 +145,23 @@ _AUDIO = {
 }
 _PICTURE = [LTX2VideoCondition(picture(), crf=0)]  # other numbers want a video codec
 _ltx2_parts = partial(seeded, _ltx2)
+
+
+def _behind(tokens: Tensor) -> Tensor:
+    """Behind the first frame, which is a picture."""
+    return tokens[:, HEIGHT // 8 * WIDTH // 8 :]
+
+
+def _later(tokens: Tensor) -> Tensor:
+    """Frames behind the first: the loop unpacks them for its scheduler."""
+    return tokens.unflatten(1, (3, HEIGHT // 8, WIDTH // 8)).movedim(-1, 1)[:, :, 1:]
+
+
+_ltx2_loop = partial(TinyLoop, _ltx2_parts, packed=in_tokens)
 LOOPS = {
-    "LTX2Pipeline": TinyLoop(_ltx2_parts, _CALL | _AUDIO),
-    "LTX2ImageToVideoPipeline": TinyLoop(_ltx2_parts, _CALL | _AUDIO | {"image": picture(), "image_crf": 0}),
-    "LTX2ConditionPipeline": TinyLoop(_ltx2_parts, _CALL | _AUDIO | {"conditions": _PICTURE}),
-    "LTX2HDRPipeline": TinyLoop(_ltx2_parts, _CALL),
-    "LTX2InContextPipeline": TinyLoop(_ltx2_parts, _CALL | _AUDIO | {"conditions": _PICTURE}),
+    "LTX2Pipeline": _ltx2_loop(_CALL | _AUDIO),
+    "LTX2ImageToVideoPipeline": _ltx2_loop(_CALL | _AUDIO | {"image": picture(), "image_crf": 0}, own=_later),
+    "LTX2ConditionPipeline": _ltx2_loop(_CALL | _AUDIO | {"conditions": _PICTURE}, own=_behind),
+    "LTX2HDRPipeline": _ltx2_loop(_CALL),
+    "LTX2InContextPipeline": _ltx2_loop(_CALL | _AUDIO | {"conditions": _PICTURE}, own=_behind),
 }

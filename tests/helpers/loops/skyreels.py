@@ -13,7 +13,7 @@ import transformers
 from tests.helpers.families import MAX_TOKENS
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, clip_vision, picture, video
 from tests.helpers.loops.texts_t5 import umt5
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, later_frames, seeded
 from tests.helpers.loops.wan import FRAMES, PICTURE, SIZES, vae
 
 
@@ -40,10 +40,11 @@ LOOPS = {
     ),
     "SkyReelsV2DiffusionForcingPipeline": TinyLoop(partial(seeded, _forcing), _CALL),
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": TinyLoop(
-        partial(seeded, _forcing), _CALL | {"image": picture()}
+        partial(seeded, _forcing), _CALL | {"image": picture()}, own=later_frames
     ),
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": TinyLoop(
         partial(seeded, _forcing),
         _CALL | {"video": video(5), "num_frames": 13, "base_num_frames": 13, "overlap_history": 5},
+        own=lambda latents: latents[:, :, 2:],
     ),
 }

@@ -34,8 +34,23 @@ def as_is(maps: Tensor) -> Tensor:
 
 
 def in_tokens(maps: Tensor) -> Tensor:
-    """b c H W to b (H W) c."""
+    """b c *S to b (*S) c, row-major."""
     return maps.flatten(2).mT
+
+
+def frames_first(maps: Tensor) -> Tensor:
+    """b c F H W to b F c H W."""
+    return maps.transpose(1, 2)
+
+
+def channels_last(maps: Tensor) -> Tensor:
+    """b c F H W to b F H W c."""
+    return maps.movedim(1, -1)
+
+
+def later_frames(maps: Tensor) -> Tensor:
+    """Of b c F H W all but the first, which is a picture that was given."""
+    return maps[:, :, 1:]
 
 
 def in_patches(maps: Tensor) -> Tensor:
@@ -65,6 +80,8 @@ class TinyLoop:
         excess: of the effective scale over the argument: 1 where the loop mixes as `c + s (c - u)`.
         conditional_first: in a step; of two calls the first is, of two halves of a batch the second, unless this says so.
         packed: a guidance map b 1 *S in the form of the predictions that `mixed` multiplies.
+        own: the part of a prediction that is denoised, where the loop puts given frames in place of the others.
+        tolerance: of what the scheduler gets, where the loop divides a difference of large samples by a small sigma.
         target_last: other pictures' tokens stand before the target's, not behind.
     """
 
@@ -81,6 +98,8 @@ class TinyLoop:
     excess: int = 0
     conditional_first: bool | None = None
     packed: Callable[[Tensor], Tensor] = as_is
+    own: Callable[[Tensor], Tensor] = as_is
+    tolerance: float = 1e-5
     target_last: bool = False
 
 

@@ -67,6 +67,11 @@ def watched(pipe, loop: TinyLoop) -> Iterator[list[Step]]:
         predictions.append(_first(output).detach().double())
 
     def given(self, model_output, *args, **kwargs):
+        if not predictions:
+            _add_frame(steps, model_output)
+            return step(self, model_output, *args, **kwargs)
+        if len(predictions) == 2 and len(model_output) == sum(map(len, predictions)):
+            return step(self, model_output, *args, **kwargs)  # Cosmos 1 asks for samples without noise first
         asked = inspect.signature(step).bind(self, model_output, *args, **kwargs).arguments
         sigma = self.sigmas[self.step_index or 0] if hasattr(self, "sigmas") and hasattr(self, "step_index") else None
         at = asked["sample"].double(), torch.as_tensor(asked["timestep"]), sigma
@@ -94,6 +99,20 @@ def _halves(predictions: list[Tensor], loop: TinyLoop, given: Tensor) -> tuple[T
         return None, _target(first, loop, given)
     first, second = _target(first, loop, given), _target(second, loop, given)
     return (second, first) if conditional_first else (first, second)
+
+
+def _add_frame(steps: list[Step], model_output: Tensor) -> None:
+    """Diffusion forcing steps each latent frame by itself; what else comes is not a picture's (LTX-2's sound)."""
+    last = steps[-1]
+    if model_output.ndim == 4 and last.c.ndim == 5:
+        before = last.given.unsqueeze(2) if last.given.ndim == 4 else last.given
+        last.given = torch.cat([before, model_output.double().unsqueeze(2)], 2)
+
+
+def own(loop: TinyLoop, step: Step, mixture: Tensor) -> tuple[Tensor, Tensor]:
+    """What the loop makes of a mixture, and what the scheduler was given, of the part that is denoised."""
+    expected = loop.own(loop.after(mixture, *step.at))
+    return expected, step.given if step.given.shape == expected.shape else loop.own(step.given)
 
 
 def _target(prediction: Tensor, loop: TinyLoop, given: Tensor) -> Tensor:

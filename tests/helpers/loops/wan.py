@@ -112,7 +112,7 @@ LOOPS = {
         partial(seeded, _wan), _SMALL | _TOKENS | {"video": video(FRAMES), "strength": 0.5}, steps=4
     ),
     "WanVACEPipeline": TinyLoop(
-        partial(seeded, _vace), _CALL | {"video": video(FRAMES), "reference_images": [picture()]}
+        partial(seeded, _vace), _CALL | {"video": video(FRAMES), "reference_images": [picture()]}, batch=False
     ),
     "WanAnimatePipeline": TinyLoop(
         partial(seeded, _animate),
