@@ -8,8 +8,10 @@ import torch
 
 from goca_guidance.config import LayerPreset
 from goca_guidance.denoisers.base import Family, self_attention_beside
+from goca_guidance.denoisers.cross import CROSS
 from goca_guidance.denoisers.frames import FRAMES
 from goca_guidance.denoisers.joint import JOINT
+from goca_guidance.denoisers.joint_texts import JOINT_TEXTS
 from goca_guidance.denoisers.packed import PACKED
 from goca_guidance.denoisers.streams import STREAMS
 from goca_guidance.denoisers.unets import UNETS, unet_family
@@ -54,9 +56,11 @@ class HunyuanFamily(Family):
 ADAPTERS: dict[str, type[Family]] = {
     "PixArtTransformer2DModel": PixArtFamily,
     "HunyuanDiT2DModel": HunyuanFamily,
+    **CROSS,
     **JOINT,
     **PACKED,
     **STREAMS,
+    **JOINT_TEXTS,
     **FRAMES,
     **UNETS,
 }
@@ -77,18 +81,21 @@ def family_of(denoiser: Any) -> Family:
 
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")  # names of components
+PRIORS = ("prior", "decoder")  # where a pipeline has none of these (Stable Cascade)
 
 
 def denoisers_of(components: Mapping) -> list[torch.nn.Module]:
     """The denoisers among a pipeline's components, `unet` or `transformer` first."""
-    found = [
-        components[name] for name in DENOISERS if components.get(name) is not None
-    ]  # a compiled module has no truth
+    found = _named(components, DENOISERS) or _named(components, PRIORS)
     if not found:
         raise ValueError(
             f"Expected a `unet` or a `transformer` among the components, but got {', '.join(sorted(components))}."
         )
     return found
+
+
+def _named(components: Mapping, names: tuple[str, ...]) -> list[torch.nn.Module]:
+    return [components[name] for name in names if components.get(name) is not None]  # a compiled module has no truth
 
 
 def denoiser_of(components: Mapping) -> torch.nn.Module:

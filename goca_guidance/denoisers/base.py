@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import ModuleList, Sequential
 
@@ -28,12 +28,14 @@ class DenoiserCall:
     """What one call of a denoiser predicts: so many images, of this latent size, from so many text tokens.
 
     `latent`: H W, or F H W of a video. `others`: tokens of other pictures in the same sequence, behind the image's own.
+    `order` b n: for each image the tokens of the sequence as a view has them, where images are laid out differently.
     """
 
     batch: int
     latent: tuple[int, ...]
     text: int
     others: int = 0
+    order: Int[Tensor, "b n"] | None = None
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class JointFamily(Family):
             return None
         if self.text_first:
             text = slice(start, start + call.text)
-            return AttentionView(grid, text, slice(text.stop, text.stop + pixels))
-        return AttentionView(grid, slice(start + pixels + call.others, keys), slice(start, start + pixels))
+            return AttentionView(grid, text, slice(text.stop, text.stop + pixels), call.order)
+        return AttentionView(grid, slice(start + pixels + call.others, keys), slice(start, start + pixels), call.order)
 
     def latents(self, channels: int) -> tuple[int | None, ...] | None:
         return None

@@ -1,11 +1,14 @@
 """U-Nets: several grids, each level's half the one's above."""
 
+import math
+import re
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.denoisers.base import Family, self_attention_beside
+from goca_guidance.denoisers.base import DenoiserCall, Family, self_attention_beside
+from goca_guidance.method.records import AttentionView
 
 
 # ---- Stable Diffusion ------------------------------------------------------------------------------------------------
@@ -52,6 +55,10 @@ class UNetFamily(Family):
         return LayerPreset(text, self_attention_beside(text), reference, self_attention_beside(refine))
 
     def _generic_preset(self) -> LayerPreset:
+        text = self._text_layers()
+        return self._fitted(text, self_attention_beside(text))
+
+    def _fitted(self, text: tuple[str, ...], beside: tuple[str, ...]) -> LayerPreset:
         """Ours: the finest grid refines, and the reference is the middle layer of half the latent's grid.
 
         Stable Diffusion's and XL's presets have their reference there; a reference of the finest grid agrees with itself more
@@ -59,12 +66,10 @@ class UNetFamily(Family):
         Diffusion's, so rows are normalised: else the coarsest layers win. Order and timestep are those that served the
         embedded model best on validation scenes.
         """
-        text = self._text_layers()
         level = min(map(self._level, text))
-        finest = [name for name in text if self._level(name) == level]
-        halved = [name for name in text if self._level(name) == 1] or finest
-        refine, reference = self_attention_beside(finest[: max(1, len(text) // 3)]), halved[len(halved) // 2]
-        beside = self_attention_beside(text)
+        finest = [name for name, of_text in zip(beside, text, strict=True) if self._level(of_text) == level]
+        halved = [name for name in text if self._level(name) == 1] or [n for n in text if self._level(n) == level]
+        refine, reference = tuple(dict.fromkeys(finest[: max(1, len(text) // 3)])), halved[len(halved) // 2]
         return LayerPreset(text, beside, reference, refine, order=1, timestep=50, row_normalise=True)
 
     def _level(self, name: str) -> int:
@@ -104,10 +109,106 @@ def _unet_layer(place: str) -> str:
     return f"{attention}.transformer_blocks.{block}.attn2"
 
 
+# ---- others ----------------------------------------------------------------------------------------------------------
+class AddedKeysFamily(UNetFamily):
+    """`UNet2DConditionModel` whose text is keys before the pixels' own (`add_k_proj`), asked by pixels alone: DeepFloyd IF.
+
+    Nobody has picked layers, or looked for the sink.
+    """
+
+    pipeline = "IFPipeline"
+    sink = "end"
+    sink_measured = False
+    unconditional_sink = False
+    modules = r"(down_blocks|mid_block|up_blocks)\..*attentions\.\d+"
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        names = tuple(self.attention_modules)
+        return self._fitted(names, names)
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        grid = self.grid(name, call.latent)
+        if (queries, keys) != (math.prod(grid), call.text + math.prod(grid)):
+            return None
+        return AttentionView(grid, slice(0, call.text), slice(call.text, keys))
+
+
+class Kandinsky3Family(UNetFamily):
+    """`Kandinsky3UNet`: in each block the first attention reads pixels, the others read text."""
+
+    pipeline = "Kandinsky3Pipeline"
+    sink = "end"
+    sink_measured = False
+    unconditional_sink = False
+    modules = r"(down|up)_blocks\.\d+\.attentions\.\d+\.attention"
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        text = tuple(name for name in self.attention_modules if not _is_first(name))
+        return self._fitted(text, tuple(re.sub(r"\d+\.attention$", "0.attention", name) for name in text))
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        grid, pixels = self.grid(name, call.latent), _is_first(name)
+        if (queries, keys) != (math.prod(grid), queries if pixels else call.text):
+            return None
+        return AttentionView(grid, image=slice(0, keys)) if pixels else AttentionView(grid, slice(0, keys))
+
+
+def _is_first(name: str) -> bool:
+    return name.endswith("attentions.0.attention")
+
+
+class CascadeFamily(UNetFamily):
+    """`StableCascadeUNet`, the prior: pixels, the prompt's tokens, and what CLIP makes of a whole prompt and of a picture."""
+
+    encoders = (("text_encoder", "tokenizer"),)
+    sink_measured = False
+    unconditional_sink = False
+    modules = r"(down|up)_blocks\..*\.attention"
+    texts = ("clip_text",)
+    branches = (1, 0)
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        if self.denoiser.config.clip_text_in_channels is None:
+            raise ValueError(
+                "Expected a denoiser that reads the tokens of the prompt, but Stable Cascade's decoder gets one vector of "
+                "them: guide the prior, and use the stock decoder."
+            )
+        names = tuple(self.attention_modules)
+        return self._fitted(names, names)
+
+    def _level(self, name: str) -> int:
+        """Levels may have one grid (`switch_level`)."""
+        kind, index = name.split(".")[:2]
+        config = self.denoiser.config
+        level = int(index) if kind == "down_blocks" else len(config.block_out_channels) - 1 - int(index)
+        return level if config.switch_level is None else sum(config.switch_level[:level])
+
+    def grid(self, name: str, latent: tuple[int, ...]) -> tuple[int, ...]:
+        shrink = self.patch * 2 ** self._level(name)
+        return latent[0] // shrink, latent[1] // shrink
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        grid = self.grid(name, call.latent)
+        if queries != (pixels := math.prod(grid)) or keys < pixels + call.text:
+            return None
+        return AttentionView(grid, slice(pixels, pixels + call.text), slice(0, pixels))
+
+
 # ---- choice ----------------------------------------------------------------------------------------------------------
-UNETS: dict[str, type[Family]] = {}
+UNETS: dict[str, type[Family]] = {"Kandinsky3UNet": Kandinsky3Family, "StableCascadeUNet": CascadeFamily}
 
 
 def unet_family(unet: Any) -> type[Family]:
     """The adapter of a `UNet2DConditionModel`, by its configuration."""
-    return UNetFamily if unet.config.addition_embed_type is None else XLFamily
+    config = unet.config
+    if config.encoder_hid_dim_type in ("image_proj", "text_image_proj"):
+        raise ValueError(
+            "Expected a denoiser that reads the tokens of the prompt alone, but Kandinsky 2's is shown the embedding of an "
+            "image: use the stock pipeline."
+        )
+    if "SimpleCrossAttn" in str(config.mid_block_type):
+        return AddedKeysFamily
+    return UNetFamily if config.addition_embed_type is None else XLFamily
