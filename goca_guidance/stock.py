@@ -142,6 +142,13 @@ def guidance_arguments(pipeline: type[DiffusionPipeline], scale: float) -> dict:
     return {name: scale} | ({"negative_prompt": ""} if name == "true_cfg_scale" else {})
 
 
+def unguided(pipeline: type[DiffusionPipeline]) -> dict:
+    """The arguments of a call that makes one prediction."""
+    off = {"guidance_scale": mixing_of(pipeline).least, "true_cfg_scale": 1.0, "pag_scale": 0.0}
+    known = inspect.signature(pipeline.__call__).parameters
+    return {name: value for name, value in off.items() if name in known}
+
+
 def exact_arguments(pipeline: type[DiffusionPipeline]) -> dict:
     """Off, where a pipeline has them: switches that change the size (PixArt, HunyuanDiT) or the prompt (PixArt) of a call."""
     known = inspect.signature(pipeline.__call__).parameters

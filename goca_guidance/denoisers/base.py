@@ -129,6 +129,16 @@ class Family:
         """What is denoised, of the arguments by name."""
         return next(given[name] for name in self.samples if name in given)
 
+    def hand(self, args: tuple, kwargs: Mapping[str, Any], sample: Tensor) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of a call with another sample."""
+        name = next((name for name in self.samples if name in kwargs), None)
+        given = self.as_given(sample)
+        return ((given, *args[1:]), dict(kwargs)) if name is None else (args, {**kwargs, name: given})
+
+    def as_given(self, sample: Tensor) -> Any:
+        """A sample in the form of the denoiser's argument."""
+        return sample
+
     def text(self, given: Mapping[str, Any]) -> list[Tensor]:
         """The texts [b n c] of a call in the order of their tokens."""
         return [given[name] for name in self.texts if given.get(name) is not None]

@@ -40,6 +40,9 @@ class ZImageFamily(JointFamily):
             )
         return torch.stack(list(given["x"]))
 
+    def as_given(self, sample: Float[Tensor, "b c 1 H W"]) -> list[Tensor]:
+        return list(sample)
+
     def text(self, given: Mapping[str, Any]) -> list[Tensor]:
         return [pad_sequence(list(given["cap_feats"]), batch_first=True)]
 

@@ -65,6 +65,9 @@ class Watch:
         """An attention call of it was seen."""
         raise NotImplementedError
 
+    def hand(self, sample: Tensor) -> Tensor | None:
+        """What is to take the place of what the denoiser is called with, or None."""
+
     def on_prediction(self, output: Any) -> Any:
         """The denoiser has predicted: what replaces its output, or None."""
 
@@ -150,7 +153,9 @@ class Watch:
             observer.images = self.call.batch
             self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
             self.text = given.get(self.family.texts[0])
-            self.on_forward(self.call, sample[0].device)
+            self.on_forward(self.call, sample.device)
+            handed = self.hand(sample)
+            return None if handed is None else self.family.hand(args, kwargs, handed)
 
         return before
 

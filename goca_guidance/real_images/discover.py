@@ -54,7 +54,7 @@ def discover(
     """
     noisy = noised(pipe, images, 50 if timestep is None else timestep, 1, generator, height, width)
     forwards = Features(pipe, noisy.family, layer)
-    features = forwards.run(stock, [""] * len(noisy.pictures), noisy.samples)
+    features = forwards.run(stock, [""] * len(noisy.pictures), noisy.samples, noisy.size)
     labels = cut(features, (size, size), threshold, alpha).cpu()
     sizes = [picture.size[::-1] for picture in noisy.pictures]
     return [
@@ -78,11 +78,11 @@ class Features(Forwards):
         self.layer = (encoder if layer is None else layers_named([layer], known))[-1]
         self._features: Any = None  # of the forward in progress
 
-    def run(self, stock, prompts: Sequence[str], samples) -> Float[Tensor, "b c H W"]:
+    def run(self, stock, prompts: Sequence[str], samples, size=None, arguments=None) -> Float[Tensor, "b c H W"]:
         layer = self.family.attention_modules[self.layer]
         with ExitStack() as stack:
             stack.callback(hook_here(layer.register_forward_hook, self._see).remove)
-            return super().run(stock, prompts, samples)
+            return super().run(stock, prompts, samples, size, arguments)
 
     def on_attention(self, record: AttentionRecord) -> None:
         """The layer's output is what is wanted, not its attention."""

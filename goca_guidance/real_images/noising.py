@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, DDPMScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
@@ -12,6 +14,18 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+
+from goca_guidance.denoisers.base import Family
+
+
+def latent_channels(vae) -> int:
+    """Channels of the latents that a denoiser gets, patches of them included."""
+    return (vae.config.get("latent_channels") or vae.config.get("z_dim")) * patchified(vae) ** 2
+
+
+def patchified(vae) -> int:
+    """Side of the patches of latent pixels that a denoiser gets as one: Flux.2 normalises them as a batch."""
+    return 2 if getattr(vae, "bn", None) is not None else 1
 
 
 def encode(
@@ -25,7 +39,7 @@ def encode(
         offloaded = any(hasattr(vae, hook) for hook in ("_hf_hook", "_diffusers_hook"))
         vae = (vae if offloaded else deepcopy(vae)).to(torch.float32)  # other threads may run the shared one
     try:
-        latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
+        latents = _posterior(vae, pixels.to(device, vae.dtype)).float()
     finally:
         if upcast:
             vae.to(loaded)
@@ -33,19 +47,42 @@ def encode(
         raise ValueError(
             f"Expected finite latents, but the autoencoder gave NaN or infinity in {loaded}: use it in float32."
         )
+    return _scaled(vae, latents).to(dtype)
+
+
+def _posterior(vae, pixels) -> Float[Tensor, "b c H W"]:
+    """The mean of the posterior, or what a deterministic autoencoder (Sana's) gives; a picture is a video of one frame."""
+    of_videos = any(p.ndim == 5 for p in vae.encoder.parameters())  # kernels of three axes
+    encoded = vae.encode(pixels[:, :, None] if of_videos else pixels)
+    latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+    return latents[:, :, 0] if of_videos else latents
+
+
+def _scaled(vae, latents: Float[Tensor, "b c H W"]) -> Tensor:
+    """Latents as the denoiser was trained on: by a mean and a deviation of each channel, or by a shift and a factor."""
+    config = vae.config
+    if patchified(vae) > 1:
+        patches, norm = F.pixel_unshuffle(latents, patchified(vae)), vae.bn
+        deviation = (norm.running_var.float() + config.batch_norm_eps).sqrt()
+        return (patches - norm.running_mean.float().view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1)
+    factor = config.get("scaling_factor") or 1.0
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        names = ("latents_mean", "latents_std")
-        channels = (torch.tensor(config[name], dtype=torch.float32, device=device) for name in names)
+        channels = [
+            torch.tensor(config[name], dtype=torch.float32, device=latents.device)
+            for name in ("latents_mean", "latents_std")
+        ]
         mean, deviation = (values.view(1, -1, 1, 1) for values in channels)
-        return ((latents - mean) * config.scaling_factor / deviation).to(dtype)
-    return ((latents - (config.get("shift_factor") or 0)) * config.scaling_factor).to(dtype)
+        return (latents - mean) * factor / deviation
+    return (latents - (config.get("shift_factor") or 0)) * factor
 
 
-def noisy_latents(pipe, latents, timesteps, num_noises, generator) -> list[tuple[float, Float[Tensor, "b c H W"]]]:
+def noisy_latents(
+    pipe, family: Family, latents, timesteps, num_noises, generator
+) -> list[tuple[float, Float[Tensor, "b c H W"]]]:
     """Noise samples of the latents at each timestep, with the timestep as the denoiser is told it."""
     if generator is None:
         generator = [torch.Generator().manual_seed(0) for _ in latents]
-    noise_at = _flow_noise if _is_flow(pipe.scheduler) else _diffusion_noise
+    noise_at = partial(_flow_noise, _tokens(family, latents)) if _is_flow(pipe.scheduler) else _diffusion_noise
     found = []
     for t in timesteps:
         for _ in range(num_noises):
@@ -69,9 +106,13 @@ def _diffusion_noise(pipe, latents, noise, t):
     return t, noiser.add_noise(latents, noise, torch.tensor([t], dtype=torch.long, device=latents.device))
 
 
-def _flow_noise(pipe, latents, noise, t):
-    """On the scheduler's own schedule, shifted for this size: (1 - s) x + s noise."""
-    config, tokens = pipe.scheduler.config, latents.shape[-2] * latents.shape[-1] // 4
+def _tokens(family, latents) -> int:
+    return math.prod(family.grid(family.preset.reference, tuple(latents.shape[-2:])))
+
+
+def _flow_noise(tokens, pipe, latents, noise, t):
+    """On the scheduler's own schedule, shifted for this many pixel tokens: (1 - s) x + s noise."""
+    config = pipe.scheduler.config
     steps, shift = config.num_train_timesteps, config.get("shift") or config.get("flow_shift") or 1.0
     if config.get("use_dynamic_shifting"):
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
@@ -81,11 +122,14 @@ def _flow_noise(pipe, latents, noise, t):
 
 
 class HandingScheduler(SchedulerMixin, ConfigMixin):
-    """A schedule whose steps hand out given latents: the denoiser sees exactly these, at these timesteps."""
+    """A schedule whose steps hand out given latents: the denoiser sees exactly these, at these timesteps.
+
+    Where none are given, the loop's own are left as they are.
+    """
 
     order, init_noise_sigma = 1, 1.0
 
-    def __init__(self, config, handed: Sequence[tuple[float, Tensor]]):
+    def __init__(self, config, handed: Sequence[tuple[float, Tensor | None]]):
         self._internal_dict, self._handed = config, handed
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
@@ -106,4 +150,5 @@ class HandingScheduler(SchedulerMixin, ConfigMixin):
         """The next latents; after the last ones, those again. PixArt-alpha takes the second field of a single step."""
         self._step += 1
         following = self._handed[min(self._step, len(self._handed) - 1)][1]
+        following = sample if following is None else following
         return SchedulerOutput(prev_sample=following) if return_dict else (following, following)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, get_type_hints
 from unicodedata import category
 
 import torch
@@ -18,7 +18,7 @@ from goca_guidance.hooks.observer import check_seen
 from goca_guidance.method.maps import resize
 from goca_guidance.method.records import AttentionRecord
 from goca_guidance.method.segmentor import GoCASegmentor, ScoringSegmentor
-from goca_guidance.real_images.forwards import Forwards, noised
+from goca_guidance.real_images.forwards import Forwards, check_further, noised
 from goca_guidance.schema import Count, checked, read
 
 
@@ -81,6 +81,7 @@ def segment(
     width: Count | None = None,
     goca: GoCAConfig | None = None,
     segmentor: Callable[..., ScoringSegmentor] = GoCASegmentor,
+    **arguments,
 ) -> Segmentation:
     """Segment real images by class names (GoCA, arXiv 2603.06178): noise at `timestep`, one forward, regions, argmax.
 
@@ -102,6 +103,8 @@ def segment(
         height, width: size that the image is resized to for the model, in pixels; None is the model's native size.
         goca: how attention becomes maps.
         segmentor: what makes the maps, a [`~goca_guidance.method.segmentor.ScoringSegmentor`].
+        arguments: further ones of the stock pipeline's call that matter to a forward, such as `max_sequence_length` (Flux
+            reads 512 text tokens by default, mostly padding).
 
     Returns:
         [`Segmentation`].
@@ -110,6 +113,7 @@ def segment(
     entities = rule.entities if rule else ()
     groups = _checked_names(classes, entities)
     goca = goca or GoCAConfig()
+    check_further(stock, arguments, get_type_hints(segment, include_extras=True))
     timestep = goca.timestep if timestep is None else timestep
     noisy = noised(pipe, images, timestep, num_noises, generator, height, width)
     shared, count = isinstance(groups[0], str), len(noisy.pictures)
@@ -123,7 +127,7 @@ def segment(
     asked = [[*extra, *[""] * (most - len(extra)), *names] for names, extra in zip(each, others, strict=True)]
     merged = most if rule and rule.merged else 0
     forwards = ClassForwards(pipe, noisy.family, asked, goca, segmentor, merged)
-    scores = forwards.run(stock, prompts, noisy.samples)
+    scores = forwards.run(stock, prompts, noisy.samples, noisy.size, arguments)
     if not torch.isfinite(scores).all():
         raise ValueError("Expected finite attention, but the scores hold NaN or infinity: use float32 or bfloat16.")
     last = () if rule is None else ("background",)

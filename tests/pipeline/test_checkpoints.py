@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 
+from goca_guidance.denoisers.adapters import family_of
 from goca_guidance.denoisers.layouts import named_words
 from goca_guidance.denoisers.words import Encoded, encoder_ids
 from goca_guidance.hooks.observer import AttentionObserver
@@ -41,7 +42,7 @@ def test_shifted_noise_is_the_schedulers(shift):
     """The shift by hand against what the scheduler itself does with the same sigma."""
     pipe = stock_pipeline("sd3")
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    ((told, _),) = noisy_latents(pipe, torch.zeros(1, 16, 16, 16), [100], 1, None)
+    ((told, _),) = noisy_latents(pipe, family_of(pipe.transformer), torch.zeros(1, 16, 16, 16), [100], 1, None)
     pipe.scheduler.set_timesteps(sigmas=[0.1])
     assert told == pytest.approx(pipe.scheduler.timesteps[0].item(), rel=1e-5)
 
