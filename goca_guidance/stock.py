@@ -19,6 +19,7 @@ from goca_guidance.schema import shown
 PREFIX = "GoCASCFG"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 WEIGHTS = (".safetensors", ".bin")
+LOOKING = ("Flux2Pipeline", "Flux2KleinPipeline", "ZImageOmniPipeline", "BriaFibo2Pipeline")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -156,7 +157,9 @@ def exact_arguments(pipeline: type[DiffusionPipeline]) -> dict:
 
 
 def is_text_to_image(pipeline: type[DiffusionPipeline]) -> bool:
-    """Whether a pipeline needs no picture."""
+    """Whether a pipeline needs no picture; in some it is one to look at, if any."""
+    if pipeline.__name__.removeprefix(PREFIX) in LOOKING:
+        return True
     return not {"image", "control_image"} & set(inspect.signature(pipeline.__call__).parameters)
 
 

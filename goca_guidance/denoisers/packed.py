@@ -67,7 +67,9 @@ class FiboFamily(PackedFamily):
 PACKED: dict[str, type[Family]] = {
     "QwenImageTransformer2DModel": row(QwenFamily, pipeline="QwenImagePipeline"),
     "ChromaTransformer2DModel": row(PackedFamily, pipeline="ChromaPipeline"),
-    "Flux2Transformer2DModel": row(PackedFamily, patch=1),  # whose latent pixels are patches already
+    "Flux2Transformer2DModel": row(
+        PackedFamily, pipeline="Flux2KleinPipeline", patch=1
+    ),  # whose latent pixels are patches already
     "OvisImageTransformer2DModel": row(PackedFamily, pipeline="OvisImagePipeline"),
     "LongCatImageTransformer2DModel": row(PackedFamily, pipeline="LongCatImagePipeline"),
     "BriaTransformer2DModel": row(PackedFamily, pipeline="BriaPipeline"),
