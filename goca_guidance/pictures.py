@@ -1,4 +1,4 @@
-"""What people look at: overlays with a legend, strips of regions over the steps, animated guidance maps."""
+"""What people look at: overlays with a legend, strips of regions over steps and frames, animated regions and guidance maps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,40 +56,75 @@ def _painted(image, label_map, strength=0.6):
 
 @checked
 def region_strip(regions: Annotated[Sequence[Regions], FILLED], sample: int = 0, columns: Count = 8) -> Figure:
-    """Regions of one image over its guided steps, evenly chosen; what is not foreground is pale."""
-    steps = np.unique(np.linspace(0, len(regions) - 1, min(columns, len(regions))).round().astype(int))
-    names = regions[0].labels[sample]
-    figure, axes = _panels(1, len(steps), legend=True, panel=1.5)
-    for axis, step in zip(axes, steps, strict=True):
-        axis.imshow(painted_regions(regions[step], sample))
-        axis.set_title(f"step {step + 1}", fontsize=8)
-    _legend(figure, [(name, colour(i)) for i, name in enumerate(names)])
+    """Regions of one image over its guided steps, evenly chosen; what is not foreground is pale.
+
+    Of a video a film strip for each of these steps: frames, evenly chosen too, side by side.
+    """
+    drawn = [(f"step {step + 1}", painted_regions(regions[step], sample)) for step in _chosen(len(regions), columns)]
+    rows, (*frames, height, width) = 1, regions[0].masks.shape[2:]
+    if frames:
+        rows, shown = len(drawn), _chosen(frames[0], columns)
+        steps = [f"{step}, " if rows > 1 else "" for step, _ in drawn]
+        drawn = [(f"{s}frame {n + 1}", video[n]) for s, (_, video) in zip(steps, drawn, strict=True) for n in shown]
+    figure, axes = _panels(rows, len(drawn) // rows, legend=True, panel=1.5, height=1.5 * min(1, height / width))
+    for axis, (title, picture) in zip(axes, drawn, strict=True):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=8)
+    _legend(figure, [(name, colour(i)) for i, name in enumerate(regions[0].labels[sample])])
     return figure
+
+
+def _chosen(count, most):
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
 
 
 @checked
 def painted_regions(regions: Regions, sample: int = 0) -> np.ndarray:
-    """Regions of one image in colours, H W 3 in [0, 1]; what is not foreground is pale."""
+    """Regions of one image or video in colours, *S 3 in [0, 1]; what is not foreground is pale."""
     paint = np.array([colour(i) for i in range(len(regions.labels[sample]))])[as_labels(regions, sample).numpy()]
     shade = np.where(regions.foreground[sample, 0].numpy(), 1.0, 0.45)[..., None]
     return 1 - shade * (1 - paint)
 
 
 @checked
-def guidance_frames(maps: Float[Tensor, "steps H W"]) -> list[Image.Image]:
-    """One frame a guided step: guidance scale times rate, one colour scale for all steps."""
-    low, high, frames = maps.min().item(), maps.max().item(), []
-    for step, values in enumerate(maps):
-        figure = Figure(figsize=(PANEL * 1.3, PANEL), dpi=DPI, layout="constrained")
-        axis = figure.subplots()
-        axis.set_axis_off()
-        shown = axis.imshow(values, vmin=low, vmax=max(high, low + 1e-6), cmap="viridis")
-        axis.set_title(f"guidance, step {step + 1} of {len(maps)}", fontsize=9)
-        figure.colorbar(shown, ax=axis, shrink=0.85)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+def region_frames(regions: Regions, sample: int = 0) -> list[Image.Image]:
+    """A video's regions as an animation (`save` to a GIF), with a legend; what is not foreground is pale."""
+    painted, names = painted_regions(regions, sample), regions.labels[sample]
+    if painted.ndim != 4:
+        raise ValueError(
+            f"Expected regions of a video, but got masks of shape {tuple(regions.masks.shape)}: draw a strip."
+        )
+    frames = []
+    for number, picture in enumerate(painted):
+        width = 1.5 * PANEL
+        figure, (axis,) = _panels(1, 1, legend=True, panel=width, height=width * picture.shape[0] / picture.shape[1])
+        axis.imshow(picture)
+        axis.set_title(f"regions, frame {number + 1} of {len(painted)}", fontsize=9)
+        _legend(figure, [(name, colour(i)) for i, name in enumerate(names)], columns=4)
+        frames.append(_drawn(figure))
     return frames
+
+
+@checked
+def guidance_frames(maps: Float[Tensor, "steps H W"], along: str = "step") -> list[Image.Image]:
+    """One frame a guided step: guidance scale times rate, one colour scale for all steps.
+
+    `along`: what the first axis is, where it is not steps: the frames of a video.
+    """
+    low, high, frames = maps.min().item(), maps.max().item(), []
+    for number, values in enumerate(maps):
+        figure, (axis,) = _panels(1, 1, panel=PANEL * 1.3, height=PANEL - 0.25)
+        shown = axis.imshow(values, vmin=low, vmax=max(high, low + 1e-6), cmap="viridis")
+        axis.set_title(f"guidance, {along} {number + 1} of {len(maps)}", fontsize=9)
+        figure.colorbar(shown, ax=axis, shrink=0.85)
+        frames.append(_drawn(figure))
+    return frames
+
+
+def _drawn(figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 @checked
@@ -102,19 +137,20 @@ def comparison(images: Annotated[Sequence[Image.Image], FILLED], titles: Sequenc
     return figure
 
 
-def _panels(rows, columns, legend=False, panel=PANEL):
-    figure = Figure(
-        figsize=(columns * panel, rows * panel + (0.55 if legend else 0.25)), dpi=DPI, layout="constrained"
-    )
+def _panels(rows, columns, legend=False, panel=PANEL, height=None):
+    around = rows * 0.25 + (0.3 if legend else 0)
+    size = columns * panel, rows * (height or panel) + around
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
     return figure, axes
 
 
-def _legend(figure, entries):
+def _legend(figure, entries, columns=8):
     handles = [Patch(color=shade, label=name) for name, shade in entries]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)), fontsize=8, frameon=False)
+    columns = min(columns, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 @checked
@@ -157,6 +193,6 @@ def enlarged(image: Image.Image, least: Count = 256) -> Image.Image:
 
 
 @checked
-def as_labels(regions: Regions, sample: int = 0) -> Int[Tensor, "H W"]:
+def as_labels(regions: Regions, sample: int = 0) -> Int[Tensor, "*S"]:
     """The region index of each pixel."""
     return regions.masks[sample].to(torch.uint8).argmax(0)
