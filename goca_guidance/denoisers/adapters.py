@@ -15,6 +15,7 @@ from goca_guidance.denoisers.joint_texts import JOINT_TEXTS
 from goca_guidance.denoisers.packed import PACKED
 from goca_guidance.denoisers.streams import STREAMS
 from goca_guidance.denoisers.unets import UNETS, unet_family
+from goca_guidance.denoisers.unknown import UnknownFamily
 
 
 # ---- transformers with cross-attention -------------------------------------------------------------------------------
@@ -77,7 +78,12 @@ def family_of(denoiser: Any) -> Family:
         )
     if "UNet2DConditionModel" in names:
         return unet_family(denoiser)(denoiser, compiled)
-    return next((ADAPTERS[name] for name in names if name in ADAPTERS), Family)(denoiser, compiled)
+    if row := next((ADAPTERS[name] for name in names if name in ADAPTERS), None):
+        return row(denoiser, compiled)
+    generic = Family(denoiser, compiled)
+    layers = generic.attention_modules.items()
+    across = any(name.endswith("attn2") and getattr(layer, "is_cross_attention", True) for name, layer in layers)
+    return generic if across else UnknownFamily(denoiser, compiled)
 
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")  # names of components

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
+from goca_guidance.denoisers.unknown import UnknownFamily
 from goca_guidance.denoisers.words import Encoded, encoder_ids
 from goca_guidance.hooks.observer import AttentionObserver
+from goca_guidance.hooks.probe import probe
 from goca_guidance.hooks.shared import eager_here, hook_here
 from goca_guidance.method.records import AttentionRecord
 
@@ -146,6 +148,8 @@ class Watch:
                 observer.paused = True
                 return
             self.family, self.observer = self.families[index], observer
+            if isinstance(self.family, UnknownFamily) and not self.family.layouts:
+                probe(self.family, args, kwargs)
             self._listening = observer.paused = False
             given = self.family.bound(args, kwargs)
             sample = self.family.sample(given)
