@@ -130,6 +130,18 @@ def test_an_image_is_a_video_of_one_frame(kind):
 
 
 @KINDS
+def test_a_batch_of_videos_equals_each_alone(kind):
+    records, preset = kind(working_size=4, agreement_rows=9)
+    both = [replace(r, query=_both(r.query), key=_both(r.key), output=_both(r.output), value=None) for r in records]
+    found = ours(both, preset, LAYOUT.repeat(2))
+    for image in (0, 1):
+        alone = ours([r.branch(image) for r in both], preset)
+        assert torch.allclose(found.weights()[image], alone.weights()[0], atol=1e-6)
+        assert torch.allclose(found.scores()[image], alone.scores()[0], atol=1e-4)
+    assert not torch.allclose(*found.scores(), atol=1e-2)
+
+
+@KINDS
 def test_the_preset_says_what_the_configuration_leaves_open(kind):
     records, preset = kind()
     some = replace(preset, working_size=4, agreement_rows=9)
