@@ -36,8 +36,9 @@ fuzz: $(VENV)/installed  ## random calls, faults and kills: `make fuzz CALLS=200
 	OMP_NUM_THREADS=1 $(RUN)/python -m tests.fuzz $(if $(CALLS),--calls $(CALLS)) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS))
 
-features: $(VENV)/installed  ## docs/features.md, every cell tried
+features: $(VENV)/installed  ## docs/features.md, docs/families.md and results/pipelines.json, every cell tried
 	$(RUN)/python -m tests.features
+	$(RUN)/python -m tests.loops
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
