@@ -28,6 +28,7 @@ EVAL = [{"common"}, {"scenes"}, {"datasets", "cost"}, {"prompts", "generation"},
 INSIDE = {  # what of eval imports more of the library than its public names, and from where
     "eval/cost": {"config", "denoisers", "hooks", "method"},
     "eval/core_cost.py": {"method"},
+    "eval/step_cost.py": {"denoisers", "hooks", "method"},
     "eval/contact_sheet.py": {"pictures"},
     "eval/common/configs.py": {"schema"},
     "eval/generation/generator.py": {"denoisers", "schema", "stock"},
