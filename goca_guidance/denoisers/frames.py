@@ -1,7 +1,227 @@
-"""Denoisers of videos: latents b c F H W, in a row of facts each, code where facts do not do."""
+"""Denoisers of videos: a row of facts each, code where facts do not do. Latents are b c F H W where nothing else is said.
 
-from goca_guidance.denoisers.base import Family
+Nobody has picked layers for them, or looked for their sinks: all layers are read, heads are uniform, as for Flux, and maps are
+brought to a bounded grid before pixels are compared with pixels.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from goca_guidance.config import LayerPreset
+from goca_guidance.denoisers.base import DenoiserCall, Family, row
+from goca_guidance.denoisers.joint import JointFamily
+from goca_guidance.method.records import AttentionView
+
+
+WORKING_SIZE = 24  # Wan's 21 x 30 x 52 tokens become 12 x 14 x 24
+
+
+class Frames:
+    """What families of videos share: latents of five axes, on a bounded grid."""
+
+    channel: ClassVar[int] = 1  # axis of the channels in the denoiser's input and prediction
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        return replace(super().preset, heads="uniform", working_size=WORKING_SIZE)  # type: ignore[misc]
+
+    def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
+        """Frames, height and width of the latent."""
+        sample = self.sample(given)  # type: ignore[attr-defined]
+        if sample.ndim != 5:
+            raise ValueError(
+                f"Expected video latents of five axes, but the denoiser got {tuple(sample.shape)}: pass use_scfg=False."
+            )
+        return tuple(sample.movedim(self.channel, 1).shape[2:])
+
+    def latents(self, channels: int) -> tuple[int | None, ...] | None:
+        return None
+
+    def pack(self, maps: Float[Tensor, "b c *S"]) -> Tensor:
+        return maps.movedim(1, self.channel)
+
+    def unpack(self, prediction: Tensor, call: DenoiserCall) -> Float[Tensor, "b c *S"]:
+        return prediction.movedim(self.channel, 1)
+
+
+# ---- text cross-attention --------------------------------------------------------------------------------------------
+class CrossFamily(Family):
+    """Layers that read text, `...attn2`, beside those that read the pixels of all frames, `...attn1`."""
+
+    sink = "end"
+    sink_measured = False
+    unconditional_sink = False
+    modules = r"(transformer_)?blocks\.\d+\.attn[12]"
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        return self._generic_preset()
+
+
+class VideoFamily(Frames, CrossFamily):
+    """Cross-attention of a video. Pictures beside the text are read by a kernel call of their own, which is passed over."""
+
+
+class KandinskyFamily(VideoFamily):
+    """`Kandinsky5Transformer3DModel`: channels come last; pictures are videos of one frame.
+
+    A refiner has mixed the tokens of the text. It has no output projection by the usual name.
+    """
+
+    sink = "end"
+    channel = -1
+    modules = r"visual_transformer_blocks\.\d+\.(self|cross)_attention"
+
+    def _generic_preset(self) -> LayerPreset:
+        text = tuple(name for name in self.attention_modules if name.endswith("cross_attention"))
+        beside, count = tuple(name.replace("cross", "self") for name in text), len(text)
+        return LayerPreset(text, beside, text[count // 2], beside[count // 3 : max(count // 3 + 1, 2 * count // 3)])
+
+    def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
+        if given.get("sparse_params") is not None:
+            raise ValueError(
+                "Expected attention of all tokens to all, but this Kandinsky 5 computes blocks of it (nabla), in another order "
+                "of the tokens: use a model with regular attention, or pass use_scfg=False."
+            )
+        return super().size(given)
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        return super().view(call, name.replace("cross_attention", "attn2"), queries, keys)
+
+
+class HeliosFamily(VideoFamily):
+    """`HeliosTransformer3DModel`: frames of the past stand before the video's own in self-attention."""
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        pixels = math.prod(self.grid(name, call.latent))
+        if name.endswith("attn1") and queries == keys >= pixels:
+            return AttentionView(self.grid(name, call.latent), image=slice(keys - pixels, keys))
+        return super().view(call, name, queries, keys)
+
+
+class AllegroFamily(VideoFamily):
+    """`AllegroTransformer3DModel`: its text has an axis more."""
+
+    def text(self, given: Mapping[str, Any]) -> list[Float[Tensor, "b n c"]]:
+        return [text.flatten(1, -2) for text in super().text(given)]
+
+
+class CosmosFamily(VideoFamily):
+    """`CosmosTransformer3DModel`: beside the text a picture's tokens may stand (2.5)."""
+
+    def text(self, given: Mapping[str, Any]) -> list[Float[Tensor, "b n c"]]:
+        text = given["encoder_hidden_states"]
+        return [text[0] if isinstance(text, tuple) else text]
+
+
+class PackedVideoFamily(VideoFamily):
+    """`LTXVideoTransformer3DModel`, `LTX2VideoTransformer3DModel`: tokens b n c, row-major over frames, rows and columns.
+
+    Their numbers are arguments, or told by the positions of the tokens, `video_coords` b 3 n (LTX-2: and where each ends).
+    Whole frames that condition the video, before its own or behind them, are frames like these.
+    """
+
+    channel = -1
+    patch = 1
+    patch_frames = 1
+
+    def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
+        tokens, positions = self.sample(given).shape[1], given.get("video_coords")
+        found = self._read(positions) if positions is not None else _told(given)
+        if math.prod(found) != tokens:
+            raise ValueError(
+                f"Expected whole frames of {found[-2]} x {found[-1]} tokens, but the denoiser got {tokens} tokens in all: "
+                "pictures of other sizes are in the sequence, and cannot be told apart. Pass use_scfg=False."
+            )
+        return found
+
+    def _read(self, positions: Tensor) -> tuple[int, ...]:
+        """Read once for each tensor of positions: it waits for the device."""
+        key = id(positions), 0 if positions.is_inference() else positions._version
+        if key not in self._grids_read:
+            starts = positions[0, :, :, 0] if positions.ndim == 4 else positions[0]
+            self._grids_read[key] = positions, _grid(starts)
+        return self._grids_read[key][1]
+
+    @cached_property
+    def _grids_read(self) -> dict[tuple[int, int], tuple[Tensor, tuple[int, ...]]]:
+        """By the identity of the positions, which are kept so that no others get it."""
+        return {}
+
+    def pack(self, maps: Float[Tensor, "b c *S"]) -> Float[Tensor, "b n c"]:
+        return maps.flatten(2).mT
+
+    def unpack(self, prediction: Float[Tensor, "b n c"], call: DenoiserCall) -> Float[Tensor, "b c *S"]:
+        return prediction.mT.unflatten(2, call.latent)
+
+
+def _told(given: Mapping[str, Any]) -> tuple[int, ...]:
+    return given["num_frames"], given["height"], given["width"]
+
+
+def _grid(starts: Float[Tensor, "3 n"]) -> tuple[int, ...]:
+    """Frames, rows and columns by where tokens start; (0, 0, 0) where frames are not alike."""
+    rows, columns = (len(axis.unique()) for axis in starts[1:])
+    if starts.shape[1] % (rows * columns):
+        return 0, rows, columns
+    places = starts[1:].unflatten(1, (-1, rows, columns))
+    alike = bool((places == places[:, :1]).all())
+    return places.shape[1] if alike else 0, rows, columns
+
+
+# ---- joint attention -------------------------------------------------------------------------------------------------
+class JointVideoFamily(Frames, JointFamily):
+    """Text and the pixels of all frames attend to each other in one call."""
+
+
+class FramepackFamily(JointVideoFamily):
+    """`HunyuanVideoFramepackTransformer3DModel`: frames of the past, the video's own, tokens of a picture, and the text.
+
+    The text of a single video is cut where it ends.
+    """
+
+    text_first = False
+
+    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
+        call, mask = super().call(args, kwargs), self.bound(args, kwargs)["encoder_attention_mask"]
+        return replace(call, text=int(mask.sum()) if call.batch == 1 else call.text)  # the denoiser itself waits for it
+
+    def others(self, given: Mapping[str, Any]) -> int:
+        """Tokens of the picture."""
+        return given["image_embeds"].shape[1]
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        grid = self.grid(name, call.latent)
+        last = keys - call.text - call.others
+        if (start := last - math.prod(grid)) < 0:
+            return None
+        return AttentionView(grid, slice(keys - call.text, keys), slice(start, last))
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-FRAMES: dict[str, type[Family]] = {}
+_ATTN1 = r"transformer_blocks\.\d+\.attn1"
+_MODULES = r"(single_)?transformer_blocks\.\d+\.attn"
+FRAMES: dict[str, type[Family]] = {
+    "WanTransformer3DModel": row(VideoFamily, pipeline="WanPipeline"),
+    "WanVACETransformer3DModel": row(VideoFamily, pipeline="WanVACEPipeline"),
+    "WanAnimateTransformer3DModel": row(VideoFamily, pipeline="WanAnimatePipeline"),
+    "ChronoEditTransformer3DModel": row(VideoFamily, pipeline="ChronoEditPipeline"),
+    "SkyReelsV2Transformer3DModel": row(VideoFamily, pipeline="SkyReelsV2Pipeline"),
+    "AnyFlowTransformer3DModel": row(VideoFamily, pipeline="AnyFlowPipeline", channel=2),
+    "HeliosTransformer3DModel": row(HeliosFamily, pipeline="HeliosPipeline"),
+    "CosmosTransformer3DModel": row(CosmosFamily, pipeline="Cosmos2TextToImagePipeline"),
+    "AllegroTransformer3DModel": row(AllegroFamily, pipeline="AllegroPipeline"),
+    "LTXVideoTransformer3DModel": row(PackedVideoFamily, pipeline="LTXPipeline"),
+    "LTX2VideoTransformer3DModel": row(PackedVideoFamily, pipeline="LTX2Pipeline", sink="start"),
+    "Kandinsky5Transformer3DModel": row(KandinskyFamily, pipeline="Kandinsky5T2VPipeline"),
+    "CogVideoXTransformer3DModel": row(JointVideoFamily, pipeline="CogVideoXPipeline", modules=_ATTN1, channel=2),
+    "EasyAnimateTransformer3DModel": row(JointVideoFamily, pipeline="EasyAnimatePipeline", modules=_ATTN1),
+    "HunyuanVideoTransformer3DModel": row(JointVideoFamily, pipeline="HunyuanVideoPipeline", text_first=False),
+    "HunyuanVideoFramepackTransformer3DModel": row(FramepackFamily, pipeline="HunyuanVideoFramepackPipeline"),
+}

@@ -125,17 +125,14 @@ class AttentionObserver:
     # ---- records -----------------------------------------------------------------------------------------------------
     def _record(self, name, call) -> AttentionRecord | None:
         """None where the kernel was not called, or saw a part of what the module was asked for."""
-        if not call.whole(self.images):
+        found = self._found(name, call)
+        if found is None:
             return None
-        arguments, output = call.calls[0]
-        query, key = arguments["query"], arguments["key"]
-        view = self.view(name, query.shape[2], key.shape[2])
-        if view is None:
-            return None
+        arguments, output, view = found
         if view.order is not None:
             arguments, output = laid_out(arguments, output, view.order)
         query, key, mask = arguments["query"], arguments["key"], arguments.get("attn_mask")
-        pixels = view.image if view.joint and query.shape[2] == key.shape[2] else slice(None)
+        pixels = view.image if view.image.stop and query.shape[2] == key.shape[2] else slice(None)
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         if mask is not None and mask.shape[-2] > 1:
@@ -151,8 +148,17 @@ class AttentionObserver:
             view=replace(view, order=None),
             mask=mask,
             gram=self._gram(name, query) if name in self.projected else None,
-            features=call.raw,
+            features=None if call.raw is None else _as_query(call.raw, query)[:, :, pixels],
         )
+
+    def _found(self, name, call) -> tuple[dict, Tensor, AttentionView] | None:
+        """The first kernel call that the view knows; before it, pictures beside the text may have been asked (Wan)."""
+        for number, (arguments, output) in enumerate(call.calls):
+            if call.whole(self.images, number):
+                view = self.view(name, arguments["query"].shape[2], arguments["key"].shape[2])
+                if view is not None:
+                    return arguments, output, view
+        return None
 
     def _gram(self, name, like) -> Tensor:
         """W W^T of the output projection W without bias. Largest entry one."""
@@ -161,6 +167,13 @@ class AttentionObserver:
             gram = projection @ projection.mT
             self._grams[name] = (gram / gram.amax().clamp(min=torch.finfo(gram.dtype).tiny)).to(like.dtype)
         return self._grams[name]
+
+
+def _as_query(raw: Tensor, query: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
+    """A projection b n h*d, b n h d or b h n d in the form of a query."""
+    if raw.ndim == 3:
+        return raw.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
+    return raw if raw.shape == query.shape else raw.transpose(1, 2)
 
 
 def laid_out(arguments: dict, output: Tensor, order: Int[Tensor, "b n"]) -> tuple[dict, Tensor]:
@@ -232,7 +245,7 @@ class Asked:
     def answered(self, query: Tensor, key: Tensor, output: Tensor) -> bool:
         """Whether a kernel's call is all of it: b h n d each; keys are the others, one's own, or both (joint attention).
 
-        Both may be asked by one's own tokens alone.
+        Both may be asked by one's own tokens alone, and others in parts, where pictures stand beside the text.
         """
         if query.ndim != 4 or query.shape[:2] != key.shape[:2] or output.shape[:3] != query.shape[:3]:
             return False
@@ -240,7 +253,10 @@ class Asked:
         return (
             query.shape[0] == self.images
             and query.shape[1] == (self.heads or query.shape[1])
-            and (query.shape[2], key.shape[2]) in {(self.own, self.other or self.own), (self.own, both), (both, both)}
+            and (
+                (query.shape[2], key.shape[2]) in {(self.own, self.other or self.own), (self.own, both), (both, both)}
+                or (query.shape[2] == self.own and key.shape[2] < self.other)
+            )
         )
 
 
@@ -268,7 +284,7 @@ class WatchedKernel(Wrapper):
 class _Call:
     """One running attention module: its kernel calls, and its raw query. Torch's kernel is watched until `close`.
 
-    The first kernel call counts; later ones are image prompts (IP-Adapter), unless they are like it.
+    One kernel call counts; others are image prompts (IP-Adapter), unless they are like it.
     """
 
     def __init__(self, asked: Asked | None):
@@ -289,13 +305,13 @@ class _Call:
         if [_sizes(call) for call, _ in self.calls[since:]] != [_sizes(arguments)]:
             self.calls[since:] = [(arguments, output)]
 
-    def whole(self, images: int | None) -> bool:
-        """Whether the first kernel call is all that the module was asked for, for so many images if that is known."""
-        if not self.calls or self._asked is None or images not in (None, self._asked.images):
+    def whole(self, images: int | None, number: int = 0) -> bool:
+        """Whether a kernel call is all that the module was asked for, for so many images if that is known."""
+        if self._asked is None or images not in (None, self._asked.images):
             return False
-        first, *later = [_sizes(arguments) for arguments, _ in self.calls]
-        arguments, output = self.calls[0]
-        return first not in later and self._asked.answered(arguments["query"], arguments["key"], output)
+        arguments, output = self.calls[number]
+        alike = sum(_sizes(other) == _sizes(arguments) for other, _ in self.calls)
+        return alike == 1 and self._asked.answered(arguments["query"], arguments["key"], output)
 
     def close(self) -> None:
         release(vars(F), self.kernels)
