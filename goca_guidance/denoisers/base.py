@@ -202,6 +202,11 @@ class Family:
         along = size[0] if isinstance(size, (tuple, list)) and len(size) == 3 else None
         return along or getattr(config, "patch_size_t", None) or 1
 
+    @property
+    def channels(self) -> int | None:
+        """Of the latent, at the most: what a prediction has more is no picture (a variance). None is all of it."""
+        return getattr(self.denoiser.config, "in_channels", None)
+
     def latents(self, channels: int) -> tuple[int | None, ...] | None:
         """Shape, behind the images, of the latents that a pipeline takes; None for a free side, or where nobody knows."""
         return channels, None, None

@@ -86,8 +86,8 @@ class KandinskyFamily(VideoFamily):
     def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
         if given.get("sparse_params") is not None:
             raise ValueError(
-                "Expected attention of all tokens to all, but this Kandinsky 5 computes blocks of it (nabla), in another order "
-                "of the tokens: use a model with regular attention, or pass use_scfg=False."
+                "Expected attention of all tokens to all, but this Kandinsky 5 computes blocks of it (nabla), its tokens in "
+                "another order: use a model with regular attention, or pass use_scfg=False."
             )
         return super().size(given)
 
@@ -190,7 +190,7 @@ class FramepackFamily(JointVideoFamily):
 
     def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
         call, mask = super().call(args, kwargs), self.bound(args, kwargs)["encoder_attention_mask"]
-        return replace(call, text=int(mask.sum()) if call.batch == 1 else call.text)  # the denoiser itself waits for it
+        return replace(call, text=int(mask.sum())) if call.batch == 1 else call  # the denoiser itself waits for it
 
     def others(self, given: Mapping[str, Any]) -> int:
         """Tokens of the picture."""

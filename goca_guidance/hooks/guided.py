@@ -279,7 +279,7 @@ class GuidedCall(Watch):
             if not image:
                 self._step_regions = self._find_regions()
             regions = self._step_regions if image is None else self._step_regions.of(image)
-            predicted = maps if self.scfg.variance_channels else maps[:, : getattr(self.family.denoiser.config, "in_channels", None)]
+            predicted = maps if self.scfg.variance_channels else maps[:, : self.family.channels]
             rate = self.rule(predicted, regions, effective, self.scfg)
         self._finite.append(torch.isfinite(delta).all())
         if self.keep_regions:

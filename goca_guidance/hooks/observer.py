@@ -148,7 +148,7 @@ class AttentionObserver:
             view=replace(view, order=None),
             mask=mask,
             gram=self._gram(name, query) if name in self.projected else None,
-            features=None if call.raw is None else _as_query(call.raw, query)[:, :, pixels],
+            features=None if call.raw is None else _pixels_of(call.raw, query, pixels),
         )
 
     def _found(self, name, call) -> tuple[dict, Tensor, AttentionView] | None:
@@ -169,11 +169,13 @@ class AttentionObserver:
         return self._grams[name]
 
 
-def _as_query(raw: Tensor, query: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
-    """A projection b n h*d, b n h d or b h n d in the form of a query."""
+def _pixels_of(raw: Tensor, query: Float[Tensor, "b h n d"], pixels: slice) -> Float[Tensor, "b h p d"]:
+    """Those of a projection b n h*d, b n h d or b h n d, of all tokens that ask or of the pixels alone."""
+    heads = query.shape[1]
     if raw.ndim == 3:
-        return raw.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
-    return raw if raw.shape == query.shape else raw.transpose(1, 2)
+        raw = raw.unflatten(2, (heads, -1))
+    raw = raw if raw.shape[1] == heads else raw.transpose(1, 2)
+    return raw[:, :, pixels] if raw.shape[2] == query.shape[2] else raw
 
 
 def laid_out(arguments: dict, output: Tensor, order: Int[Tensor, "b n"]) -> tuple[dict, Tensor]:
