@@ -8,6 +8,7 @@ import torch
 
 from goca_guidance.config import LayerPreset
 from goca_guidance.denoisers.base import Family, self_attention_beside
+from goca_guidance.denoisers.by_frame import BY_FRAME, motion_family
 from goca_guidance.denoisers.cross import CROSS
 from goca_guidance.denoisers.frames import FRAMES
 from goca_guidance.denoisers.joint import JOINT
@@ -63,6 +64,7 @@ ADAPTERS: dict[str, type[Family]] = {
     **STREAMS,
     **JOINT_TEXTS,
     **FRAMES,
+    **BY_FRAME,
     **UNETS,
 }
 
@@ -78,6 +80,8 @@ def family_of(denoiser: Any) -> Family:
         )
     if "UNet2DConditionModel" in names:
         return unet_family(denoiser)(denoiser, compiled)
+    if "UNetMotionModel" in names:
+        return motion_family(denoiser)(denoiser, compiled)
     if row := next((ADAPTERS[name] for name in names if name in ADAPTERS), None):
         return row(denoiser, compiled)
     generic = Family(denoiser, compiled)

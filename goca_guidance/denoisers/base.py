@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, MochiAttention
 from diffusers.utils import logging
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -61,6 +61,7 @@ class Family:
         "encoder_hidden_states",
     )  # arguments that are text, in the order of the tokens
     branches: ClassVar[tuple[int, ...]] = (0, 1)  # order of a batch of two predictions: the unconditional one first
+    by_frame: ClassVar[bool] = False  # a video's frames lie side by side in the batch of the layers
     by_image: ClassVar[bool] = False  # whether the loop mixes each image of a batch by itself
 
     # ---- layers ------------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ class Family:
 
         Modules outside the blocks, such as an image prompt's projection, are no layers.
         """
-        kinds, named = (Attention, AttentionModuleMixin), self.denoiser.named_modules()
+        kinds, named = (Attention, AttentionModuleMixin, MochiAttention), self.denoiser.named_modules()
         return {name: m for name, m in named if isinstance(m, kinds) and re.fullmatch(self.modules, name)}
 
     @cached_property

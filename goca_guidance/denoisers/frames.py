@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -103,6 +104,16 @@ class HeliosFamily(VideoFamily):
         if name.endswith("attn1") and queries == keys >= pixels:
             return AttentionView(self.grid(name, call.latent), image=slice(keys - pixels, keys))
         return super().view(call, name, queries, keys)
+
+
+class SanaVideoFamily(VideoFamily):
+    """`SanaVideoTransformer3DModel`: self-attention is linear and has no map; words are read, and nothing refines."""
+
+    sink = "start"
+
+    def _generic_preset(self) -> LayerPreset:
+        text = tuple(name for name in self.attention_modules if name.endswith(".attn2"))
+        return LayerPreset(text, (), text[len(text) // 2], (), order=0)
 
 
 class AllegroFamily(VideoFamily):
@@ -204,9 +215,30 @@ class FramepackFamily(JointVideoFamily):
         return AttentionView(grid, slice(keys - call.text, keys), slice(start, last))
 
 
+class HunyuanVideo15Family(JointVideoFamily):
+    """`HunyuanVideo15Transformer3DModel`: the video's tokens, and then of each image the valid ones of a picture, of ByT5's
+    text, which is what a prompt has in quotes, and of Qwen's text, and the rest of all three.
+
+    A refiner has mixed the tokens of Qwen's text before the first layer that is read.
+    """
+
+    text_first = False
+
+    def text(self, given: Mapping[str, Any]) -> list[Float[Tensor, "b n c"]]:
+        """In the order of the tokens; only so many channels as both texts have, and zeros for the picture."""
+        texts = [given["encoder_hidden_states_2"], given["encoder_hidden_states"]]
+        masks = [given["encoder_attention_mask_2"], given["encoder_attention_mask"]]
+        channels, picture = min(text.shape[-1] for text in texts), given["image_embeds"]
+        pixels = texts[0].new_zeros(*picture.shape[:2], channels)
+        shown = picture.any().expand(picture.shape[:2])  # the denoiser asks the same
+        parts = torch.cat([pixels, *(text[..., :channels].to(pixels) for text in texts)], 1)
+        valid = torch.cat([shown, *(mask.bool() for mask in masks)], 1)
+        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+        return [parts.take_along_dim(order[..., None], 1)]
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 _ATTN1 = r"transformer_blocks\.\d+\.attn1"
-_MODULES = r"(single_)?transformer_blocks\.\d+\.attn"
 FRAMES: dict[str, type[Family]] = {
     "WanTransformer3DModel": row(VideoFamily, pipeline="WanPipeline"),
     "WanVACETransformer3DModel": row(VideoFamily, pipeline="WanVACEPipeline"),
@@ -220,8 +252,11 @@ FRAMES: dict[str, type[Family]] = {
     "LTXVideoTransformer3DModel": row(PackedVideoFamily, pipeline="LTXPipeline"),
     "LTX2VideoTransformer3DModel": row(PackedVideoFamily, pipeline="LTX2Pipeline", sink="start"),
     "Kandinsky5Transformer3DModel": row(KandinskyFamily, pipeline="Kandinsky5T2VPipeline"),
+    "SanaVideoTransformer3DModel": row(SanaVideoFamily, pipeline="SanaVideoPipeline"),
     "CogVideoXTransformer3DModel": row(JointVideoFamily, pipeline="CogVideoXPipeline", modules=_ATTN1, channel=2),
     "EasyAnimateTransformer3DModel": row(JointVideoFamily, pipeline="EasyAnimatePipeline", modules=_ATTN1),
     "HunyuanVideoTransformer3DModel": row(JointVideoFamily, pipeline="HunyuanVideoPipeline", text_first=False),
+    "HunyuanVideo15Transformer3DModel": row(HunyuanVideo15Family, pipeline="HunyuanVideo15Pipeline"),
     "HunyuanVideoFramepackTransformer3DModel": row(FramepackFamily, pipeline="HunyuanVideoFramepackPipeline"),
+    "MochiTransformer3DModel": row(JointVideoFamily, pipeline="MochiPipeline", modules=_ATTN1, text_first=False),
 }

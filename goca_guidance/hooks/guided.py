@@ -205,7 +205,7 @@ class GuidedCall(Watch):
 
     def _make_segmentors(self, device):
         if not self._layouts:
-            images, layouts = self.call.batch // len(self.branches), self._new_layouts()
+            images, layouts = self.call.batch // len(self.branches) * self.frames, self._new_layouts()
             self._layouts = [layout.repeat(images // len(layout.labels)).to(device) for layout in layouts]
         make, _ = SEGMENTORS[self.scfg.segmentor]
         sink = {"unconditional_sink": self._unconditional_sink, "rescaled_sink": self.scfg.foreground == "conditional"}
@@ -351,14 +351,20 @@ class GuidedCall(Watch):
         """Those of this step's attention, or, between recomputations, the last ones; word maps alike."""
         if self.segmentor is not None:
             check_seen(self.segmentor.layers, self.observer.seen)
-            self._regions_found, self._steps_served = self.segmentor.regions(self.call.latent), 0
+            self._regions_found, self._steps_served = self._regions_of(self.segmentor), 0
             if self.negative is not None:
-                self._words_found = WordMaps(self.negative.scores(), self.negative.layout.labels)
+                words = WordMaps(self.negative.scores(), self.negative.layout.labels)
+                self._words_found = words.of_videos(self.frames) if self.family.by_frame else words
         if self._words_found is not None:
             self._negative_maps.append(self._words_found)
         self.segmentor = self.negative = None
         self._steps_served += 1
         return self._regions_found
+
+    def _regions_of(self, segmentor) -> Regions:
+        if self.family.by_frame:
+            return segmentor.regions(self.call.latent[1:]).of_videos(self.frames)
+        return segmentor.regions(self.call.latent)
 
 
 def prediction(output: Any) -> Tensor:

@@ -6,7 +6,7 @@ only while an observed module runs. Hooks and wrappers are seen by the whole pro
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, MochiAttention
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -153,11 +153,10 @@ class AttentionObserver:
 
     def _found(self, name, call) -> tuple[dict, Tensor, AttentionView] | None:
         """The first kernel call that the view knows; before it, pictures beside the text may have been asked (Wan)."""
-        for number, (arguments, output) in enumerate(call.calls):
-            if call.whole(self.images, number):
-                view = self.view(name, arguments["query"].shape[2], arguments["key"].shape[2])
-                if view is not None:
-                    return arguments, output, view
+        for arguments, output in call.whole(self.images):
+            view = self.view(name, arguments["query"].shape[2], arguments["key"].shape[2])
+            if view is not None:
+                return arguments, output, view
         return None
 
     def _gram(self, name, like) -> Tensor:
@@ -230,6 +229,7 @@ class Asked:
     heads: int | None
     own: int
     other: int
+    by_image: bool = False  # Mochi asks for each image by itself
 
     @classmethod
     def of(cls, module, args: tuple, kwargs: dict) -> "Asked | None":
@@ -242,12 +242,13 @@ class Asked:
             return None
         heads = getattr(module, "heads", getattr(module, "num_heads", None))
         tokens = own.shape[2:] if own.ndim == 4 and isinstance(module, Attention) else own.shape[1:-1]
-        return cls(len(own), heads, tokens.numel(), 0 if other is None else other.shape[1])
+        others = 0 if other is None else other.shape[1]
+        return cls(len(own), heads, tokens.numel(), others, isinstance(module, MochiAttention))
 
     def answered(self, query: Tensor, key: Tensor, output: Tensor) -> bool:
         """Whether a kernel's call is all of it: b h n d each; keys are the others, one's own, or both (joint attention).
 
-        Both may be asked by one's own tokens alone, and others in parts, where pictures stand beside the text.
+        Both may be asked by one's own tokens alone.
         """
         if query.ndim != 4 or query.shape[:2] != key.shape[:2] or output.shape[:3] != query.shape[:3]:
             return False
@@ -255,10 +256,7 @@ class Asked:
         return (
             query.shape[0] == self.images
             and query.shape[1] == (self.heads or query.shape[1])
-            and (
-                (query.shape[2], key.shape[2]) in {(self.own, self.other or self.own), (self.own, both), (both, both)}
-                or (query.shape[2] == self.own and key.shape[2] < self.other)
-            )
+            and (query.shape[2], key.shape[2]) in {(self.own, self.other or self.own), (self.own, both), (both, both)}
         )
 
 
@@ -307,16 +305,36 @@ class _Call:
         if [_sizes(call) for call, _ in self.calls[since:]] != [_sizes(arguments)]:
             self.calls[since:] = [(arguments, output)]
 
-    def whole(self, images: int | None, number: int = 0) -> bool:
-        """Whether a kernel call is all that the module was asked for, for so many images if that is known."""
-        if self._asked is None or images not in (None, self._asked.images):
-            return False
-        arguments, output = self.calls[number]
-        alike = sum(_sizes(other) == _sizes(arguments) for other, _ in self.calls)
-        return alike == 1 and self._asked.answered(arguments["query"], arguments["key"], output)
+    def whole(self, images: int | None) -> Iterator[tuple[dict, Tensor]]:
+        """Kernel calls that are all that the module was asked for, for so many images if that is known."""
+        asked = self._asked
+        if asked is None or images not in (None, asked.images):
+            return
+        if asked.by_image and len(self.calls) == asked.images:
+            self.calls = [_together(self.calls, asked.own + asked.other)]
+        sizes = [_sizes(arguments) for arguments, _ in self.calls]
+        split = (
+            len(set(sizes)) > 1 and sum(keys[2] for _, keys in sizes) == asked.other
+        )  # a picture's tokens, the text's
+        for arguments, output in self.calls:
+            alone, query, key = sizes.count(_sizes(arguments)) == 1, arguments["query"], arguments["key"]
+            if alone and (replace(asked, other=key.shape[2]) if split else asked).answered(query, key, output):
+                yield arguments, output
 
     def close(self) -> None:
         release(vars(F), self.kernels)
+
+
+def _together(calls: list[tuple[dict, Tensor]], tokens: int) -> tuple[dict, Tensor]:
+    """Calls for one image each as a call for all of them: what lacks of so many tokens is filled up, and masked as keys."""
+
+    def filled(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, tokens - x.shape[2]))
+
+    made = {name: torch.cat([filled(arguments[name]) for arguments, _ in calls]) for name in ("query", "key", "value")}
+    masks = [x["key"].new_zeros(1, 1, 1, x["key"].shape[2]) for x, _ in calls]
+    made["attn_mask"] = torch.cat([F.pad(m, (0, tokens - m.shape[3]), value=-torch.inf) for m in masks])
+    return calls[0][0] | made, torch.cat([filled(output) for _, output in calls])
 
 
 def _sizes(arguments: dict) -> tuple[torch.Size, torch.Size]:

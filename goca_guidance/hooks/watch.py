@@ -59,6 +59,11 @@ class Watch:
         """Whether the forward that begins is the watched pipeline's own."""
         return True
 
+    @property
+    def frames(self) -> int:
+        """Of a video whose layers read each of them as an image."""
+        return self.call.latent[0] if self.family.by_frame else 1
+
     def on_forward(self, call: DenoiserCall, device: torch.device) -> None:
         """The denoiser is called."""
         raise NotImplementedError
@@ -154,7 +159,7 @@ class Watch:
             given = self.family.bound(args, kwargs)
             sample = self.family.sample(given)
             self.call = self.family.call(args, kwargs)
-            observer.images = self.call.batch
+            observer.images = self.call.batch * self.frames
             self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
             self.text = given.get(self.family.texts[0])
             self.on_forward(self.call, sample.device)

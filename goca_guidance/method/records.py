@@ -174,6 +174,10 @@ class Regions:
     def to(self, device) -> "Regions":
         return Regions(self.masks.to(device), self.foreground.to(device), self.labels)
 
+    def of_videos(self, frames: int) -> "Regions":
+        """Those of videos, whose frames were images in a row: b k H W becomes b k F H W."""
+        return Regions(_in_videos(self.masks, frames), _in_videos(self.foreground, frames), self.labels[::frames])
+
     def of(self, image: int) -> "Regions":
         """Those of one image."""
         one = slice(image, image + 1)
@@ -189,3 +193,11 @@ class WordMaps:
 
     scores: Float[Tensor, "b k *S"]
     labels: tuple[tuple[str, ...], ...]
+
+    def of_videos(self, frames: int) -> "WordMaps":
+        """Those of videos, whose frames were images in a row."""
+        return WordMaps(_in_videos(self.scores, frames), self.labels[::frames])
+
+
+def _in_videos(maps: Tensor, frames: int) -> Tensor:
+    return maps.unflatten(0, (-1, frames)).transpose(1, 2)

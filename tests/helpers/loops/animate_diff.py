@@ -11,12 +11,13 @@ from typing import Any
 import diffusers
 
 from tests.helpers.families import _sdxl
-from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture, video
+from tests.helpers.loops.pictures import picture, video
 from tests.helpers.loops.tiny_loop import TinyLoop, seeded
 from tests.helpers.tiny import tiny_components
 
 
 FRAMES = 3
+HEIGHT, WIDTH = 32, 16
 _ADAPTER = {"block_out_channels": (16, 32), "motion_layers_per_block": 1, "motion_norm_num_groups": 4}
 _ADAPTER |= {"motion_num_attention_heads": 2, "motion_max_seq_length": 8}
 
@@ -56,18 +57,18 @@ def _sparse() -> dict[str, Any]:
 
 _SMALL: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "guidance_scale": 5.0}
 _CALL = _SMALL | {"num_frames": FRAMES}
-_VIDEO = _SMALL | {"video": video(FRAMES), "strength": 0.5}
+_VIDEO = _SMALL | {"video": video(FRAMES, HEIGHT, WIDTH), "strength": 0.5}
 LOOPS = {
     "AnimateDiffPipeline": TinyLoop(partial(seeded, _stable), _CALL),
     "AnimateDiffSDXLPipeline": TinyLoop(partial(seeded, _xl), _CALL),
     "AnimateDiffControlNetPipeline": TinyLoop(
-        partial(seeded, _controlled), _CALL | {"conditioning_frames": video(FRAMES)}
+        partial(seeded, _controlled), _CALL | {"conditioning_frames": video(FRAMES, HEIGHT, WIDTH)}
     ),
     "AnimateDiffSparseControlNetPipeline": TinyLoop(
-        partial(seeded, _sparse), _CALL | {"conditioning_frames": [picture()]}
+        partial(seeded, _sparse), _CALL | {"conditioning_frames": [picture(HEIGHT, WIDTH)]}
     ),
     "AnimateDiffVideoToVideoPipeline": TinyLoop(partial(seeded, _stable), _VIDEO, steps=4),
     "AnimateDiffVideoToVideoControlNetPipeline": TinyLoop(
-        partial(seeded, _controlled), _VIDEO | {"conditioning_frames": video(FRAMES)}, steps=4
+        partial(seeded, _controlled), _VIDEO | {"conditioning_frames": video(FRAMES, HEIGHT, WIDTH)}, steps=4
     ),
 }
