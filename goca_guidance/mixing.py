@@ -35,6 +35,24 @@ FORMULAS = {  # by how the pipeline's name begins, where it is not u + s (c - u)
     "LTX2": Mixing(product=False),
 }
 
+UNSERVED = {  # by how the pipeline's name begins, why regions cannot guide it
+    **dict.fromkeys(("AudioLDM", "StableAudio", "LongCatAudio", "MusicLDM"), "it makes sounds, which have no regions"),
+    "ShapE": "it makes shapes in space, which have no regions",
+    "KandinskyPrior": "it makes an embedding of a picture, which has no regions",
+    "KandinskyV22": "its denoiser reads an embedding of a picture, not the words",
+    **dict.fromkeys(
+        ("KandinskyPipeline", "KandinskyImg2Img", "KandinskyInpaint"),
+        "its denoiser reads an embedding of a picture beside the words, mixed with them",
+    ),
+    "Cosmos3": "it mixes pictures and sounds",
+}
+
+
+def unserved(pipeline: type[DiffusionPipeline]) -> str | None:
+    """Why regions cannot guide a stock pipeline class at all, where that is known."""
+    names = [base.__name__ for base in pipeline.__mro__]
+    return next((why for begin, why in UNSERVED.items() if any(name.startswith(begin) for name in names)), None)
+
 
 def mixing_of(pipeline: type[DiffusionPipeline]) -> Mixing:
     """How the loop of a stock pipeline class mixes."""

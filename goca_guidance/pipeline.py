@@ -32,7 +32,7 @@ from goca_guidance.hooks.finite import finite_pictures
 from goca_guidance.hooks.guided import GuidedCall, check_alone
 from goca_guidance.method.records import Regions, WordMaps
 from goca_guidance.method.scfg import SpatialGuidanceScale
-from goca_guidance.mixing import FURTHER, mixing_of
+from goca_guidance.mixing import FURTHER, mixing_of, unserved
 from goca_guidance.real_images.discover import discover
 from goca_guidance.real_images.segment import Segmentation, segment
 from goca_guidance.schema import between, check_names, checked, shown
@@ -403,6 +403,10 @@ def guided(stock: type[DiffusionPipeline]) -> type[GoCASCFGPipeline]:
     """The subclass of a stock pipeline class and of ours."""
     if issubclass(stock, GoCASCFGPipeline):
         return stock
+    if reason := unserved(stock):
+        raise ValueError(
+            f"Expected a pipeline that regions can guide, but {stock.__name__} is none ({reason}): use it as it is."
+        )
     if "prompt" not in inspect.signature(stock.__call__).parameters or mixing_of(stock).scale is None:
         raise ValueError(
             "Expected a text-to-image pipeline whose loop mixes two predictions by a `guidance_scale` or a `true_cfg_scale`, "
