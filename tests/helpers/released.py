@@ -177,7 +177,7 @@ class GoCA:
 
     def layer_weights(self, layers: dict[str, Layer]) -> Tensor:
         """<softmax(F F^T / sqrt(c)), A_self>, not below zero, over the sum of all layers (GoCA, layers)."""
-        if self.plain:
+        if self.plain or not self.preset.self_attention:
             return torch.full([len(self.preset.text)], 1 / len(self.preset.text))
         reference, found = layers[self.preset.reference], []
         features = reference.features[self.preset.features][:, : self.channels]
@@ -216,6 +216,8 @@ class GoCA:
     def spread(self, maps: Tensor) -> Tensor:
         """x <- A_self x, with the conditional prediction's fine layers; min-max follows (GoCA, refinement)."""
         layers = [self.positive[name] for name in self.preset.refine]
+        if not layers:  # linear self-attention has no map (ours)
+            return maps
         affinity = sum(on_grid(layer.pixels.mean(0), layer.grid, self.grid) for layer in layers) / len(layers)
         x = maps.flatten(1).mT
         for _ in range(self.preset.order):
@@ -283,3 +285,25 @@ def scfg_background(preset: LayerPreset, layers: dict[str, Layer], sink: int) ->
     both = [torch.stack([m[sink], m.sum(0) - m[sink]]) for m in scfg_layers(preset, layers)]
     start, others = over_spatial_mean(both)
     return (start - others)[None]
+
+
+# ---- comparisons -----------------------------------------------------------------------------------------------------
+TIE = 2e-5  # of scores in [0, 1], which float32 does not tell apart
+
+
+def assert_argmax(masks: Tensor, scores: Tensor) -> None:
+    """Padding is empty; the others are where their score is highest, but for ties."""
+    assert not masks[len(scores) :].any()
+    scores = nearest(scores, masks.shape[1:])
+    behind = scores.amax(0) - (scores * masks[: len(scores)]).sum(0)
+    assert (behind > TIE).sum() == 0
+    assert (behind > 0).float().mean() < 0.01
+    assert masks.flatten(1).any(1).sum() > 1
+
+
+def assert_foreground(foreground: Tensor, background: Tensor, threshold: float = 0.5) -> None:
+    background = nearest(background, foreground.shape[1:])
+    wrong = foreground != (background < threshold)
+    assert ((background - threshold)[wrong].abs() > TIE).sum() == 0
+    assert wrong.float().mean() < 0.01
+    assert 0 < foreground.sum() < foreground.numel()

@@ -29,7 +29,6 @@ TEXTS = {  # tokenizers of the text that a denoiser sees, and the place of their
     "hunyuan": {"tokenizer": 0, "tokenizer_2": 77},
 }
 NEGATIVE_SINK = ("sd", "hunyuan")  # the token that looks at the background is the negative prompt's `<sos>`
-TIE = 2e-5  # of scores in [0, 1], which float32 does not tell apart
 
 # ---- models and choices: "flux" is tiny, "flux:deep" has the layers of Flux.1, for which there is a released preset ----
 DEEP: dict[str, dict] = {
@@ -183,24 +182,6 @@ def regions_of(name: str, prompt: str, config: GoCAConfig) -> tuple[list[list[in
     return words + [[0]] * (family(name) not in END_SINK), [position for positions in words for position in positions]
 
 
-def assert_argmax(masks: torch.Tensor, scores: torch.Tensor) -> None:
-    """Padding is empty; the others are where their score is highest, but for ties."""
-    assert not masks[len(scores) :].any()
-    scores = released.nearest(scores, masks.shape[1:])
-    behind = scores.amax(0) - (scores * masks[: len(scores)]).sum(0)
-    assert (behind > TIE).sum() == 0
-    assert (behind > 0).float().mean() < 0.01
-    assert masks.flatten(1).any(1).sum() > 1
-
-
-def assert_foreground(foreground: torch.Tensor, background: torch.Tensor, threshold: float = 0.5) -> None:
-    background = released.nearest(background, foreground.shape[1:])
-    wrong = foreground != (background < threshold)
-    assert ((background - threshold)[wrong].abs() > TIE).sum() == 0
-    assert wrong.float().mean() < 0.01
-    assert 0 < foreground.sum() < foreground.numel()
-
-
 @pytest.mark.parametrize("name", ORDERS)
 def test_deep_models_have_a_released_preset(name):
     assert preset(name).order == ORDERS[name]
@@ -211,7 +192,7 @@ def test_deep_models_have_a_released_preset(name):
 def test_regions_are_the_released_ones(name, choice):
     config = config_of(name, choice)
     for prompt, masks, _, positive, _ in images(name, config):
-        assert_argmax(masks, goca_of(name, config, positive).scores(*regions_of(name, prompt, config)))
+        released.assert_argmax(masks, goca_of(name, config, positive).scores(*regions_of(name, prompt, config)))
 
 
 @every_choice
@@ -219,7 +200,7 @@ def test_foreground_is_the_released_one(name, choice):
     config = config_of(name, choice)
     for prompt, _, foreground, positive, negative in images(name, config):
         reference = goca_of(name, config, positive, negative if family(name) in NEGATIVE_SINK else None)
-        assert_foreground(foreground, reference.background(sink_of(name, prompt)))
+        released.assert_foreground(foreground, reference.background(sink_of(name, prompt)))
 
 
 @every_model
@@ -228,16 +209,18 @@ def test_conditional_foreground_is_the_sinks_own_region(name):
     config = GoCAConfig()
     for prompt, _, foreground, positive, _ in images(name, config, SCFGConfig(foreground="conditional")):
         _, content = regions_of(name, prompt, config)
-        assert_foreground(foreground, goca_of(name, config, positive).scores([[sink_of(name, prompt)]], content))
+        released.assert_foreground(
+            foreground, goca_of(name, config, positive).scores([[sink_of(name, prompt)]], content)
+        )
 
 
 @every_model
 def test_regions_and_foreground_of_scfg_are_the_released_ones(name):
     for prompt, masks, foreground, positive, negative in images(name, scfg=SCFGConfig(segmentor="s-cfg")):
-        assert_argmax(masks, released.scfg_scores(preset(name), positive))
+        released.assert_argmax(masks, released.scfg_scores(preset(name), positive))
         sink = negative if family(name) in NEGATIVE_SINK else positive
         background = released.scfg_background(preset(name), sink, sink_of(name, prompt))
-        assert_foreground(foreground, background, threshold=0)
+        released.assert_foreground(foreground, background, threshold=0)
 
 
 def other_forms(reference: released.GoCA) -> dict[str, released.GoCA]:
@@ -259,8 +242,8 @@ def test_another_form_of_a_step_would_be_seen(name):
     reference = goca_of(name, GoCAConfig(), positive, negative if family(name) in NEGATIVE_SINK else None)
     sink, words = sink_of(name, prompt), regions_of(name, prompt, GoCAConfig())
     for form, other in other_forms(reference).items():
-        assert (other.background(sink) - reference.background(sink)).abs().max() > 100 * TIE, form
-        assert (other.scores(*words) - reference.scores(*words)).abs().max() > 100 * TIE, form
+        assert (other.background(sink) - reference.background(sink)).abs().max() > 100 * released.TIE, form
+        assert (other.scores(*words) - reference.scores(*words)).abs().max() > 100 * released.TIE, form
 
 
 # ---- segmentation ----------------------------------------------------------------------------------------------------
@@ -283,7 +266,7 @@ def test_scores_are_the_released_ones(name, choice):
     content = [position for positions in words for position in positions]
     for scores, layers in zip(found.scores, read, strict=True):
         reference = goca_of(name, config, layers).scores(words, content)
-        torch.testing.assert_close(scores.double(), reference, atol=TIE, rtol=0)
+        torch.testing.assert_close(scores.double(), reference, atol=released.TIE, rtol=0)
 
 
 @every_model
@@ -297,7 +280,7 @@ def test_background_is_the_released_one(name):
         background = reference.supporting(words[len(CLASSES) :], content) + 0.2
         scores = torch.cat([reference.scores(words[: len(CLASSES)], content), background])
         scores = released.bilinear(scores, tuple(labels.shape))
-        assert_argmax(torch.stack([labels == k for k in range(len(scores))]), scores)
+        released.assert_argmax(torch.stack([labels == k for k in range(len(scores))]), scores)
 
 
 @every_model
@@ -306,4 +289,4 @@ def test_a_single_class_is_its_share_of_all_tokens(name):
     words = places(name, CLASSES[0], CLASSES[:1])
     for scores, layers in zip(found.scores, read, strict=True):
         reference = goca_of(name, GoCAConfig(), layers).scores(words, words[0])
-        torch.testing.assert_close(scores.double(), reference, atol=TIE, rtol=0)
+        torch.testing.assert_close(scores.double(), reference, atol=released.TIE, rtol=0)

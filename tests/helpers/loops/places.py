@@ -1,0 +1,182 @@
+"""Where text and pixels stand among the keys of a denoiser's attention, said by hand for every denoiser, and how to look.
+
+Nothing of the library's rows is used: they are held against this.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tests.helpers.released import Layer
+
+
+Places = tuple[list[int], list[int]]  # of text and of pixels, in their order
+
+
+def bound(denoiser: torch.nn.Module, call: tuple[tuple, dict]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    args, kwargs = call
+    _, *given = inspect.signature(type(denoiser).forward).bind_partial(denoiser, *args, **kwargs).arguments.items()
+    return dict(given)
+
+
+# ---- by hand ---------------------------------------------------------------------------------------------------------
+def _run(start: int, count: int) -> list[int]:
+    return list(range(start, start + count))
+
+
+def _text(given: dict) -> int:
+    return given["encoder_hidden_states"].shape[1]
+
+
+def _text_first(given: dict, image: int, keys: int, layer: str) -> Places:
+    return _run(0, _text(given)), _run(_text(given), keys - _text(given))
+
+
+def _registers(given: dict, image: int, keys: int, layer: str) -> Places:
+    """Eight tokens of neither before all others."""
+    return _run(8, _text(given)), _run(8 + _text(given), keys - 8 - _text(given))
+
+
+def _cross(given: dict, image: int, keys: int, layer: str) -> Places:
+    return (_run(0, keys), []) if layer.endswith("attn2") else ([], _run(0, keys))
+
+
+def _lumina2(given: dict, image: int, keys: int, layer: str) -> Places:
+    """The image's own valid text, and its pixels right behind."""
+    valid, pixels = int(given["encoder_attention_mask"][image].sum()), _pixels(given)
+    return _run(0, valid), _run(valid, pixels)
+
+
+def _pixels(given: dict) -> int:
+    """In patches of 2 x 2."""
+    return math.prod(given["hidden_states"].shape[-2:]) // 4
+
+
+def _hidream(given: dict, image: int, keys: int, layer: str) -> Places:
+    """Three texts last; 16 x 4 pixels, and others that are padding."""
+    text = given["encoder_hidden_states_t5"].shape[1] + 2 * given["encoder_hidden_states_llama3"].shape[2]
+    return _run(keys - text, text), _run(0, 64)
+
+
+def _hunyuan_image(given: dict, image: int, keys: int, layer: str) -> Places:
+    """Valid text stands first, of the glyphs before that of the prompt; nothing is in quotes here."""
+    text = _text(given) + given["encoder_hidden_states_2"].shape[1]
+    return _run(keys - text, text), _run(0, keys - text)
+
+
+def _kandinsky3(given: dict, image: int, keys: int, layer: str) -> Places:
+    return ([], _run(0, keys)) if "attentions.0." in layer else (_run(0, keys), [])
+
+
+def _cascade(given: dict, image: int, keys: int, layer: str) -> Places:
+    """Behind the text are what CLIP makes of all of it, and of a picture."""
+    pixels, text = math.prod(given["sample"].shape[-2:]), given["clip_text"].shape[1]
+    return _run(pixels, text), _run(0, pixels)
+
+
+PLACES: dict[str, Callable[[dict, int, int, str], Places]] = {
+    "AuraFlowTransformer2DModel": _registers,
+    "CogView3PlusTransformer2DModel": _text_first,
+    "CogView4Transformer2DModel": _text_first,
+    "HiDreamImageTransformer2DModel": _hidream,
+    "HunyuanImageTransformer2DModel": _hunyuan_image,
+    "Kandinsky3UNet": _kandinsky3,
+    "Lumina2Transformer2DModel": _lumina2,
+    "LuminaNextDiT2DModel": _cross,
+    "PRXTransformer2DModel": _text_first,
+    "SanaTransformer2DModel": _cross,
+    "StableCascadeUNet": _cascade,
+    "UNet2DConditionModel": _cross,
+    "UNet2DConditionModel with added keys": _text_first,
+}
+
+
+def places_of(denoiser: torch.nn.Module) -> Callable[[dict, int, int, str], Places]:
+    added = any(name.endswith("add_k_proj") for name, _ in denoiser.named_modules())
+    return PLACES[type(denoiser).__name__ + (" with added keys" if added and hasattr(denoiser, "down_blocks") else "")]
+
+
+# ---- looking ---------------------------------------------------------------------------------------------------------
+class Looking(TorchFunctionMode):
+    """What torch's attention function is given in some layers of a denoiser, by layer, while calls are repeated.
+
+    `silent`: it answers zeros, so that no token hears of another.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, layers: Sequence[str], silent: bool = False):
+        super().__init__()
+        self.denoiser, self.layers, self.silent = denoiser, layers, silent
+        self.seen: dict[str, dict[str, Tensor]] = {}
+        self._running: str | None = None
+
+    @torch.no_grad()
+    def __call__(self, call: tuple[tuple, dict]) -> dict[str, dict[str, Tensor]]:
+        self.seen, handles = {}, []
+        for name in self.layers:
+            module = self.denoiser.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: setattr(self, "_running", name)))
+            handles.append(module.register_forward_hook(lambda *_: setattr(self, "_running", None)))
+            if isinstance(getattr(module, "to_q", None), torch.nn.Module):
+                note = lambda _, args, output, name=name: self._note(name, raw=output)  # noqa: E731
+                handles.append(module.to_q.register_forward_hook(note))
+        try:
+            with self:
+                self.denoiser(*call[0], **call[1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self.seen
+
+    def _note(self, name: str, **what) -> None:
+        of_layer = self.seen.setdefault(name, {})
+        of_layer |= {key: value for key, value in what.items() if key not in of_layer}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+        if self._running is not None:
+            self._note(self._running, **given)
+        if self.silent:
+            return given["query"].new_zeros(*given["query"].shape[:-1], given["value"].shape[-1])
+        return function(*args, **kwargs)
+
+
+def layer_of(
+    denoiser: torch.nn.Module, name: str, seen: dict, image: int, places: Places, grid: tuple[int, int]
+) -> Layer:
+    """Attention of one layer for one image, float64, as `tests.helpers.released` takes it."""
+    q, k, v = (seen[which][image].double() for which in ("query", "key", "value"))
+    logits = q @ k.mT * (seen.get("scale") or q.shape[-1] ** -0.5)
+    if (mask := seen.get("attn_mask")) is not None:
+        of_image = mask[image % len(mask)]
+        logits = logits.masked_fill(~of_image, -math.inf) if mask.dtype == torch.bool else logits + of_image.double()
+    probs, (text, pixels) = logits.softmax(-1), places
+    written = probs @ v
+    if text and pixels and q.shape[1] == k.shape[1]:  # joint attention: the pixels' queries alone
+        probs, written = probs[:, pixels], written[:, pixels]
+    features = {"output": written.transpose(0, 1).flatten(1)}
+    if "raw" in seen and len(seen["raw"][image]) == probs.shape[1]:
+        features["query"] = seen["raw"][image].double()
+    if text:  # else no head is weighted
+        written = written @ _projection(denoiser, name).unflatten(1, (len(q), -1)).permute(1, 2, 0)
+    return Layer(grid, probs[..., text], probs[..., pixels], written, features)
+
+
+def _projection(denoiser: torch.nn.Module, name: str) -> Tensor:
+    """c x (h d); Lumina-Next has a gate for each head of the cross-attention before it."""
+    module = denoiser.get_submodule(name)
+    last = module.to_out if isinstance(module.to_out, torch.nn.Linear) else module.to_out[0]
+    weight = last.weight.double()
+    if type(denoiser).__name__ == "LuminaNextDiT2DModel" and name.endswith("attn2"):
+        gate = denoiser.get_submodule(name.removesuffix(".attn2")).gate.tanh().double()
+        return weight * gate.repeat_interleave(weight.shape[1] // len(gate))
+    return weight
