@@ -407,6 +407,11 @@ def guided(stock: type[DiffusionPipeline]) -> type[GoCASCFGPipeline]:
         raise ValueError(
             f"Expected a pipeline that regions can guide, but {stock.__name__} is none ({reason}): use it as it is."
         )
+    if "guider" in inspect.signature(stock.__init__).parameters:
+        raise ValueError(
+            f"Expected a pipeline whose loop mixes two predictions, but a guider mixes those of {stock.__name__}: give it "
+            "`guider=GoCAGuidance(...)`, and call it inside `with guider.watching(pipe):`."
+        )
     if "prompt" not in inspect.signature(stock.__call__).parameters or mixing_of(stock).scale is None:
         raise ValueError(
             "Expected a text-to-image pipeline whose loop mixes two predictions by a `guidance_scale` or a `true_cfg_scale`, "

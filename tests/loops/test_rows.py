@@ -3,15 +3,17 @@
 import math
 from functools import cache
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from goca_guidance import GoCASCFGPipeline
+from goca_guidance import GoCAGuidance
 from goca_guidance.denoisers.adapters import denoiser_of, family_of
 from goca_guidance.denoisers.base import Family
 from goca_guidance.denoisers.unets import UNetFamily
+from goca_guidance.method.records import Regions
 from tests.helpers import released
 from tests.helpers.guided import guided
 from tests.helpers.loops.every import LOOPS
@@ -151,9 +153,19 @@ def test_the_view_is_what_is_said_by_hand(name):
 
 
 # ---- regions ---------------------------------------------------------------------------------------------------------
+def named(name: str) -> dict[str, list[int]]:
+    start = FIRST.get(name, 0)
+    return {"cat": [start + 1], "grass": [start + 2], "</s>": [start]}
+
+
 @cache
-def ours(name: str) -> GoCASCFGPipeline:
-    pipe = guided(build(f"{name}Pipeline", loop(name)))
+def ours(name: str) -> diffusers.DiffusionPipeline:
+    """Guided by the loop, or by a guider."""
+    pipe = build(f"{name}Pipeline", loop(name))
+    if hasattr(pipe, "guider"):
+        pipe.guider = GoCAGuidance(pipe.guider.guidance_scale, stop=0.5, region_tokens=named(name))
+    else:
+        pipe = guided(pipe)
     for part, module in denoiser_of(pipe.components).named_modules():
         if part.endswith(QUERIES) and module.weight is not None:
             module.weight.data *= 8
@@ -163,19 +175,26 @@ def ours(name: str) -> GoCASCFGPipeline:
 @cache
 def guided_step(name: str) -> tuple:
     """Regions of one guided step, and of each image the layers of the conditional and the unconditional prediction."""
-    pipe, images, start = ours(name), len(prompts(name)), FIRST.get(name, 0)
+    pipe, images = ours(name), len(prompts(name))
     denoiser = denoiser_of(pipe.components)
     family, layers = family_of(denoiser), sorted(family_of(denoiser).preset.layers)
-    named = {"cat": [start + 1], "grass": [start + 2], "</s>": [start]}
     with released.calls(denoiser) as seen:
-        output = run(pipe, loop(name), prompts(name), region_tokens=named, scfg_stop=0.5, output_regions=True)
-    assert len(output.regions) == 1
+        (regions,) = _regions(name, pipe)
     read = [of_image for call in seen[:2] for of_image in _layers(denoiser, layers, call)]
     first, second = read[:images], read[images : 2 * images]
     conditional_first = loop(name).conditional_first
     if conditional_first is None:  # of two calls the first one is, of a batch the second half
         conditional_first = len(_layers(denoiser, layers[:1], seen[0])) == images
-    return family, output.regions[0], *((first, second) if conditional_first else (second, first))
+    return family, regions, *((first, second) if conditional_first else (second, first))
+
+
+def _regions(name: str, pipe) -> list[Regions]:
+    if not hasattr(pipe, "guider"):
+        asked = {"region_tokens": named(name), "scfg_stop": 0.5, "output_regions": True}
+        return run(pipe, loop(name), prompts(name), **asked).regions
+    with pipe.guider.watching(pipe, keep_regions=True) as seen:
+        run(pipe, loop(name), prompts(name))
+    return seen.results()[0]
 
 
 def _layers(denoiser, layers, call) -> list[dict[str, released.Layer]]:
@@ -193,7 +212,7 @@ def _layers(denoiser, layers, call) -> list[dict[str, released.Layer]]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "HunyuanImage"])  # it mixes by a guider
+@every_row
 def test_regions_are_those_of_the_definition(name):
     family, regions, positive, negative = guided_step(name)
     preset, start = family.preset, FIRST.get(name, 0)
