@@ -25,7 +25,7 @@ PROMPTS = ["a cat and a bus on grass", "potted plant"]
 ROWS = """AuraFlow CogView3Plus CogView4 HiDreamImage HunyuanImage IF Kandinsky3 Kolors Lumina Lumina2 PRX Sana
 StableCascadePrior StableDiffusionLatentUpscale StableDiffusionUpscale""".split()  # one pipeline for each
 QUERIES = ("to_q", "norm_q", "q_rms_norm")  # made louder: random weights attend nearly evenly
-FIRST = {"Lumina": 5}  # token of the shorter prompt, where masked padding stands before it
+FIRST = {"CogView4": 13, "Kolors": 253, "Lumina": 5}  # token of the shorter prompt, where padding stands before it
 POOLED = ("IF", "Lumina")  # the denoiser makes one vector of the text too, which scales pixels
 MIXED = ("HunyuanImage",)  # that scales the text itself
 CONVOLVED = ("Sana",)  # so are U-Nets: a pixel reaches its neighbours

@@ -172,8 +172,10 @@ def layer_of(
 
 
 def _projection(denoiser: torch.nn.Module, name: str) -> Tensor:
-    """c x (h d); Lumina-Next has a gate for each head of the cross-attention before it."""
+    """c x (h d); Lumina-Next has a gate for each head of the cross-attention before it, a single block one for all it does."""
     module = denoiser.get_submodule(name)
+    if module.to_out is None:
+        return denoiser.get_submodule(name.rpartition(".")[0]).proj_out.weight[:, : module.to_q.out_features].double()
     last = module.to_out if isinstance(module.to_out, torch.nn.Linear) else module.to_out[0]
     weight = last.weight.double()
     if type(denoiser).__name__ == "LuminaNextDiT2DModel" and name.endswith("attn2"):
