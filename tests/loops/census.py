@@ -21,6 +21,7 @@ from tests.helpers.loops.trace import denoisers, latents
 
 
 WORKS = "works"
+REGIONS = {"cat": [1], "grass": [3], "</s>": [4]}  # where a tiny pipeline is called with embeddings
 SERVED = {family.stock.__name__: name for name, family in families.FAMILIES.items()}  # tiny ones of seven families
 VARIANTS = {  # and of their tasks
     f"{family.stock.__name__.removesuffix('Pipeline')}{kind}Pipeline": (make, name)
@@ -96,7 +97,8 @@ def verdict(name: str) -> str:
     expected = latents(call(stock))
     try:
         pipe = guided(stock)
-        neutral, output = latents(call(pipe, scfg=NEUTRAL)), call(pipe, output_regions=True)
+        ours = {} if name not in LOOPS or LOOPS[name].words else {"region_tokens": REGIONS}
+        neutral, output = latents(call(pipe, scfg=NEUTRAL, **ours)), call(pipe, output_regions=True, **ours)
     except (ValueError, RuntimeError, TypeError) as error:
         return f"refused: {error}"
     assert torch.equal(neutral, expected), name

@@ -15,7 +15,7 @@ from tests.helpers.loops.every import LOOPS
 from tests.helpers.loops.tiny_loop import build, run
 from tests.helpers.loops.trace import denoisers, latents
 from tests.helpers.places import ROOT
-from tests.loops.census import WORKS, mixes, verdict
+from tests.loops.census import REGIONS, WORKS, mixes, verdict
 
 
 ABSENT = "not in diffusers"
@@ -67,6 +67,7 @@ def _tried(name: str, change: Callable = lambda pipe: None, again: bool = False,
         pipe = guided(stock)
         if again:
             change(pipe)
+        call |= {} if loop.words else {"region_tokens": REGIONS}
         neutral, output = latents(run(pipe, loop, scfg=NEUTRAL, **call)), run(pipe, loop, output_regions=True, **call)
     except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
         return f"refused: {error}"
