@@ -115,7 +115,8 @@ def segment(name: str) -> str:
 @column("Guider")
 def guider(name: str) -> str:
     """`GoCAGuidance` in the modular pipeline of the family, or in a stock one that has a guider."""
-    blocks = getattr(diffusers, f"{name.removesuffix('Pipeline')}AutoBlocks", None)
+    kinds = (f"{name.removesuffix('Pipeline')}{kind}Blocks" for kind in ("BaseAuto", "Auto", ""))
+    blocks = next((getattr(diffusers, kind) for kind in kinds if hasattr(diffusers, kind)), None)
     if blocks is None or "guider" not in [part.name for part in blocks().expected_components]:
         return ABSENT
     pipe, components = blocks().init_pipeline(), LOOPS[name].components()
