@@ -25,7 +25,8 @@ class Mixing:
 
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments; true guidance (Flux) has precedence
 FURTHER = ("guidance_scale_2",)  # of a second denoiser (Wan 2.2)
-FORMULAS = {  # by how the pipeline's name begins, where it is not u + s (c - u)
+FORMULAS = {  # by how the pipeline's name begins, where it is not u + s (c - u), or another argument is the scale
+    "ChromaInpaint": Mixing(),  # has a `true_cfg_scale` that it asks nowhere
     "ZImage": Mixing(excess=1, least=0),
     "Krea2": Mixing(excess=1, least=0),
     "Cosmos3": Mixing(),
@@ -56,9 +57,7 @@ def unserved(pipeline: type[DiffusionPipeline]) -> str | None:
 
 def mixing_of(pipeline: type[DiffusionPipeline]) -> Mixing:
     """How the loop of a stock pipeline class mixes."""
-    arguments = inspect.signature(pipeline.__call__).parameters
-    if (scale := next((name for name in SCALES if name in arguments), None)) != "guidance_scale":
-        return Mixing(scale)
     names = [base.__name__ for base in pipeline.__mro__]
     known = (formula for begin, formula in FORMULAS.items() if any(name.startswith(begin) for name in names))
-    return next(known, Mixing())
+    arguments = inspect.signature(pipeline.__call__).parameters
+    return next(known, None) or Mixing(next((name for name in SCALES if name in arguments), None))

@@ -18,7 +18,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_utils
 from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 
 from goca_guidance.arguments import bind, check_arguments, check_latents, counts, or_plain
@@ -61,7 +60,7 @@ class GoCASCFGPipelineOutput(BaseOutput):
         negative_maps: one [`WordMaps`] for each guided step: where the words of the negative prompt act.
     """
 
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: list[Any] | np.ndarray | Tensor
     nsfw_content_detected: list[bool] | None = None
     regions: list[Regions] | None = None
     guidance_maps: Tensor | None = None

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from goca_guidance.config import LayerPreset
@@ -106,7 +106,7 @@ class PackedFamily(JointFamily):
         return F.pixel_shuffle(prediction.mT.unflatten(2, (call.latent[0] // self.patch, -1)), self.patch)
 
 
-def _grid(positions: Float[Tensor, "n axes"]) -> tuple[int, int, int]:
+def _grid(positions: Num[Tensor, "n axes"]) -> tuple[int, int, int]:
     """Rows and columns of the first picture, by columns 1 and 2 of the positions; how many tokens are of others."""
     own = positions[:, 0] == positions[0, 0]
     first, last = positions[own][:, 1:3].aminmax(dim=0)

@@ -132,7 +132,8 @@ class AttentionObserver:
         if view.order is not None:
             arguments, output = laid_out(arguments, output, view.order)
         query, key, mask = arguments["query"], arguments["key"], arguments.get("attn_mask")
-        pixels = view.image if view.image.stop and query.shape[2] == key.shape[2] else slice(None)
+        laid_out_alike = view.image.stop and query.shape[2] == key.shape[2]
+        pixels = view.queries or (view.image if laid_out_alike else slice(None))
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         if mask is not None and mask.shape[-2] > 1:

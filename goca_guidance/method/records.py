@@ -21,12 +21,14 @@ class AttentionView:
     `grid`: height and width of the pixel queries; of a video frames, height and width. `text`, `image`: which keys are text
     and which are pixels. A call with both is joint attention, whose queries are laid out as its keys, or are the pixels alone.
     `order` b n: for each image the tokens of the call in the order of the view, where images are laid out differently.
+    `queries`: which ones are the pixels, where that does not follow.
     """
 
     grid: tuple[int, ...]
     text: slice = field(default_factory=lambda: slice(0, 0))
     image: slice = field(default_factory=lambda: slice(0, 0))
     order: Int[Tensor, "b n"] | None = None
+    queries: slice | None = None
 
     @property
     def video(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from goca_guidance import GoCASCFGPipeline, SCFGConfig
+from goca_guidance.method.scfg import SpatialGuidanceScale
 from tests.helpers.families import (
     BERT_TOKENS,
     FAMILIES,
@@ -88,7 +89,7 @@ def assert_clean(pipe) -> None:
     """Nothing of ours is left in the pipeline either."""
     assert_untouched(*(part for part in pipe.components.values() if isinstance(part, torch.nn.Module)))
     assert pipe._goca_call is None
-    assert type(getattr(pipe, "_guidance_scale", 1.0)) is float
+    assert not isinstance(getattr(pipe, "_guidance_scale", 1.0), SpatialGuidanceScale)
 
 
 def embedded(stock, name: str) -> dict:

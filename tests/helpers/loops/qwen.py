@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
 
@@ -121,6 +122,10 @@ def _renormed(u, c, s):
     return mixed * (c.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
 
 
+def _in_layers(maps):
+    return torch.cat([in_patches(layer) for layer in maps.unbind(2)], 1)
+
+
 _LOOP = partial(TinyLoop, mixed=_renormed, packed=in_patches)
 _GUIDED = {"negative_prompt": "", "true_cfg_scale": 4.0}
 _CALL = SIZE | _GUIDED
@@ -159,7 +164,7 @@ LOOPS: dict[str, TinyLoop] = {
         ),
         # diffusers 0.42.1 returns no latents here
         _GUIDED | {"image": picture(mode="RGBA"), "layers": 2, "output_type": "pt"},
-        packed=in_patches,
+        packed=_in_layers,
     ),
     "QwenImage21Pipeline": TinyLoop(
         partial(seeded, _parts_21),

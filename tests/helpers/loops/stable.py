@@ -4,6 +4,7 @@ u + s (c - u): one batch, unconditional first; Flux.1 makes two calls, condition
 """
 
 from functools import partial
+from typing import Any
 
 import diffusers
 import torch
@@ -12,7 +13,7 @@ from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 
 from tests.helpers.families import FAMILIES, MAX_TOKENS, SMALL_TEXT, _control_model
 from tests.helpers.loops.pictures import picture
-from tests.helpers.loops.tiny_loop import TinyLoop, plain, seeded, without_variance
+from tests.helpers.loops.tiny_loop import TinyLoop, as_is, in_patches, plain, seeded, without_variance
 from tests.helpers.tiny import tiny_components
 
 
@@ -148,7 +149,8 @@ def _loop(name: str, changes: dict | None = None, components=None, **fields) -> 
     size = HUNYUAN if name == "hunyuan" else SIZE
     make = components or partial(_family, name)
     mixed = without_variance if name.startswith(("pixart", "hunyuan")) else plain
-    return TinyLoop(partial(seeded, make), FAMILIES[name].call | size | (changes or {}), mixed=mixed, **fields)
+    facts: dict[str, Any] = {"mixed": mixed, "packed": in_patches if name == "flux" else as_is}
+    return TinyLoop(partial(seeded, make), FAMILIES[name].call | size | (changes or {}), **facts, **fields)
 
 
 def _tasks(name: str, stock: str) -> dict[str, TinyLoop]:

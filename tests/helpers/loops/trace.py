@@ -138,3 +138,9 @@ def traced(run: Callable, pipe, loop: TinyLoop, **kwargs) -> tuple[Any, list[Ste
     with watched(pipe, loop) as steps:
         output = run(pipe, loop, **kwargs)
     return output, steps
+
+
+def spread(loop: TinyLoop, scales: Tensor, prediction: Tensor) -> Tensor:
+    """A guidance map b 1 *S, float64, in the form of a prediction."""
+    packed = loop.packed(scales.double())
+    return packed.repeat(1, 1, prediction.shape[-1] // packed.shape[-1]) if packed.ndim == 3 else packed

@@ -1,0 +1,71 @@
+"""Every loop that is served, guided by regions: stock where nothing is rated, else what was rated reaches the scheduler."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from goca_guidance import GoCASCFGPipeline
+from goca_guidance.denoisers.adapters import denoiser_of, family_of
+from tests.helpers.guided import NEUTRAL, assert_clean, guided
+from tests.helpers.loops.every import LOOPS
+from tests.helpers.loops.tiny_loop import build, run
+from tests.helpers.loops.trace import Step, latents, spread, traced
+
+
+PENDING = """""".split()  # whose rows are still to be written
+SERVED = sorted(name for name, loop in LOOPS.items() if loop.guided and name.removesuffix("Pipeline") not in PENDING)
+PROMPTS = ["a cat and a bus on grass", "potted plant"]
+every_loop = pytest.mark.parametrize("name", SERVED)
+
+
+@cache
+def ours(name: str) -> GoCASCFGPipeline:
+    return guided(build(name, LOOPS[name]))
+
+
+def named(name: str) -> dict:
+    """Regions by the places of their tokens."""
+    start = family_of(denoiser_of(ours(name).components)).sink == "start"
+    return {"region_tokens": {"cat": [1], "grass": [3]} | ({"<sos>": [0]} if start else {"</s>": [2]})}
+
+
+def call(name: str, **kwargs):
+    return run(ours(name), LOOPS[name], **named(name) | kwargs)
+
+
+def assert_rated(name: str, output, steps: list[Step]) -> None:
+    """What the scheduler gets is mixed by the maps that the output tells, in float64; they differ from place to place."""
+    loop, mixing = LOOPS[name], [step for step in steps if step.u is not None]
+    assert len(mixing) == len(output.guidance_maps) == len(output.regions) == loop.guided
+    for step, scales in zip(mixing, output.guidance_maps, strict=True):
+        mixed = loop.mixed(step.u, step.c, spread(loop, scales, step.c))
+        torch.testing.assert_close(loop.after(mixed, *step.at), step.given, rtol=1e-4, atol=1e-5)
+    assert output.guidance_maps.std() > 0
+
+
+@every_loop
+def test_at_rate_one_it_is_stock(name):
+    """Bit for bit."""
+    stock = latents(run(build(name, LOOPS[name]), LOOPS[name]))
+    assert torch.equal(latents(call(name, scfg=NEUTRAL)), stock)
+    assert_clean(ours(name))
+
+
+@every_loop
+def test_what_is_rated_reaches_the_scheduler(name):
+    output, steps = traced(run, ours(name), LOOPS[name], output_regions=True, **named(name))
+    assert_rated(name, output, steps)
+    assert all((regions.masks.sum(1) == 1).all() for regions in output.regions)
+    assert_clean(ours(name))
+
+
+@pytest.mark.parametrize("name", [name for name in SERVED if LOOPS[name].batch])
+def test_two_prompts_of_different_lengths(name):
+    """Each has regions and rates of its own."""
+    loop = LOOPS[name]
+    negative = {"negative_prompt": ["", "red"]} if "negative_prompt" in loop.call else {}
+    output, steps = traced(run, ours(name), loop, prompt=PROMPTS, output_regions=True, **negative, **named(name))
+    assert_rated(name, output, steps)
+    first, second = output.guidance_maps.unbind(1)
+    assert not torch.equal(first, second)
