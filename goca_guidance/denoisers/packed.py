@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from goca_guidance.denoisers.base import DenoiserCall, Family, row
 from goca_guidance.denoisers.joint import PackedFamily
+from goca_guidance.method.records import AttentionView
 
 
 class QwenFamily(PackedFamily):
@@ -51,6 +53,40 @@ def _shapes(given: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return list(shapes) if isinstance(shapes[0], (tuple, list)) else [shapes]
 
 
+class Qwen21Family(PackedFamily):
+    """`QwenImage21Transformer2DModel`: other pictures stand among the text, where the text encoder saw them, the image last.
+
+    A token is a latent pixel. The pixels alone ask: what stands before them is kept from the first step on.
+    """
+
+    pipeline = "QwenImage21Pipeline"
+    encoders = (("text_encoder", "processor"),)
+    patch = 1
+    segmented = True
+
+    def _read(self, given) -> tuple[int, int, int]:
+        *others, (_, rows, columns) = _shapes(given)
+        return rows, columns, sum(map(math.prod, others))
+
+    def text(self, given: Mapping[str, Any]) -> list[Tensor]:
+        """Without the places of pictures, which all images have in common."""
+        text = given["encoder_hidden_states"]
+        return [text if len(_shapes(given)) == 1 else text[:, ~given["img_mask"][0, : text.shape[1]]]]
+
+    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
+        call, given = super().call(args, kwargs), self.bound(args, kwargs)
+        if not call.others:
+            return call
+        slots = given["img_mask"][0]
+        pictures = slots.repeat_interleave(torch.where(slots, 4, 1))  # a place of the text encoder's is 2 x 2 tokens
+        seen, text = pictures.nonzero()[:, 0], (~pictures).nonzero()[:, 0]
+        order = torch.cat([text, seen[call.others :], seen[: call.others]])
+        return replace(call, order=order.expand(call.batch, -1))
+
+    def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
+        return super().view(call, name, queries, keys) if queries == math.prod(call.latent) else None
+
+
 class FiboFamily(PackedFamily):
     """`BriaFiboTransformer2DModel`: FIBO and FIBO Edit, which mixes the tokens of the pictures too.
 
@@ -66,6 +102,7 @@ class FiboFamily(PackedFamily):
 # ---- rows ------------------------------------------------------------------------------------------------------------
 PACKED: dict[str, type[Family]] = {
     "QwenImageTransformer2DModel": row(QwenFamily, pipeline="QwenImagePipeline"),
+    "QwenImage21Transformer2DModel": Qwen21Family,
     "ChromaTransformer2DModel": row(PackedFamily, pipeline="ChromaPipeline"),
     "Flux2Transformer2DModel": row(
         PackedFamily, pipeline="Flux2KleinPipeline", patch=1

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from goca_guidance.method.records import AttentionView
 class ZImageFamily(JointFamily):
     """`ZImageTransformer2DModel`: a list of images c 1 H W, the conditional half first, each with a text of its own length.
 
-    Pixels, then text, both padded to a multiple of 32 tokens. The loop mixes each image by itself.
+    Pixels, then text, both padded to a multiple of 32 tokens. The loop mixes each image by itself. Omni puts the parts of the
+    text first, then other pictures and the image, then what a vision encoder saw of them, each padded alike.
     """
 
     samples = ("x",)
@@ -36,24 +38,48 @@ class ZImageFamily(JointFamily):
         return self.denoiser.config.all_patch_size[0]
 
     def sample(self, given: Mapping[str, Any]) -> Float[Tensor, "b c 1 H W"]:
-        if isinstance(given["x"][0], list):
-            raise ValueError(
-                "Expected one picture for each prompt, but Z-Image Omni got others to look at, in the same sequence: leave "
-                "out `image`, or pass use_scfg=False."
-            )
-        return torch.stack(list(given["x"]))
+        return torch.stack([pictures[-1] if isinstance(pictures, list) else pictures for pictures in given["x"]])
 
     def as_given(self, sample: Float[Tensor, "b c 1 H W"]) -> list[Tensor]:
         return list(sample)
 
     def text(self, given: Mapping[str, Any]) -> list[Tensor]:
-        return [pad_sequence(list(given["cap_feats"]), batch_first=True)]
+        texts = (torch.cat(parts) if isinstance(parts, list) else parts for parts in given["cap_feats"])
+        return [pad_sequence(list(texts), batch_first=True)]
 
     def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
-        return tuple(given["x"][0].shape[-2:])
+        return tuple(self.sample(given).shape[-2:])
+
+    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
+        call, given = super().call(args, kwargs), self.bound(args, kwargs)
+        if not isinstance(given["x"][0], list):
+            return call
+        parts = [self._parts(given, image) for image in range(call.batch)]
+        keys = max(sum(map(self._padded, [*texts, *pictures, *seen])) for texts, pictures, seen in parts)
+        order = [self._order(texts, pictures, call.text, keys) for texts, pictures, _ in parts]
+        return replace(call, order=torch.tensor(order, device=given["x"][0][-1].device))
+
+    def _parts(self, given, image) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of each part of the text, of each picture, the image last, and of what was seen of each; 0 for none."""
+        pictures = [math.prod(self.grid("", picture.shape[-2:])) for picture in given["x"][image]]
+        seen = (given.get("siglip_feats") or {image: None})[image] or ()
+        features = [self.multiple if picture is None else math.prod(picture.shape[:2]) for picture in seen]
+        return [len(part) for part in given["cap_feats"][image]], pictures, features
+
+    def _order(self, texts, pictures, longest, keys) -> list[int]:
+        """Text, made as long as the longest of the batch, then the image, then all others."""
+        starts = list(accumulate(map(self._padded, [*texts, *pictures]), initial=0))
+        text = [start + i for start, length in zip(starts, texts, strict=False) for i in range(length)]
+        own = range(starts[-2], starts[-2] + pictures[-1])
+        others = sorted(set(range(keys)) - set(text) - set(own))
+        short = longest - len(text)
+        return [*text, *others[:short], *own, *others[short:]]
 
     def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
         grid = self.grid(name, call.latent)
+        if call.order is not None:
+            own = slice(call.text, call.text + math.prod(grid))
+            return AttentionView(grid, slice(0, call.text), own, call.order) if keys == call.order.shape[1] else None
         start = self._padded(math.prod(grid))
         if keys != start + self._padded(call.text):
             return None

@@ -39,6 +39,7 @@ class AttentionObserver:
         view: name, number of query tokens and number of key tokens to what they are; None where they are not the layer's.
         project: name to the layer's output projection, a function of b n h*d; asked only for `projected` layers.
         raw: names of the layers whose records carry the query before norm and rotary embeddings.
+        segmented: whether a module calls its kernel for one segment of the queries after the other, the pixels' last.
 
     `projected` names the layers whose records carry the Gram matrix of the output projection, probed once per block: the
     weight may be adapted (LoRA), cast (fp8) or elsewhere (offload), so it is never read. `paused` stops recording without
@@ -53,8 +54,10 @@ class AttentionObserver:
         view: Callable[[str, int, int], AttentionView | None],
         project: Callable[[str], Callable[[Tensor], Tensor]],
         raw: frozenset[str] = frozenset(),
+        segmented: bool = False,
     ):
         self.modules, self.receive, self.view, self.project, self.raw = modules, receive, view, project, raw
+        self.segmented = segmented
         self.projected: frozenset[str] = frozenset()
         self.paused = False
         self.images: int | None = None
@@ -154,7 +157,7 @@ class AttentionObserver:
 
     def _found(self, name, call) -> tuple[dict, Tensor, AttentionView] | None:
         """The first kernel call that the view knows; before it, pictures beside the text may have been asked (Wan)."""
-        for arguments, output in call.whole(self.images):
+        for arguments, output in (call.last if self.segmented else call.whole)(self.images):
             view = self.view(name, arguments["query"].shape[2], arguments["key"].shape[2])
             if view is not None:
                 return arguments, output, view
@@ -320,6 +323,13 @@ class _Call:
         for arguments, output in self.calls:
             alone, query, key = sizes.count(_sizes(arguments)) == 1, arguments["query"], arguments["key"]
             if alone and (replace(asked, other=key.shape[2]) if split else asked).answered(query, key, output):
+                yield arguments, output
+
+    def last(self, images: int | None) -> Iterator[tuple[dict, Tensor]]:
+        """The last kernel call, if it is of all images and heads; what its tokens are, a view says."""
+        for arguments, output in self.calls[-1:]:
+            query, heads = arguments["query"], None if self._asked is None else self._asked.heads
+            if images in (None, len(query)) and query.shape[1] == (heads or query.shape[1]):
                 yield arguments, output
 
     def close(self) -> None:

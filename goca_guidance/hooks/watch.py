@@ -108,7 +108,7 @@ class Watch:
         preset = family.preset
         modules = {name: m for name, m in family.attention_modules.items() if name in preset.layers}
         raw = frozenset({preset.reference}) if preset.features == "query" else frozenset()
-        observer = AttentionObserver(modules, self.on_attention, self._view, family.project, raw)
+        observer = AttentionObserver(modules, self.on_attention, self._view, family.project, raw, family.segmented)
         observer.paused = True
         return observer
 
