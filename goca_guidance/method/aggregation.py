@@ -93,6 +93,9 @@ class Aggregation:
         self._large: list[AttentionRecord] = []  # refining layers too large for it
         self._refining_keys: tuple[int, ...] = ()  # grid of the keys of the sum, or of the layers too large for it
         self.joint = False  # whether the keys are words and pixels
+        self.uneven = (
+            False  # whether the keys of refining layers are pixels and others: rows of pixels have no one sum
+        )
         self.finest: tuple[int, ...] = (
             0,
         )  # of text and refining layers; that of the maps, unless there is a working size
@@ -156,6 +159,8 @@ class Aggregation:
             self._early.append((record.only(*needed).alone(), key_grid))
             return
         if refining:
+            first, end, _ = record.view.image.indices(record.key.shape[2])
+            self.uneven = end - first < record.key.shape[2]
             large = math.prod(record.grid) > STORED
             self._refining_keys = key_grid if large else record.grid
             self.finest = max(self.finest, key_grid, key=math.prod)

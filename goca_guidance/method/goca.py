@@ -100,16 +100,16 @@ def refine(
     maps: Float[Tensor, "b k *S"],
     attend: Callable[[Float[Tensor, "b p k"], tuple[int, ...]], Float[Tensor, "b p k"]],
     order: int,
-    joint: bool = False,
+    uneven: bool = False,
 ) -> Float[Tensor, "b k *S"]:
     """x <- A_self x, `order` times, then min-max: A_self is the mean over heads and layers (GoCA, self-attention refinement).
 
-    `attend` gives A_self x, up to a factor, for x on a grid. Unless attention is `joint`, the rows of A_self have one sum: a
+    `attend` gives A_self x, up to a factor, for x on a grid. Unless they are `uneven`, the rows of A_self have one sum: a
     constant that is taken off x comes off A x too, and min-max does not see it. Where attention is nearly uniform, as at the
     first steps, that keeps the digits that matter.
     """
     grid = tuple(maps.shape[2:])
     x = maps.flatten(2).mT
     for _ in range(order):
-        x = attend(x if joint else x - x.mean(1, keepdim=True), grid)
+        x = attend(x if uneven else x - x.mean(1, keepdim=True), grid)
     return min_max(as_maps(x, grid))

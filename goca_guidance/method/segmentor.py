@@ -158,4 +158,4 @@ class GoCASegmentor:
 
     def _refined(self, maps):
         refining = self._conditional
-        return refine(maps, refining.attend, self.order, refining.joint) if refining.refines else maps
+        return refine(maps, refining.attend, self.order, refining.uneven) if refining.refines else maps
