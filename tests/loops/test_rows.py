@@ -75,8 +75,9 @@ def test_a_pixel_is_the_query_and_the_key_that_move_with_it(name):
             view, places = laid_out(name, layer)
             if layer in family.preset.self_attention:
                 assert keys[layer] == [places[view.image][pixel]]
-            asked = probe.sizes(layer).queries
-            own = places[view.pixels] if view.joint and asked > count else range(asked)[view.queries or slice(None)]
+            sizes = probe.sizes(layer)
+            alike = view.image.stop and sizes.queries == sizes.keys
+            own = places[view.image] if alike else range(sizes.queries)[view.queries or slice(None)]
             assert queries[layer] == [own[pixel]]
 
 
