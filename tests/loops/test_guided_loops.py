@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import diffusers
 import pytest
 import torch
 
@@ -13,15 +14,27 @@ from tests.helpers.loops.tiny_loop import build, run
 from tests.helpers.loops.trace import Step, latents, spread, traced
 
 
-PENDING = """""".split()  # whose rows are still to be written
+PENDING = """Cosmos2TextToImage Cosmos2VideoToWorld Cosmos2_5_PredictBase CosmosVideoToWorld GlmImage HunyuanImage
+HunyuanImageRefiner HunyuanVideo15 Ideogram4 Kandinsky5I2I Kandinsky5I2V Kandinsky5T2I Kolors KolorsImg2Img
+LTX2Condition LTX2ImageToVideo LTX2InContext LTXImageToVideo Lumina SanaImageToVideo
+SkyReelsV2DiffusionForcingImageToVideo SkyReelsV2DiffusionForcingVideoToVideo StableCascadeDecoder""".split()  # whose row, or description as a loop, is still to be written
+ALONE = """AnimateDiffControlNet AnimateDiffVideoToVideo AnimateDiffVideoToVideoControlNet CogVideoXFunControl
+CogVideoXImageToVideo EasyAnimateInpaint HunyuanSkyreelsImageToVideo HunyuanVideoFramepack HunyuanVideoImageToVideo
+LucyEdit SkyReelsV2DiffusionForcing""".split()  # with two prompts
 SERVED = sorted(name for name, loop in LOOPS.items() if loop.guided and name.removesuffix("Pipeline") not in PENDING)
 PROMPTS = ["a cat and a bus on grass", "potted plant"]
 every_loop = pytest.mark.parametrize("name", SERVED)
 
 
 @cache
+def both(name: str) -> tuple[diffusers.DiffusionPipeline, GoCASCFGPipeline]:
+    """The stock pipeline, and ours on its modules."""
+    stock = build(name, LOOPS[name])
+    return stock, guided(stock)
+
+
 def ours(name: str) -> GoCASCFGPipeline:
-    return guided(build(name, LOOPS[name]))
+    return both(name)[1]
 
 
 def named(name: str) -> dict:
@@ -47,8 +60,8 @@ def assert_rated(name: str, output, steps: list[Step]) -> None:
 @every_loop
 def test_at_rate_one_it_is_stock(name):
     """Bit for bit."""
-    stock = latents(run(build(name, LOOPS[name]), LOOPS[name]))
-    assert torch.equal(latents(call(name, scfg=NEUTRAL)), stock)
+    stock = run(both(name)[0], LOOPS[name])
+    assert torch.equal(latents(call(name, scfg=NEUTRAL)), latents(stock))
     assert_clean(ours(name))
 
 
@@ -60,7 +73,7 @@ def test_what_is_rated_reaches_the_scheduler(name):
     assert_clean(ours(name))
 
 
-@pytest.mark.parametrize("name", [name for name in SERVED if LOOPS[name].batch])
+@pytest.mark.parametrize("name", [n for n in SERVED if LOOPS[n].batch and n.removesuffix("Pipeline") not in ALONE])
 def test_two_prompts_of_different_lengths(name):
     """Each has regions and rates of its own."""
     loop = LOOPS[name]
