@@ -25,7 +25,7 @@ from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.adapters import denoiser_of, denoisers_of, family_of, text_encoders_of
 from goca_guidance.denoisers.layouts import named_words
 from goca_guidance.denoisers.readings import Asked, forms_of
-from goca_guidance.denoisers.words import tokenise
+from goca_guidance.denoisers.words import bare, has_marks, tokenise
 from goca_guidance.hooks.callers import OwnCalls
 from goca_guidance.hooks.finite import finite_pictures
 from goca_guidance.hooks.guided import GuidedCall, check_alone
@@ -34,6 +34,7 @@ from goca_guidance.method.scfg import SpatialGuidanceScale
 from goca_guidance.mixing import FURTHER, mixing_of, unserved
 from goca_guidance.real_images.discover import discover
 from goca_guidance.real_images.segment import Segmentation, segment
+from goca_guidance.real_images.texts import Reading
 from goca_guidance.schema import between, check_names, checked, shown
 from goca_guidance.stock import (
     PREFIX,
@@ -230,10 +231,11 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     def _asked(self, arguments, prompts) -> Asked:
         """The texts of a call, as its encoders may read them."""
-        tokenizers = [part for name, part in self.components.items() if "tokenizer" in name and part is not None]
+        parts = [part for name, part in self.components.items() if "tokenizer" in name and part is not None]
+        tokenizers = parts or [None]
 
         def forms(name):
-            given = [arguments.get(key) for key in (name, f"{name}_2", f"{name}_3")]
+            given = [arguments.get(key) for key in (name, *(f"{name}_{number}" for number in (2, 3, 4)))]
             texts = [each for number, each in enumerate(given) if number == 0 or each is not None]
             return [
                 form
@@ -318,7 +320,9 @@ class GoCASCFGPipeline(DiffusionPipeline):
     def words(self, prompt: str) -> dict[str, list[int]]:
         """The words of a prompt with their token positions, in the form that `region_tokens` takes."""
         family = family_of(denoiser_of(self.components))
-        tokenizers = [tokenizer for _, tokenizer in text_encoders_of(self, family)]
+        tokenizers = [bare(tokenizer) for _, tokenizer in text_encoders_of(self, family)]
+        if not all(map(has_marks, tokenizers)):
+            return named_words(Reading(self, family).run(self._text_to_image_class(), prompt), family.sink)
         limit = inspect.signature(stock_of(type(self)).__call__).parameters.get("max_sequence_length")
         longest = None if limit is None else limit.default
         return named_words(tokenise(prompt, tokenizers, self._as_read, longest), family.sink)

@@ -151,9 +151,11 @@ def unguided(pipeline: type[DiffusionPipeline]) -> dict:
 
 
 def exact_arguments(pipeline: type[DiffusionPipeline]) -> dict:
-    """Off, where a pipeline has them: switches that change the size (PixArt, HunyuanDiT) or the prompt (PixArt) of a call."""
+    """Off, where a pipeline has them: switches that change the size (PixArt, HunyuanDiT) or the prompt (PixArt, LongCat)."""
     known = inspect.signature(pipeline.__call__).parameters
-    return {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}
+    return {
+        name: False for name in ("use_resolution_binning", "clean_caption", "enable_prompt_rewrite") if name in known
+    }
 
 
 def is_text_to_image(pipeline: type[DiffusionPipeline]) -> bool:

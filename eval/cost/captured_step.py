@@ -89,9 +89,9 @@ def capture(pipe: DiffusionPipeline, images: int, words: Mapping[str, Sequence[i
     with watch.installed(), suppress(_Captured):
         pipe(**call)
     if words is None:
-        layout = prompt_layout(watch.encoded(0), family.sink, drop_stop_words=True)
+        layout = prompt_layout(watch.encoded(), family.sink, drop_stop_words=True)
     else:
-        layout = named_layout(words, images, watch.call.text, family.sink, watch.encoded(0))
+        layout = named_layout(words, images, watch.call.text, family.sink, watch.encoded())
     layout, records = layout.to(watch.calls[0][0].query.device), {record.name: record for record in watch.calls[0]}
     projections = {name: output_projection(family.project(name), records[name].query) for name in family.preset.text}
     return Step(watch.call.latent, family.preset, layout, family.unconditional_sink, projections, watch.calls)

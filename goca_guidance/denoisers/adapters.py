@@ -17,6 +17,7 @@ from goca_guidance.denoisers.packed import PACKED
 from goca_guidance.denoisers.streams import STREAMS
 from goca_guidance.denoisers.unets import UNETS, unet_family
 from goca_guidance.denoisers.unknown import UnknownFamily
+from goca_guidance.denoisers.words import bare
 
 
 # ---- transformers with cross-attention -------------------------------------------------------------------------------
@@ -116,5 +117,5 @@ def denoiser_of(components: Mapping) -> torch.nn.Module:
 def text_encoders_of(pipe, family: Family) -> list[tuple[Any, Any]]:
     """The text encoders whose tokens the denoiser sees, with their tokenizers; None for an encoder that is not loaded."""
     found = [(getattr(pipe, model, None), getattr(pipe, tokenizer, None)) for model, tokenizer in family.encoders]
-    found = [(model, getattr(it, "tokenizer", it)) for model, it in found if it is not None]  # a processor has one
+    found = [(model, bare(tokenizer)) for model, tokenizer in found if tokenizer is not None]
     return found[:1] if family.side_by_side else found

@@ -74,8 +74,10 @@ def _is_function_word(texts, i):
     word, before, (after, last) = texts[i], texts[i - 1] if i else "", (*texts[i + 1 : i + 3], "", "")[:2]
     is_clitic = word.lstrip("'") in CLITICS and (word.startswith("'") or before == "'")
     is_negated = word in NEGATED and (after == "'t" or (after == "'" and last == "t"))
+    own, _, clitic = word.partition("'")  # of one word, as most tokenizers have it: it's, don't
+    is_contracted = clitic in CLITICS and (own in FUNCTION_WORDS or own in NEGATED)
     is_modal = word == "can" and (before in BEFORE_CAN or after in ("be", "not"))
-    return word in FUNCTION_WORDS or is_clitic or is_negated or is_modal
+    return word in FUNCTION_WORDS or is_clitic or is_negated or is_contracted or is_modal
 
 
 def _weights(texts) -> set[int]:

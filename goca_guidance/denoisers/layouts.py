@@ -1,27 +1,37 @@
 """Words with their token positions to a `TokenLayout`: which tokens are observed, and which form one region."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from goca_guidance.denoisers.function_words import content_words, is_sign, spoken_words
-from goca_guidance.denoisers.words import Encoded, Words, ids_of, is_unknown, sentence, words
+from goca_guidance.denoisers.spelling import UNSPACED
+from goca_guidance.denoisers.words import Encoded, Words, has_marks, ids_of, is_unknown, sentence, words
 from goca_guidance.method.records import TokenLayout
 
 
 SINK = "<sos>"  # label of the region that the start token owns
-ATOM = re.compile(r".*<.+>.*|['’]?[^\W_]+|[\W_]", re.DOTALL)  # <unk> and <toy> are whole
+ATOM = re.compile(  # <unk> and <toy> are whole; a letter is one where words have no spaces
+    rf".*<.+>.*|[{UNSPACED}]|['’]?(?:(?![{UNSPACED}])[^\W_])+|[\W_]", re.DOTALL
+)
 END = "</s>"  # name of the sink among regions that the caller names, where it is the end token
 
 
 def named_words(encoded: Sequence[Encoded], sink: str) -> dict[str, list[int]]:
     """The words of a prompt, in the form that `named_layout` takes; a word that stands twice is one region."""
     found: dict[str, list[int]] = {}
+    if not any(part.holds(0) for part in encoded):
+        raise ValueError(
+            "Expected the prompt among what the text encoders read, but they read "
+            f"{' '.join(part.text(0) for part in encoded)!r}: use positions of your own (`region_tokens`)."
+        )
     for word, positions in sentence(encoded, 0):
         found.setdefault(word, []).extend(positions)
-    return {**found, END: _sinks(encoded, sink)} if sink == "end" else found
+    sinks, is_start = _sinks(encoded, sink)
+    return found if is_start else {**found, END: sinks}
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -29,19 +39,19 @@ def prompt_layout(encoded: Sequence[Encoded], sink: str | None, drop_stop_words:
     """One region for every known word of each prompt (generation). Function words and signs can be left out.
 
     `sink` says which token looks at the background. "start": the first one, which forms a region as well that is no
-    content. "end": the prompt's end token. None: no token does.
+    content. "end": the one behind the prompt, as where a text has no start. None: no token does.
     """
     entities = []
     for image in range(len(encoded[0].ids)):
         found = sentence(encoded, image)
         if not found:
-            read = [word for part in encoded for word, _ in words(part.tokenizer, part.ids[image].tolist())]
+            read = " ".join(part.text(image) for part in encoded)
             raise ValueError(
                 "Expected a prompt with at least one word that the tokenizer knows, to form a region, but prompt "
-                f"{image} reads {' '.join(read)!r}: write a word, or pass use_scfg=False."
+                f"{image} reads {read!r}: write a word, or pass `region_tokens` or use_scfg=False."
             )
         entities.append(_content(encoded, image) or found if drop_stop_words else found)
-    return layout(entities, () if sink is None else _sinks(encoded, sink), sink == "start")
+    return layout(entities) if sink is None else layout(entities, *_sinks(encoded, sink))
 
 
 def _content(encoded, image) -> Words:
@@ -55,14 +65,10 @@ def token_layout(encoded: Sequence[Encoded], sink: str, drop_stop_words: bool = 
     It drops nothing, whatever is asked.
     """
     entities = [
-        [
-            (token, [part.start + position])
-            for part in encoded
-            for position, token in enumerate(part.tokenizer.convert_ids_to_tokens(part.ids[image].tolist()))
-        ]
+        [(token, [place]) for part in encoded for token, place in part.tokens(image)]
         for image in range(len(encoded[0].ids))
     ]
-    return layout(entities, _sinks(encoded, sink), region_of_sink=False)
+    return layout(entities, _sinks(encoded, sink)[0])
 
 
 def named_layout(
@@ -83,18 +89,19 @@ def named_layout(
         )
     for mapping in mappings:
         _check_named(mapping, length)
-    entities = [[(n, list(p)) for n, p in mapping.items() if sink == "start" or n != END] for mapping in mappings]
+    entities = [[(n, list(p)) for n, p in mapping.items() if n != END] for mapping in mappings]
     if not all(entities):
         raise ValueError("Expected `region_tokens` to name at least one region, but got an empty mapping.")
-    if sink == "end" and not all(END in mapping for mapping in mappings):
-        if not encoded:
-            raise ValueError(
-                "Expected `region_tokens` to name the prompt's end token too, whose attention tells the background, but got "
-                f'none: add its position, for example "{END}": [7].'
-            )
-        return layout(entities, _sinks(encoded, sink), region_of_sink=False)
-    sinks = [0 if sink == "start" else mapping[END][0] for mapping in mappings]
-    return layout(entities, sinks, sink == "start")
+    if all(END in mapping for mapping in mappings):
+        return layout(entities, [mapping[END][0] for mapping in mappings])
+    if encoded:
+        return layout(entities, *_sinks(encoded, sink))
+    if sink == "end":
+        raise ValueError(
+            "Expected `region_tokens` to name the prompt's end token too, whose attention tells the background, but got "
+            f'none: add its position, for example "{END}": [7].'
+        )
+    return layout(entities, [0] * batch, region_of_sink=True)
 
 
 def _check_named(mapping, length):
@@ -109,12 +116,13 @@ def _check_named(mapping, length):
             )
 
 
-def _sinks(encoded, sink) -> list[int]:
-    if sink == "start":
-        return [0] * len(encoded[0].ids)
-    last = encoded[-1]
-    ends = (row.index(last.tokenizer.eos_token_id) for row in last.ids.tolist())
-    return [last.start + position for position in ends]
+def _sinks(encoded, sink) -> tuple[list[int], bool]:
+    """Place of each prompt's sink, and whether it is the start; it is no padding."""
+    images = range(len(encoded[0].ids))
+    starts = [encoded[0].start_token(image) for image in images]
+    if sink == "start" and None not in starts:
+        return starts, True
+    return [encoded[-1].end_token(image) for image in images], False
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------
@@ -139,10 +147,10 @@ def class_layout(encoded: Sequence[Encoded], names: Sequence[Sequence[str]], bac
     for part in encoded:
         phrases = dict.fromkeys(phrase for of_image in found for phrase in of_image)
         spelled = {phrase: _spelled(part, phrase) for phrase in phrases}
-        for row, of_image in zip(part.ids.tolist(), found, strict=True):
-            prompt, spellings = _atoms(words(part.tokenizer, row)), {phrase: spelled[phrase] for phrase in of_image}
+        for image, of_image in enumerate(found):
+            prompt, spellings = _atoms(part.words(image)), {phrase: spelled[phrase] for phrase in of_image}
             for phrase, positions in of_image.items():
-                positions.extend(part.start + p for p in _find(prompt, phrase, spellings))
+                positions.extend(_find(prompt, phrase, spellings))
     for image, (each, of_image) in enumerate(zip(names, found, strict=True)):
         for name in filter(None, each):
             _check_found(encoded, image, name, of_image)
@@ -161,6 +169,8 @@ def _tokens(name: str, found: dict[str, list[int]]) -> list[int]:
 
 def _spelled(part, phrase) -> list[str]:
     """A phrase as the atoms that are looked for; none where the tokenizer knows nothing of it, or its signs only."""
+    if not has_marks(part.tokenizer):
+        return [atom for atom, _ in _atoms([(phrase, [])])]
     read = words(part.tokenizer, ids_of(part.tokenizer, phrase, part.ids.shape[1]))
     known = [word for word, _ in read if not is_unknown(part.tokenizer, word)]
     lost = len(known) < len(read) and all(map(is_sign, known))
@@ -169,7 +179,8 @@ def _spelled(part, phrase) -> list[str]:
 
 def _atoms(found: Words) -> Words:
     """Words cut at signs: one token may hold the end of a name and what follows, as in "),"."""
-    return [(atom.lower(), positions) for word, positions in found for atom in ATOM.findall(word)]
+    composed = ((unicodedata.normalize("NFC", word), positions) for word, positions in found)
+    return [(atom.lower(), positions) for word, positions in composed for atom in ATOM.findall(word) if atom.strip()]
 
 
 def _find(prompt, name, spellings) -> list[int]:

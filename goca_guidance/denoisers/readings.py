@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goca_guidance.denoisers.words import Encoded, ids_of
+from goca_guidance.denoisers.places import Part, Read, Run, placed
+from goca_guidance.denoisers.spelling import content, find_prompt
+from goca_guidance.denoisers.words import Encoded, bare, has_marks, ids_of
 
 
 Texts = list[str]  # one of each image's prompt
@@ -28,6 +30,72 @@ class Asked:
     trusted: bool
 
 
+# ---- by rows ---------------------------------------------------------------------------------------------------------
+def told_by_rows(
+    reads: Sequence[Sequence[Read]],
+    tokenizers: Sequence[Any],
+    texts: Sequence[Part],
+    prompts: Sequence[Texts] | None,
+) -> list[Encoded] | None:
+    """What the encoders read of a text whose rows the denoiser got, wherever they stand; None where no row is theirs.
+
+    Args:
+        reads: every call, by encoder.
+        texts: the parts of the denoiser's text, in the order of its tokens; each is one [T c] for each image.
+        prompts: what the text may be, in one or several forms; None where nobody knows.
+    """
+    of_images = placed(reads, texts)
+    if not of_images or not all(of_images):
+        return None
+    each, found = _of_each(prompts, len(of_images)), []
+    for part, encoder in sorted({(run.part, run.source[0]) for runs in of_images for run in runs}):
+        runs_of_it = [[run for run in runs if (run.part, run.source[0]) == (part, encoder)] for runs in of_images]
+        found.append(_standing(reads[encoder], bare(tokenizers[encoder]), runs_of_it, each))
+    return found
+
+
+def _standing(reads: Sequence[Read], tokenizer, of_images: Sequence[Sequence[Run]], prompts) -> Encoded:
+    """One encoder's texts, those of an image one after another, with the places of their tokens."""
+    rows = [read.ids.tolist() if has_marks(tokenizer) else read.rows() for read in reads]
+    sources = [list(dict.fromkeys(run.source for run in runs)) for runs in of_images]
+    size, chunks = max(len(rows[call][row]) for of in sources for _, call, row in of), max(map(len, sources))
+    ids = torch.full((len(sources), chunks * size), -1, dtype=torch.long, device="cpu")
+    places = ids.clone()
+    for image, runs in enumerate(of_images):
+        for slot, (_, call, row) in enumerate(sources[image]):
+            found = torch.tensor(rows[call][row], dtype=torch.long, device="cpu")
+            ids[image, slot * size : slot * size + len(found)] = found
+        for run in runs:
+            first = sources[image].index(run.source) * size + run.first
+            places[image, first : first + run.length] = torch.arange(run.place, run.place + run.length, device="cpu")
+    return Encoded(tokenizer, ids, 0, chunks, places, prompts, [row for of_call in rows for row in of_call])
+
+
+def other_text(encoded: Encoded, prompts: Sequence[Texts] | None) -> Encoded | None:
+    """What an encoder read besides, before the denoiser gets it (of the negative prompt), as if it were handed over alike."""
+    tokenizer, count = encoded.tokenizer, len(encoded.ids)
+    known = [[i for i in row if i >= 0] for row in encoded.ids.tolist()]
+    rest = [list(row) for row in encoded.others if [i for i in row if i >= 0] not in known]
+    if encoded.chunks > 1 or len(rest) not in (1, count):
+        return None
+    rest, places = rest * count if len(rest) == 1 else rest, []
+    for image, (row, before) in enumerate(zip(rest, encoded.ids.tolist(), strict=True)):
+        at = encoded.places_of(image)
+        shift = content(tokenizer, before)[0] - content(tokenizer, row)[0]  # of padding on the left
+        moved = ((p + shift, p) for p in range(len(row)))
+        first = next(p for p, place in enumerate(at) if place >= 0)
+        places.append([at[first] + q - first if q >= first and row[p] >= 0 else -1 for q, p in moved])
+    ids, stand = (torch.tensor(each, dtype=torch.long, device="cpu") for each in (rest, places))
+    return Encoded(tokenizer, ids, 0, 1, stand, _of_each(prompts, count), encoded.others)
+
+
+def _of_each(forms: Sequence[Texts] | None, count: int) -> list[tuple[str, ...]] | None:
+    """What the text of each image may be."""
+    fitting = [form for form in forms or () if len(form) == count]
+    return list(zip(*fitting, strict=True)) if fitting else None
+
+
+# ---- by ids ----------------------------------------------------------------------------------------------------------
 def told_apart(
     reads: Sequence[Sequence[Tensor]],
     tokenizers: Sequence[Any],
@@ -52,12 +120,14 @@ def told_apart(
     found: tuple[list[Encoded], list[Encoded]] = [], []
     start = 0
     for of_encoder, tokenizer in zip(reads, tokenizers, strict=True):
+        tokenizer, others = bare(tokenizer), [row for ids in of_encoder for row in ids.tolist()]
         reading = _told(of_encoder, tokenizer, chunks, prompts or len(of_encoder[0]), asked)
         if reading is None:
             return None
-        for parts, ids in zip(found, reading, strict=True):
+        for number, (parts, ids) in enumerate(zip(found, reading, strict=True)):
             if ids is not None:
-                parts.append(Encoded(tokenizer, ids, start, chunks))
+                forms = None if asked is None else (asked.prompts, asked.negatives)[number]
+                parts.append(Encoded(tokenizer, ids, start, chunks, None, _of_each(forms, len(ids)), others))
         start += chunks * of_encoder[0].shape[1]
     return found
 
@@ -108,6 +178,12 @@ def _says(tokenizer, ids: Tensor | None, chunks: int, forms: Sequence[Texts]) ->
     """Whether ids [b n] are those of a text for each image, cut where the encoder ends; nothing says everything."""
     if ids is None:
         return True
+    if not has_marks(tokenizer):
+        return any(
+            all(find_prompt(tokenizer, row, [text])[1] for row, text in zip(ids.tolist(), texts, strict=True))
+            for texts in forms
+            if len(texts) == len(ids)
+        )
     read = [_content(tokenizer, row, chunks) for row in ids]
     room = ids.shape[1] - 2 * chunks  # a start and an end
     return any(

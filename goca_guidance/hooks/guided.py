@@ -10,12 +10,12 @@ from torch import Tensor
 from goca_guidance.config import GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.adapters import family_of
 from goca_guidance.denoisers.layouts import named_layout, prompt_layout, token_layout
-from goca_guidance.denoisers.readings import Asked, told_apart
+from goca_guidance.denoisers.readings import Asked
 from goca_guidance.denoisers.words import Encoded, sentence
 from goca_guidance.hooks.callers import OwnCalls
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.hooks.steps import Steps
-from goca_guidance.hooks.watch import Watch
+from goca_guidance.hooks.texts import PromptWatch, Told
 from goca_guidance.method.records import Regions, TokenLayout, WordMaps
 from goca_guidance.method.scfg import SCFGSegmentor, rate_map
 from goca_guidance.method.segmentor import GoCASegmentor, GuidingSegmentor
@@ -32,7 +32,7 @@ GuidanceRule = Callable[[Tensor, Regions, float, SCFGConfig], Tensor]
 """A guidance rule: guidance difference [b c H W], regions, scale, config to the rate [b 1 H W]."""
 
 
-class GuidedCall(Watch):
+class GuidedCall(PromptWatch):
     """One guided generation: regions at every step, and the answer to the loop's question for the rate.
 
     A step, as `Watch` brings it, and what is held between (`Steps` counts, and tells predictions apart):
@@ -91,11 +91,10 @@ class GuidedCall(Watch):
         keep_negative: bool = False,
     ):
         several = denoisers if isinstance(denoisers, Sequence) else [denoisers]
-        super().__init__([family_of(denoiser) for denoiser in several], text_encoders)
-        self.goca, self.scfg, self.rule, self.prompts = goca, scfg, rule, prompts
+        super().__init__([family_of(each) for each in several], text_encoders, asked, prompts, prompt_read)
+        self.goca, self.scfg, self.rule = goca, scfg, rule
         self.mixing, self.scale = mixing, scale
-        self.prompt_read, self.is_guided = prompt_read, is_guided
-        self.own, self.asked = own, asked
+        self.is_guided, self.own = is_guided, own
         self.region_tokens, self.keep_regions, self.keep_negative = region_tokens, keep_regions, keep_negative
         if region_tokens is None and not (prompt_read and self.text_encoders):
             raise ValueError(
@@ -232,27 +231,21 @@ class GuidedCall(Watch):
                 )
             yield prompt_layout(negative, None, drop)
 
-    def _texts(self) -> tuple[list[Encoded], list[Encoded]]:
+    def _texts(self) -> Told:
         """What the encoders read of the prompt and of the negative prompt. Regions that the caller names need neither."""
-        asked, reads, whole = self.asked, self.reads, len(self.text_encoders) == len(self.family.encoders)
-        if not self.prompt_read:
-            asked = asked and Asked(asked.negatives, (), asked.trusted)
-        tokenizers = [tokenizer for _, tokenizer in self.text_encoders]
-        whole = whole or self.family.side_by_side
-        length = self.call.text
-        if self.separate and not self.prompt_read:  # the negative prompt's own forward is still to come
-            length = sum(of_encoder[0].shape[1] for of_encoder in reads if of_encoder)
-        found = told_apart(reads, tokenizers, length, whole, self.prompts, asked) if any(reads) else ([], [])
+        found = self.told()
         if found is None or (self.prompt_read and not found[0]):
             if self.region_tokens is not None and not self.keep_negative:
                 return [], []
-            texts = ", ".join(f"{len(ids)} x {ids.shape[1]}" for of_encoder in reads for ids in of_encoder) or "none"
+            texts = (
+                ", ".join(f"{len(read.ids)} x {read.ids.shape[1]}" for reads in self.reads for read in reads) or "none"
+            )
             raise ValueError(
                 "Expected the text encoders to read the prompt and the negative prompt, but which of the texts that they read "
                 f"({texts} tokens, for {self.call.text} of the denoiser) is which cannot be told: pass `region_tokens`, for "
                 'example `{"cat": [2], "grass": [5]}` (positions in the text sequence), or `use_scfg=False`.'
             )
-        return found if self.prompt_read else ([], found[0])
+        return found
 
     # ---- what the loop asks ------------------------------------------------------------------------------------------
     def rate(self, delta: Tensor, scale: float) -> Tensor | None:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
 from goca_guidance.denoisers.unknown import UnknownFamily
-from goca_guidance.denoisers.words import Encoded, encoder_ids
+from goca_guidance.denoisers.places import Read, read_of
+from goca_guidance.denoisers.readings import told_by_rows
+from goca_guidance.denoisers.words import Encoded, bare, has_marks
 from goca_guidance.hooks.observer import AttentionObserver
 from goca_guidance.hooks.probe import probe
 from goca_guidance.hooks.shared import eager_here, hook_here
@@ -50,7 +52,10 @@ class Watch:
             check_whole(family)
         self.families, self.family = families, families[0]
         self.text_encoders = [(module, tokenizer) for module, tokenizer in text_encoders if module is not None]
-        self.reads: list[list[Tensor]] = [[] for _ in self.text_encoders]  # ids by encoder, of each time it was called
+        self.reads: list[list[Read]] = [[] for _ in self.text_encoders]  # by encoder, of each time it was called
+        self.texts: Sequence[
+            Any
+        ] = ()  # of the forward in progress, in the order of the tokens; each is one [T c] an image
         self._listening = True  # to the text encoders
         self._outside: list[tuple[AttentionObserver, bool]] = []  # by running forward: who was paused before it
         self.segmentor: Any = None  # of the forward in progress, where one is
@@ -81,7 +86,7 @@ class Watch:
     def forget(self) -> None:
         """Let go of what refers to this object: records would wait for the garbage collector, also after an error."""
         del self.observer, self._observers
-        self.segmentor = None
+        self.segmentor, self.texts = None, ()
 
     @contextmanager
     def installed(self):
@@ -89,12 +94,15 @@ class Watch:
         self._observers = [self._observer(family) for family in self.families]
         self.observer = self._observers[0]
         hooked = [(family.denoiser, self._before_denoiser(i)) for i, family in enumerate(self.families)]
-        hooked += [(module, self._before_text_encoder(i)) for i, (module, _) in enumerate(self.text_encoders)]
         compiled = [family.compiled for family in self.families if family.compiled is not None]
         with ExitStack() as stack:
-            stack.enter_context(eager_here([*compiled, *(module for module, _ in hooked)]))
+            stack.enter_context(eager_here([*compiled, *(module for module, _ in (*hooked, *self.text_encoders))]))
             for module, hook in hooked:
                 stack.callback(hook_here(module.register_forward_pre_hook, hook, with_kwargs=True).remove)
+            for i, (module, _) in enumerate(self.text_encoders):
+                stack.callback(
+                    hook_here(module.register_forward_hook, self._after_text_encoder(i), with_kwargs=True).remove
+                )
             for family in self.families:
                 after = family.denoiser.register_forward_hook
                 stack.callback(hook_here(after, self._after_denoiser, always_call=True).remove)
@@ -129,21 +137,34 @@ class Watch:
                     module.set_processor(processor)
             raise
 
-    def encoded(self, turn: int) -> list[Encoded]:
-        """What each encoder read the first time (0) or the second time (1); nothing where it did not."""
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [bare(tokenizer) for _, tokenizer in self.text_encoders]
+
+    def encoded(self, prompts: Sequence[str] | None = None) -> list[Encoded]:
+        """What each encoder read first, with the places of its tokens in the text of the forward in progress.
+
+        `prompts`: one for each image; needed where a tokenizer does not show where words begin, or a template is read.
+        """
+        if not all(map(has_marks, self.tokenizers)):
+            found = told_by_rows(self.reads, self.tokenizers, self.texts, None if prompts is None else [list(prompts)])
+            if found is not None:
+                return found
         found, start = [], 0
-        for (_, tokenizer), ids in zip(self.text_encoders, self.reads, strict=True):
-            if 0 <= turn < len(ids):
-                found.append(Encoded(tokenizer, ids[turn], start))
-                start += ids[turn].shape[1]
+        for tokenizer, reads in zip(self.tokenizers, self.reads, strict=True):
+            if reads:
+                each = None if prompts is None else [[prompt] for prompt in prompts]
+                found.append(Encoded(tokenizer, reads[0].ids, start, prompts=each))
+                start += reads[0].ids.shape[1]
         return found
 
-    def _before_text_encoder(self, index):
-        def note_ids(module, args, kwargs):
-            if self._listening:
-                self.reads[index].append(encoder_ids(args, kwargs))
+    def _after_text_encoder(self, index):
+        def note(module, args, kwargs, output):
+            read = read_of(args, kwargs, output) if self._listening else None
+            if read is not None:
+                self.reads[index].append(read)
 
-        return note_ids
+        return note
 
     def _before_denoiser(self, index):
         def before(module, args, kwargs):
@@ -161,7 +182,7 @@ class Watch:
             self.call = self.family.call(args, kwargs)
             observer.images = self.call.batch * self.frames
             self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
-            self.text = given.get(self.family.texts[0])
+            self.text, self.texts = given.get(self.family.texts[0]), self.family.text(given)
             self.on_forward(self.call, sample.device)
             handed = self.hand(sample)
             return None if handed is None else self.family.hand(args, kwargs, handed)

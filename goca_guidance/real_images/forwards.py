@@ -162,7 +162,7 @@ class Forwards(Watch):
 
     def __init__(self, pipe: DiffusionPipeline, family: Family):
         super().__init__([family], text_encoders_of(pipe, family))
-        self.pipe = pipe
+        self.pipe, self.prompts = pipe, list[str]()
         self._results: list[Tensor] = []
         self._handed: list[Tensor] = []  # samples that are to take the place of the pipeline's own
         self._begun = False
@@ -192,11 +192,11 @@ class Forwards(Watch):
         steps = [(t, latents if known else None) for (t, _), latents in zip(samples, handed, strict=True)]
         self._handed = [] if known else handed
         with readable(self.pipe):
-            runner = _fresh(stock, self.pipe, HandingScheduler(self.pipe.scheduler.config, steps))
-        ours = {"latents": handed[0]} if known else {}
+            runner = fresh(stock, self.pipe, HandingScheduler(self.pipe.scheduler.config, steps))
+        ours, self.prompts = {"latents": handed[0]} if known else {}, list(prompts)
         with self.installed(), readable(self.pipe):
             runner(
-                list(prompts),
+                self.prompts,
                 height=height,
                 width=width,
                 num_inference_steps=len(handed),
@@ -234,7 +234,7 @@ class Forwards(Watch):
         self._begun = False
 
 
-def _fresh(stock, pipe, scheduler) -> DiffusionPipeline:
+def fresh(stock, pipe, scheduler) -> DiffusionPipeline:
     """A silent stock pipeline on the components of another."""
     parameters = inspect.signature(stock.__init__).parameters
     settings = {name: value for name, value in pipe.config.items() if name in parameters}

@@ -184,7 +184,7 @@ class ClassForwards(Forwards):
 
     def begin(self, device: torch.device) -> None:
         if self.layout is None:
-            self.layout = class_layout(self.encoded(0), self.names, self.merged).to(device)
+            self.layout = class_layout(self.encoded(self.prompts), self.names, self.merged).to(device)
         self.segmentor = self.make(self.goca, self.family.preset, self.layout)
         self.observer.projected = self.segmentor.projected
         self.observer.seen.clear()

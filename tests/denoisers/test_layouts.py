@@ -139,9 +139,9 @@ def test_the_end_token_is_no_region():
     assert layout.columns.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert layout.content.tolist() == [[True] * 4, [True, True, False, False]]
     assert layouts.token_layout(t5("a cat"), "end").sink.tolist() == [[2]]
-    assert layouts._sinks(both("a cat on grass", "dogs"), "end") == [77 + 4, 77 + 2]
-    assert layouts._sinks(both("a cat on grass", "dogs"), "start") == [0, 0]
-    assert layouts._sinks(t5("a " * 99), "end") == [LENGTH - 1]
+    assert layouts._sinks(both("a cat on grass", "dogs"), "end") == ([77 + 4, 77 + 2], False)
+    assert layouts._sinks(both("a cat on grass", "dogs"), "start") == ([0, 0], True)
+    assert layouts._sinks(t5("a " * 99), "end") == ([LENGTH - 1], False)
 
 
 def test_no_sink():
@@ -252,6 +252,6 @@ def test_unknown_words_form_no_region():
     layout = layouts.prompt_layout(t5("猫 cat 狗", "the 猫"), "end", drop_stop_words=True)
     assert layout.labels == (("cat",), ("the",))
     assert layouts.prompt_layout(t5("the 猫"), "end").labels == (("the",),)
-    assert layouts.named_words(t5("猫 cat"), "start") == {"cat": [2]}
+    assert layouts.named_words(t5("猫 cat"), "end") == {"cat": [2], "</s>": [3]}
     with pytest.raises(ValueError, match=r"that the tokenizer knows.*but prompt 1 reads '<unk> <unk>'"):
         layouts.prompt_layout(t5("cat", "猫 狗"), "end")

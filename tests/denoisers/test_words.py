@@ -5,10 +5,11 @@ import copy
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
-from goca_guidance.denoisers.words import sentence
+from goca_guidance.denoisers.words import bare, has_marks, sentence
 from goca_guidance.denoisers.words import words as words_of
+from tests.helpers.loops.texts_qwen import qwen2_5_vl_processor
 from tests.helpers.places import shared
 from tests.helpers.tiny import WORDS
 from tests.helpers.tokens import BERT, T5, TOKENIZER, TOKENIZERS, both, ids
@@ -96,10 +97,26 @@ def test_vectors_of_a_textual_inversion_are_one_word(kind):
     assert found("<toy> cat <toy>_1") == [("<toy>", [0]), ("cat", [1]), ("<toy>_1", [2])]
 
 
-def test_an_unknown_tokenizer_is_refused():
-    stranger = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER._tokenizer)
-    with pytest.raises(ValueError, match=r"Expected a CLIP, T5 or BERT tokenizer.*pass `region_tokens`"):
-        words_of(stranger, [1, 2])
+def test_what_has_no_marks_is_spelled_out():
+    """One rule for every other tokenizer; see test_spelling.py."""
+    stranger = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER._tokenizer, bos_token=TOKENIZER.bos_token)
+    assert not has_marks(stranger)
+    assert words_of(stranger, ids("cat")[0].tolist()[:2], ["cat"]) == [("cat", [1])]
+
+
+def test_the_tokenizer_of_a_processor():
+    processor = qwen2_5_vl_processor()
+    assert bare(processor) is processor.tokenizer
+    assert bare(TOKENIZER) is TOKENIZER
+
+
+def test_t5_words_without_spaces():
+    """What the tokenizer holds together is a word (UMT5 knows Chinese), with a mark before it or none."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", "a", "▁cat", "一只", "猫", "，", "c"]
+    umt5 = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+    tokens = ["▁", "一只", "猫", "，", "猫", "c", "a", "▁cat", "</s>"]
+    found = words_of(umt5, umt5.convert_tokens_to_ids(tokens))
+    assert found == [("一只", [0, 1]), ("猫", [2]), ("，", [3]), ("猫", [4]), ("ca", [5, 6]), ("cat", [7])]
 
 
 def prompts(*special):
