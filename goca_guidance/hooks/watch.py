@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
-from goca_guidance.denoisers.unknown import UnknownFamily
 from goca_guidance.denoisers.places import Read, read_of
 from goca_guidance.denoisers.readings import told_by_rows
+from goca_guidance.denoisers.unknown import UnknownFamily
 from goca_guidance.denoisers.words import Encoded, bare, has_marks
 from goca_guidance.hooks.observer import AttentionObserver
 from goca_guidance.hooks.probe import probe
@@ -53,9 +53,7 @@ class Watch:
         self.families, self.family = families, families[0]
         self.text_encoders = [(module, tokenizer) for module, tokenizer in text_encoders if module is not None]
         self.reads: list[list[Read]] = [[] for _ in self.text_encoders]  # by encoder, of each time it was called
-        self.texts: Sequence[
-            Any
-        ] = ()  # of the forward in progress, in the order of the tokens; each is one [T c] an image
+        self.texts: Sequence[Any] = ()  # the parts of the text of the forward in progress
         self._listening = True  # to the text encoders
         self._outside: list[tuple[AttentionObserver, bool]] = []  # by running forward: who was paused before it
         self.segmentor: Any = None  # of the forward in progress, where one is
