@@ -62,7 +62,7 @@ class _Capture(Watch):
     """Copies what a segmentor may read of two predictions of so many images."""
 
     def __init__(self, family, text_encoders, images: int):
-        super().__init__(family, text_encoders)
+        super().__init__([family], text_encoders)
         self.awaited, self.calls = 2 * images, []
 
     def on_forward(self, call, device) -> None:
