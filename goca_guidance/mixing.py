@@ -1,7 +1,9 @@
 """How the loop of a stock pipeline mixes its two predictions: by which argument, with which formula."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -34,6 +36,7 @@ FORMULAS = {  # by how the pipeline's name begins, where it is not u + s (c - u)
     "Kandinsky3": Mixing(excess=1, product=False),
     "StableCascade": Mixing(product=False),
     "LTX2": Mixing(product=False),
+    "Ideogram4": Mixing(product=False),
 }
 
 UNSERVED = {  # by how the pipeline's name begins, why regions cannot guide it
@@ -53,6 +56,12 @@ def unserved(pipeline: type[DiffusionPipeline]) -> str | None:
     """Why regions cannot guide a stock pipeline class at all, where that is known."""
     names = [base.__name__ for base in pipeline.__mro__]
     return next((why for begin, why in UNSERVED.items() if any(name.startswith(begin) for name in names)), None)
+
+
+def scales_of(mixing: Mixing, arguments: Mapping[str, Any]) -> list[float]:
+    """The scale of a call, or that of each step, where it has a schedule of them instead (Ideogram 4)."""
+    scale, schedule = arguments[mixing.scale or ""], arguments.get("guidance_schedule")
+    return [float(each) for each in schedule] if scale is None and schedule is not None else [scale]
 
 
 def mixing_of(pipeline: type[DiffusionPipeline]) -> Mixing:

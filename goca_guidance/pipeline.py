@@ -31,7 +31,7 @@ from goca_guidance.hooks.finite import finite_pictures
 from goca_guidance.hooks.guided import GuidedCall, check_alone
 from goca_guidance.method.records import Regions, WordMaps
 from goca_guidance.method.scfg import SpatialGuidanceScale
-from goca_guidance.mixing import FURTHER, mixing_of, unserved
+from goca_guidance.mixing import FURTHER, mixing_of, scales_of, unserved
 from goca_guidance.real_images.discover import discover
 from goca_guidance.real_images.segment import Segmentation, segment
 from goca_guidance.real_images.texts import Reading
@@ -192,7 +192,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     def _is_guided(self, arguments, given) -> bool:
         mixing = mixing_of(stock_of(type(self)))
-        scale = arguments[mixing.scale]
+        scale = max(scales_of(mixing, arguments))
         embedded = hasattr(
             self, "get_guidance_scale_embedding"
         )  # where the denoiser takes it: a latent consistency model
@@ -210,6 +210,11 @@ class GoCASCFGPipeline(DiffusionPipeline):
             )
         return True
 
+    def _scale_in(self, arguments) -> float:
+        """The scale of the step in progress."""
+        scales, call = scales_of(mixing_of(stock_of(type(self))), arguments), self._goca_call
+        return self.guidance_scale if call is None or len(scales) == 1 else scales[call.step - 1]
+
     def _guided_call(self, arguments, goca, scfg, **kwargs) -> GuidedCall:
         denoisers, (prompts, images) = denoisers_of(self.components), counts(arguments)
         check_alone(self.components, denoisers)
@@ -223,7 +228,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
             prompt_read=arguments["prompt"] is not None,
             separate=None,
             mixing=mixing_of(stock_of(type(self))),
-            scale=lambda: self.guidance_scale,
+            scale=lambda: self._scale_in(arguments),
             own=OwnCalls(self, denoisers),
             asked=self._asked(arguments, prompts),
             **kwargs,

@@ -88,11 +88,13 @@ class PackedFamily(JointFamily):
         positions = given[self.positions]
         key = id(positions), 0 if positions.is_inference() else positions._version
         if key not in self._grids_read:
-            tokens = self.sample(given).shape[
-                1
-            ]  # the last ones: positions of the text may stand before, or other images'
-            self._grids_read[key] = positions, _grid(positions.reshape(-1, positions.shape[-1])[-tokens:])
+            of_sample = positions.reshape(-1, positions.shape[-1])[-self.sample(given).shape[1] :]
+            self._grids_read[key] = positions, _grid(self.of_pictures(of_sample))
         return self._grids_read[key][1]
+
+    def of_pictures(self, positions: Num[Tensor, "n axes"]) -> Num[Tensor, "m axes"]:
+        """The positions of pixels; those of the text, which may stand before, are left out."""
+        return positions
 
     @cached_property
     def _grids_read(self) -> dict[tuple[int, int], tuple[Tensor, tuple[int, int, int]]]:

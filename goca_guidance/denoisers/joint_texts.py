@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from goca_guidance.denoisers.base import DenoiserCall, Family, row
-from goca_guidance.denoisers.joint import JointFamily
+from goca_guidance.denoisers.joint import JointFamily, PackedFamily
 from goca_guidance.method.records import AttentionView
 
 
@@ -97,6 +97,34 @@ class HunyuanImageFamily(JointFamily):
         return tuple(self.sample(given).shape[2:])
 
 
+class Ideogram4Family(PackedFamily):
+    """`Ideogram4Transformer2DModel`: a stream of padding, text and pixels, each a patch of latent pixels already.
+
+    Without words another model of the kind predicts, which sees the pixels alone. The text encoder's layers are called one by
+    one: what it reads is seen where it looks up ids.
+    """
+
+    pipeline = "Ideogram4Pipeline"
+    encoders = (("text_encoder.language_model.embed_tokens", "tokenizer"),)
+    modules = r"layers\.\d+\.attention"
+    patch = 1
+    positions = "position_ids"
+
+    def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
+        return self._read(given)[:2]
+
+    def others(self, given: Mapping[str, Any]) -> int:
+        return 0
+
+    def text(self, given: Mapping[str, Any]) -> list[Float[Tensor, "b n c"]]:
+        text = given["encoder_hidden_states"]
+        return [text[:, : text.shape[1] - math.prod(self.size(given))]]
+
+    def of_pictures(self, positions: Num[Tensor, "n axes"]) -> Num[Tensor, "m axes"]:
+        """They stand last, at one place of the first axis."""
+        return positions[positions[:, 0] == positions[-1, 0]]
+
+
 class GlmImageFamily(JointFamily):
     """`GlmImageTransformer2DModel`, which never sees the words of a prompt."""
 
@@ -119,6 +147,7 @@ JOINT_TEXTS: dict[str, type[Family]] = {
     "GlmImageTransformer2DModel": GlmImageFamily,
     "HiDreamImageTransformer2DModel": HiDreamFamily,
     "HunyuanImageTransformer2DModel": HunyuanImageFamily,
+    "Ideogram4Transformer2DModel": Ideogram4Family,
     "Lumina2Transformer2DModel": Lumina2Family,
     "PRXTransformer2DModel": PRXFamily,
 }

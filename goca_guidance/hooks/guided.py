@@ -104,6 +104,7 @@ class GuidedCall(PromptWatch):
             )
         self.steps = Steps(images, separate, self.family.branches, self.family.by_image)
         self.negative: GoCASegmentor | None = None  # reads the negative prompt's words in the unconditional prediction
+        self._observed: Any = None  # the observer of the conditional prediction
         self._guided = False  # the step in progress is guided, by its own regions or the last ones
         self._images = 0  # of the step's difference
         self._conditional: Tensor | None = None  # prediction, where the unconditional one is to be replaced
@@ -164,7 +165,7 @@ class GuidedCall(PromptWatch):
             self._check_processors()
         branches = self.steps.forward(call, self.timestep, self.text)
         if 1 in branches:
-            self._images = call.batch // len(branches)
+            self._images, self._observed = call.batch // len(branches), self.observer
             self.observer.seen.clear()
             self.segmentor = self.negative = None
             self._guided = self.is_guided(self.steps.count - 1)
@@ -191,7 +192,7 @@ class GuidedCall(PromptWatch):
 
     def forget(self) -> None:
         super().forget()
-        self.negative = None
+        self.negative = self._observed = None
 
     def begin_step(self) -> None:
         """The next call of the denoiser is the first one of a step (where a loop tells; `rate` says so too)."""
@@ -309,8 +310,9 @@ class GuidedCall(PromptWatch):
     def _replace(self, output, c, u, start):
         """The output with another unconditional prediction, whose images begin at `start`."""
         scale, self._conditional = float(self.scale()), None
+        c = c[:, -u.shape[1] :] if u.ndim == 3 else c  # tokens of the text may stand before (Ideogram 4)
         rate = self.rate(c - u, scale)
-        if rate is None:
+        if rate is None or scale + self.mixing.excess == 1:  # the loop hears nothing of u
             return None
         change = 1 + 1 / (scale + self.mixing.excess - 1)  # S / (S - 1)
         first = prediction(output).clone()
@@ -343,7 +345,7 @@ class GuidedCall(PromptWatch):
     def _find_regions(self) -> Regions:
         """Those of this step's attention, or, between recomputations, the last ones; word maps alike."""
         if self.segmentor is not None:
-            check_seen(self.segmentor.layers, self.observer.seen)
+            check_seen(self.segmentor.layers, self._observed.seen)
             self._regions_found, self._steps_served = self._regions_of(self.segmentor), 0
             if self.negative is not None:
                 words = WordMaps(self.negative.scores(), self.negative.layout.labels)

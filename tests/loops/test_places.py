@@ -22,10 +22,15 @@ from tests.helpers.loops.tiny_loop import build, run
 
 
 PROMPTS = ["a cat and a bus on grass", "potted plant"]
-ROWS = """AuraFlow CogView3Plus CogView4 HiDreamImage HunyuanImage IF Kandinsky3 Kolors Lumina Lumina2 PRX Sana
+ROWS = """AuraFlow CogView3Plus CogView4 HiDreamImage HunyuanImage IF Ideogram4 Kandinsky3 Kolors Lumina Lumina2 PRX Sana
 StableCascadePrior StableDiffusionLatentUpscale StableDiffusionUpscale""".split()  # one pipeline for each
 QUERIES = ("to_q", "norm_q", "q_rms_norm")  # made louder: random weights attend nearly evenly
-FIRST = {"CogView4": 13, "Kolors": 253, "Lumina": 5}  # token of the shorter prompt, where padding stands before it
+FIRST = {
+    "CogView4": 13,
+    "Ideogram4": 45,
+    "Kolors": 253,
+    "Lumina": 5,
+}  # token of the shorter prompt, behind padding
 POOLED = ("IF", "Lumina")  # the denoiser makes one vector of the text too, which scales pixels
 MIXED = ("HunyuanImage",)  # that scales the text itself
 CONVOLVED = ("Sana",)  # so are U-Nets: a pixel reaches its neighbours
@@ -127,8 +132,8 @@ def test_a_token_of_the_text_is_the_key_that_the_row_says(name):
 def test_a_pixel_is_the_key_that_the_row_says(name):
     family, call = first_call(name)
     given = bound(family.denoiser, call)
-    if isinstance(family, UNetFamily) or name in CONVOLVED:
-        pytest.skip("its neighbours hear of it without attention")
+    if isinstance(family, UNetFamily) or name in CONVOLVED or family.packed:
+        pytest.skip("its neighbours hear of it without attention, or it is a token of packed latents")
     sample = next(argument for argument in family.samples if argument in given)
     columns = given[sample].shape[-1] // family.patch
     y, x = family.patch, 2 * family.patch - 1  # second row, second column
@@ -199,7 +204,8 @@ def _regions(name: str, pipe) -> list[Regions]:
 
 def _layers(denoiser, layers, call) -> list[dict[str, released.Layer]]:
     seen, given = Looking(denoiser, layers)(call), bound(denoiser, call)
-    height, width = next(given[n] for n in ("sample", "hidden_states") if n in given).shape[-2:]
+    sample = next(given[n] for n in ("sample", "hidden_states") if n in given)
+    height, width = sample.shape[-2:] if sample.ndim == 4 else (2, 1)  # so are the pictures of packed latents
     found = []
     for image in range(len(seen[layers[0]]["query"])):
         of_image = {}
@@ -212,11 +218,7 @@ def _layers(denoiser, layers, call) -> list[dict[str, released.Layer]]:
     return found
 
 
-LATER = """CogView4 Kolors Lumina Lumina2 PRX Sana StableCascadePrior StableDiffusionLatentUpscale
-StableDiffusionUpscale""".split()  # until `region_tokens` may name any sink
-
-
-@pytest.mark.parametrize("name", [name for name in ROWS if name not in LATER])
+@every_row
 def test_regions_are_those_of_the_definition(name):
     family, regions, positive, negative = guided_step(name)
     preset, start = family.preset, FIRST.get(name, 0)

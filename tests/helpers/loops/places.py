@@ -81,12 +81,18 @@ def _cascade(given: dict, image: int, keys: int, layer: str) -> Places:
     return _run(pixels, text), _run(0, pixels)
 
 
+def _ideogram(given: dict, image: int, keys: int, layer: str) -> Places:
+    """32 x 16 latent pixels in patches of 2 x 2, behind the text."""
+    return _run(0, keys - 128), _run(keys - 128, 128)
+
+
 PLACES: dict[str, Callable[[dict, int, int, str], Places]] = {
     "AuraFlowTransformer2DModel": _registers,
     "CogView3PlusTransformer2DModel": _text_first,
     "CogView4Transformer2DModel": _text_first,
     "HiDreamImageTransformer2DModel": _hidream,
     "HunyuanImageTransformer2DModel": _hunyuan_image,
+    "Ideogram4Transformer2DModel": _ideogram,
     "Kandinsky3UNet": _kandinsky3,
     "Lumina2Transformer2DModel": _lumina2,
     "LuminaNextDiT2DModel": _cross,
