@@ -18,7 +18,6 @@ from goca_guidance.denoisers.adapters import denoiser_of, family_of
 from tests.helpers import released
 from tests.helpers.families import FAMILIES, run, stock_pipeline
 from tests.helpers.guided import END_SINK, batch, guided, wide
-from tests.helpers.released import TIE, assert_argmax, assert_foreground
 
 
 PROMPTS = ["a cat and a zebra on grass", "potted plant"]
