@@ -192,14 +192,19 @@ def main() -> None:
     names = parser.parse_args().names or list(CASES)
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"expected names among {'; '.join(CASES)}, but got {', '.join(unknown)}")
-    rows = {name: measure(CASES[name]) for name in tqdm(names)}
-    kept = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    for name in tqdm(names):
+        _keep({"family": name, **measure(CASES[name])})
+
+
+def _keep(row: dict[str, Any]) -> None:
+    """Into the result beside the others, which an interrupted run has left there."""
+    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    rows = {other["family"]: other for other in [*rows, row]}
+    kept = [rows[name] for name in CASES if name in rows]
     result = {"command": "python -m eval.step_cost", "torch": torch.__version__, "diffusers": diffusers.__version__}
     new = RESULT.with_suffix(".new")
-    new.write_text(json.dumps(result | {"rows": kept | rows}, indent=2) + "\n")
+    new.write_text(json.dumps(result | {"rows": kept}, indent=1) + "\n")
     os.replace(new, RESULT)
-    for name, row in rows.items():
-        print(name, row)
 
 
 if __name__ == "__main__":
