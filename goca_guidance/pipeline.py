@@ -33,6 +33,7 @@ from goca_guidance.method.records import Regions, WordMaps
 from goca_guidance.method.scfg import SpatialGuidanceScale
 from goca_guidance.mixing import FURTHER, mixing_of, scales_of, unserved
 from goca_guidance.real_images.discover import discover
+from goca_guidance.real_images.forwards import check_further
 from goca_guidance.real_images.segment import Segmentation, segment
 from goca_guidance.real_images.texts import Reading
 from goca_guidance.schema import between, check_names, checked, shown
@@ -322,14 +323,18 @@ class GoCASCFGPipeline(DiffusionPipeline):
         return stock if is_text_to_image(stock) else named_pipeline(family_of(denoiser_of(self.components)))
 
     @checked
-    def words(self, prompt: str) -> dict[str, list[int]]:
-        """The words of a prompt with their token positions, in the form that `region_tokens` takes."""
+    def words(self, prompt: str, **arguments) -> dict[str, list[int]]:
+        """The words of a prompt with their token positions, in the form that `region_tokens` takes.
+
+        `arguments`: those of the stock call that say how a prompt is read, such as `max_sequence_length`.
+        """
+        check_further("words", self._text_to_image_class(), arguments, {})
         family = family_of(denoiser_of(self.components))
         tokenizers = [bare(tokenizer) for _, tokenizer in text_encoders_of(self, family)]
         if not all(map(has_marks, tokenizers)):
-            return named_words(Reading(self, family).run(self._text_to_image_class(), prompt), family.sink)
+            return named_words(Reading(self, family).run(self._text_to_image_class(), prompt, arguments), family.sink)
         limit = inspect.signature(stock_of(type(self)).__call__).parameters.get("max_sequence_length")
-        longest = None if limit is None else limit.default
+        longest = arguments.get("max_sequence_length", None if limit is None else limit.default)
         return named_words(tokenise(prompt, tokenizers, self._as_read, longest), family.sink)
 
     def _as_read(self, prompt: str, tokenizer) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from goca_guidance.denoisers.base import DenoiserCall, Family, check_whole
 from goca_guidance.denoisers.places import Read, read_of
@@ -152,8 +153,13 @@ class Watch:
         for tokenizer, reads in zip(self.tokenizers, self.reads, strict=True):
             if reads:
                 each = None if prompts is None else [[prompt] for prompt in prompts]
-                found.append(Encoded(tokenizer, reads[0].ids, start, prompts=each))
-                start += reads[0].ids.shape[1]
+                ids = reads[0].ids
+                if each and len(ids) < len(each) and sum(len(read.ids) for read in reads) == len(each):
+                    ids = pad_sequence(
+                        [row for read in reads for row in read.ids], batch_first=True
+                    )  # one by one (Bria)
+                found.append(Encoded(tokenizer, ids, start, prompts=each))
+                start += ids.shape[1]
         return found
 
     def _after_text_encoder(self, index):

@@ -56,6 +56,11 @@ def noised(
 
 
 def _noised(pipe, family, pictures, timestep, num_noises, generator, height, width) -> Noised:
+    if hasattr(pipe, "video_processor"):
+        raise ValueError(
+            "Expected a plain text-to-image pipeline of pictures for segmentation, but "
+            f"{type(pipe).__name__.removeprefix(PREFIX)} makes videos: use a model of pictures."
+        )
     timesteps = _timesteps(timestep, family.preset.timestep, pipe.scheduler.config.num_train_timesteps - 1)
     _check_checkpoint(pipe, family)
     if isinstance(generator, list) and len(generator) != len(pictures):
@@ -98,7 +103,7 @@ def _check_checkpoint(pipe, family):
     config = family.denoiser.config
     if (
         getattr(family.denoiser, "encoder_hid_proj", None) is not None
-        and config.get("encoder_hid_dim_type") != "text_proj"
+        and config.get("encoder_hid_dim") is None  # else it projects the text
     ):
         raise ValueError("Expected no IP-Adapter for segmentation: call `pipe.unload_ip_adapter()` first.")
     if not any(module is not None for module, _ in text_encoders_of(pipe, family)):
@@ -140,14 +145,16 @@ SET = (  # arguments of a stock call that are set here, or that do not matter to
 )
 
 
-def check_further(stock: type[DiffusionPipeline], arguments: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def check_further(
+    door: str, stock: type[DiffusionPipeline], arguments: Mapping[str, Any], ours: Mapping[str, Any]
+) -> None:
     """TypeError or ValueError for what is no argument of a stock call that matters to a forward.
 
-    `ours`: the annotations of the arguments of segment itself, for which one may be misspelled.
+    `ours`: the annotations of the arguments of the `door` itself (segment, words), for which one may be misspelled.
     """
     parameters = inspect.signature(stock.__call__).parameters.values()
     known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"self", *SET}
-    check_names(arguments, known | set(ours), "an argument of segment", ours)
+    check_names(arguments, known | set(ours), f"an argument of {door}", ours)
     if "max_sequence_length" in arguments:
         read("max_sequence_length", arguments["max_sequence_length"], Count)
 
@@ -196,7 +203,7 @@ class Forwards(Watch):
         ours, self.prompts = {"latents": handed[0]} if known else {}, list(prompts)
         with self.installed(), readable(self.pipe):
             runner(
-                self.prompts,
+                prompt=self.prompts,
                 height=height,
                 width=width,
                 num_inference_steps=len(handed),

@@ -52,7 +52,7 @@ def encode(
 
 def _posterior(vae, pixels) -> Float[Tensor, "b c H W"]:
     """The mean of the posterior, or what a deterministic autoencoder (Sana's) gives; a picture is a video of one frame."""
-    of_videos = any(p.ndim == 5 for p in vae.encoder.parameters())  # kernels of three axes
+    of_videos = vae.config.get("z_dim") is not None  # as those of Qwen-Image and Wan call their channels
     encoded = vae.encode(pixels[:, :, None] if of_videos else pixels)
     latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
     return latents[:, :, 0] if of_videos else latents

@@ -113,7 +113,7 @@ def segment(
     entities = rule.entities if rule else ()
     groups = _checked_names(classes, entities)
     goca = goca or GoCAConfig()
-    check_further(stock, arguments, get_type_hints(segment, include_extras=True))
+    check_further("segment", stock, arguments, get_type_hints(segment, include_extras=True))
     timestep = goca.timestep if timestep is None else timestep
     noisy = noised(pipe, images, timestep, num_noises, generator, height, width)
     shared, count = isinstance(groups[0], str), len(noisy.pictures)

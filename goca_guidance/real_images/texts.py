@@ -1,5 +1,8 @@
 """What the text encoders of a pipeline read of a prompt: its own loop, stopped before the denoiser runs."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import DiffusionPipeline
 
 from goca_guidance.denoisers.adapters import text_encoders_of
@@ -21,14 +24,23 @@ class Reading(Watch):
         super().__init__([family], text_encoders_of(pipe, family))
         self.pipe = pipe
 
-    def run(self, stock: type[DiffusionPipeline], prompt: str) -> list[Encoded]:
-        """What the encoders read of a prompt; `stock` is the text-to-image class that runs the pipeline's components."""
+    def run(
+        self, stock: type[DiffusionPipeline], prompt: str, arguments: Mapping[str, Any] | None = None
+    ) -> list[Encoded]:
+        """What the encoders read of a prompt; `stock` is the text-to-image class that runs the pipeline's components.
+
+        `arguments`: further ones of its call.
+        """
         with readable(self.pipe):
             runner = fresh(stock, self.pipe, type(self.pipe.scheduler).from_config(self.pipe.scheduler.config))
         self.prompts = [prompt]
         try:
             with self.installed(), readable(self.pipe):
-                runner(prompt=prompt, num_inference_steps=2, **unguided(stock) | exact_arguments(stock))
+                runner(
+                    prompt=prompt,
+                    num_inference_steps=2,
+                    **unguided(stock) | exact_arguments(stock) | dict(arguments or {}),
+                )
         except _Stop:
             return self.found
         finally:

@@ -1,5 +1,6 @@
 """The table of families, docs/families.md: what of each denoiser was tried with a tiny pipeline, and what came of it."""
 
+import inspect
 from collections.abc import Callable, Mapping
 
 import diffusers
@@ -10,6 +11,7 @@ from PIL import Image
 
 from goca_guidance import GoCAGuidance
 from goca_guidance.denoisers.adapters import denoiser_of, denoisers_of
+from goca_guidance.real_images.forwards import SET
 from tests.helpers.guided import NEUTRAL, guided
 from tests.helpers.loops.every import LOOPS
 from tests.helpers.loops.tiny_loop import build, run
@@ -92,7 +94,8 @@ def words(name: str) -> str:
     if not LOOPS[name].words:
         return "refused: its tiny pipeline is called with embeddings"
     try:
-        found = guided(build(name, LOOPS[name])).words(LOOPS[name].written("a cat on grass"))
+        pipe = guided(build(name, LOOPS[name]))
+        found = pipe.words(LOOPS[name].written("a cat on grass"), **_further(pipe, name))
     except (ValueError, TypeError) as error:
         return f"refused: {error}"
     assert {"cat", "grass"} <= set(found), name
@@ -102,14 +105,23 @@ def words(name: str) -> str:
 @column("Segment")
 def segment(name: str) -> str:
     loop, picture = LOOPS[name], Image.effect_mandelbrot((48, 32), (-2, -1.5, 1, 1.5), 50).convert("RGB")
-    known = {key: loop.call[key] for key in ("height", "width", "max_sequence_length") if key in loop.call}
+    size = {key: 64 for key in ("height", "width") if key in loop.call}
     try:
-        found = guided(build(name, loop)).segment([picture, picture.rotate(90)], ["cat", "grass"], **known)
+        pipe = guided(build(name, loop))
+        found = pipe.segment([picture, picture.rotate(90)], ["cat", "grass"], **size, **_further(pipe, name))
     except (ValueError, RuntimeError, TypeError) as error:
         return f"refused: {error}"
     assert [tuple(labels.shape) for labels in found.label_maps] == [(32, 48)] * 2, name
     assert found.scores.std() > 0, name
     return WORKS
+
+
+def _further(pipe, name: str) -> dict:
+    """Arguments of the small call that matter to how a text is read."""
+    known = inspect.signature(pipe._text_to_image_class().__call__).parameters
+    return {
+        key: value for key, value in LOOPS[name].call.items() if key in known and key not in (*SET, "guidance_scale")
+    }
 
 
 @column("Guider")
