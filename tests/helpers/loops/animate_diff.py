@@ -62,12 +62,12 @@ LOOPS = {
     "AnimateDiffPipeline": TinyLoop(partial(seeded, _stable), _CALL),
     "AnimateDiffSDXLPipeline": TinyLoop(partial(seeded, _xl), _CALL),
     "AnimateDiffControlNetPipeline": TinyLoop(
-        partial(seeded, _controlled), _CALL | {"conditioning_frames": video(FRAMES, HEIGHT, WIDTH)}
+        partial(seeded, _controlled), _CALL | {"conditioning_frames": video(FRAMES, HEIGHT, WIDTH)}, batch=False
     ),
     "AnimateDiffSparseControlNetPipeline": TinyLoop(
         partial(seeded, _sparse), _CALL | {"conditioning_frames": [picture(HEIGHT, WIDTH)]}
     ),
-    "AnimateDiffVideoToVideoPipeline": TinyLoop(partial(seeded, _stable), _VIDEO, steps=4),
+    "AnimateDiffVideoToVideoPipeline": TinyLoop(partial(seeded, _stable), _VIDEO, steps=4, batch=False),
     "AnimateDiffVideoToVideoControlNetPipeline": TinyLoop(
         partial(seeded, _controlled), _VIDEO | {"conditioning_frames": video(FRAMES, HEIGHT, WIDTH)}, steps=4
     ),

@@ -57,12 +57,12 @@ _newer = partial(_cogvideo, patch_size_t=2, use_rotary_positional_embeddings=Tru
 _cog = partial(TinyLoop, packed=frames_first)
 LOOPS = {
     "CogVideoXPipeline": _cog(partial(seeded, _cogvideo), _CALL),
-    "CogVideoXImageToVideoPipeline": _cog(partial(seeded, partial(_cogvideo, 8)), _CALL | {"image": picture()}),
+    "CogVideoXImageToVideoPipeline": _cog(partial(seeded, partial(_cogvideo, 8)), _CALL | {"image": picture()}, batch=False),
     "CogVideoXVideoToVideoPipeline": _cog(
         partial(seeded, _cogvideo), _SMALL | {"video": video(FRAMES), "strength": 0.5}, steps=4
     ),
     "CogVideoXFunControlPipeline": _cog(
-        partial(seeded, partial(_cogvideo, 8)), _SMALL | {"control_video": video(FRAMES)}
+        partial(seeded, partial(_cogvideo, 8)), _SMALL | {"control_video": video(FRAMES)}, batch=False
     ),
 }
 SECOND = {  # CogVideoX 1.5: two latent frames a token, and one more frame where their number is odd

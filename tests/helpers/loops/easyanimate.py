@@ -77,5 +77,6 @@ LOOPS = {
     "EasyAnimateInpaintPipeline": TinyLoop(
         partial(seeded, partial(_easy, 9)),
         _CALL | {"video": _VIDEO, "mask_video": torch.full_like(_VIDEO[:, :1], 255)},
+        batch=False,  # it takes a video for each
     ),
 }

@@ -171,12 +171,17 @@ LOOPS = {
     "HunyuanVideoImageToVideoPipeline": TinyLoop(
         partial(seeded, partial(_hunyuan, _llava, 9, image_condition_type="latent_concat", guidance_embeds=False)),
         _SMALL | _CFG | {"image": picture(), "prompt_template": _LLAVA_TEMPLATE},
+        batch=False,
     ),
     "HunyuanSkyreelsImageToVideoPipeline": TinyLoop(
-        partial(seeded, partial(_hunyuan, in_channels=8)), _CALL | {"image": picture()}
+        partial(seeded, partial(_hunyuan, in_channels=8)), _CALL | {"image": picture()}, batch=False
     ),
     "HunyuanVideoFramepackPipeline": TinyLoop(
-        partial(seeded, _framepack), _CALL | {"image": picture(), "latent_window_size": 3}
+        partial(seeded, _framepack), _CALL | {"image": picture(), "latent_window_size": 3}, batch=False
     ),
-    "HunyuanVideo15Pipeline": TinyLoop(partial(seeded, partial(_hunyuan15, "t2v")), _SMALL),
+    "HunyuanVideo15Pipeline": TinyLoop(
+        partial(seeded, partial(_hunyuan15, "t2v")),
+        _SMALL,
+        settings={"tokenizer_max_length": 200, "tokenizer_2_max_length": 32, "vision_num_semantic_tokens": 16},
+    ),
 }

@@ -33,17 +33,15 @@ def _image_to_video() -> dict[str, Any]:
 _forcing = partial(_skyreels, inject_sample_info=True)
 _SMALL = {"height": HEIGHT, "width": WIDTH, "guidance_scale": 5.0}
 _CALL = _SMALL | {"num_frames": FRAMES, "max_sequence_length": MAX_TOKENS}
+_alone = partial(TinyLoop, partial(seeded, _forcing), batch=False)  # stock fails with two prompts
 LOOPS = {
     "SkyReelsV2Pipeline": TinyLoop(partial(seeded, _skyreels), _CALL),
     "SkyReelsV2ImageToVideoPipeline": TinyLoop(  # the transformer counts 512 tokens of text
         partial(seeded, _image_to_video), _SMALL | {"num_frames": FRAMES, "image": picture()}
     ),
-    "SkyReelsV2DiffusionForcingPipeline": TinyLoop(partial(seeded, _forcing), _CALL),
-    "SkyReelsV2DiffusionForcingImageToVideoPipeline": TinyLoop(
-        partial(seeded, _forcing), _CALL | {"image": picture()}, own=later_frames
-    ),
-    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": TinyLoop(
-        partial(seeded, _forcing),
+    "SkyReelsV2DiffusionForcingPipeline": _alone(_CALL),
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": _alone(_CALL | {"image": picture()}, own=later_frames),
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": _alone(
         _CALL | {"video": video(5), "num_frames": 13, "base_num_frames": 13, "overlap_history": 5},
         own=lambda latents: latents[:, :, 2:],
     ),
