@@ -62,6 +62,7 @@ class Family:
     )  # arguments that are text, in the order of the tokens
     segmented: ClassVar[bool] = False  # attention is asked for segments of the queries one by one, the pixels last
     branches: ClassVar[tuple[int, ...]] = (0, 1)  # order of a batch of two predictions: the unconditional one first
+    gathered: ClassVar[bool] = False  # padding before an encoder's tokens is taken out of the denoiser's text
     by_frame: ClassVar[bool] = False  # a video's frames lie side by side in the batch of the layers
     by_image: ClassVar[bool] = False  # whether the loop mixes each image of a batch by itself
 

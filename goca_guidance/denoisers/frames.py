@@ -250,7 +250,7 @@ FRAMES: dict[str, type[Family]] = {
     "CosmosTransformer3DModel": row(CosmosFamily, pipeline="Cosmos2TextToImagePipeline"),
     "AllegroTransformer3DModel": row(AllegroFamily, pipeline="AllegroPipeline"),
     "LTXVideoTransformer3DModel": row(PackedVideoFamily, pipeline="LTXPipeline"),
-    "LTX2VideoTransformer3DModel": row(PackedVideoFamily, pipeline="LTX2Pipeline", sink="start"),
+    "LTX2VideoTransformer3DModel": row(PackedVideoFamily, pipeline="LTX2Pipeline", sink="start", gathered=True),
     "Kandinsky5Transformer3DModel": row(KandinskyFamily, pipeline="Kandinsky5T2VPipeline"),
     "SanaVideoTransformer3DModel": row(SanaVideoFamily, pipeline="SanaVideoPipeline"),
     "CogVideoXTransformer3DModel": row(JointVideoFamily, pipeline="CogVideoXPipeline", modules=_ATTN1, channel=2),

@@ -6,7 +6,7 @@ what continues it with `##`. What any other tokenizer read is spelled out, and t
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -55,6 +55,12 @@ class Encoded:
         at = self.places_of(image)
         stand = [(word, [at[p] for p in positions if at[p] >= 0]) for word, positions in found]
         return [(word, positions) for word, positions in stand if positions]
+
+    def gathered(self) -> "Encoded":
+        """The same without the padding before it: its first token stands at `start`."""
+        padding = (self.ids != self.tokenizer.pad_token_id).cumsum(1) == 0
+        places = torch.arange(self.ids.shape[1], device="cpu") - padding.sum(1, keepdim=True) + self.start
+        return replace(self, places=places.masked_fill(padding, -1))
 
     def tokens(self, image: int) -> list[tuple[str, int]]:
         """Every token that the denoiser sees, with its place."""

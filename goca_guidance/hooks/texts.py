@@ -42,6 +42,9 @@ class PromptWatch(Watch):
         """What was read; None where it cannot be told."""
         if not any(self.reads):
             return [], []
+        if self.family.gathered:
+            found = self._told_by_ids()
+            return found and ([part.gathered() for part in found[0]], [part.gathered() for part in found[1]])
         if all(map(has_marks, self.tokenizers)):
             return self._told_by_ids() or self._told_by_rows()
         return self._told_by_rows() or self._told_by_ids()

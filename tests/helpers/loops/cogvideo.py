@@ -57,7 +57,9 @@ _newer = partial(_cogvideo, patch_size_t=2, use_rotary_positional_embeddings=Tru
 _cog = partial(TinyLoop, packed=frames_first)
 LOOPS = {
     "CogVideoXPipeline": _cog(partial(seeded, _cogvideo), _CALL),
-    "CogVideoXImageToVideoPipeline": _cog(partial(seeded, partial(_cogvideo, 8)), _CALL | {"image": picture()}, batch=False),
+    "CogVideoXImageToVideoPipeline": _cog(
+        partial(seeded, partial(_cogvideo, 8)), _CALL | {"image": picture()}, batch=False
+    ),
     "CogVideoXVideoToVideoPipeline": _cog(
         partial(seeded, _cogvideo), _SMALL | {"video": video(FRAMES), "strength": 0.5}, steps=4
     ),

@@ -120,7 +120,9 @@ LOOPS = {
         | {"image": picture(), "pose_video": video(5), "face_video": video(5, 16, 16)}
         | {"segment_frame_length": 5, "prev_segment_conditioning_frames": 1},
     ),
-    "LucyEditPipeline": TinyLoop(partial(seeded, partial(_wan, in_channels=32)), _CALL | {"video": video(FRAMES)}, batch=False),
+    "LucyEditPipeline": TinyLoop(
+        partial(seeded, partial(_wan, in_channels=32)), _CALL | {"video": video(FRAMES)}, batch=False
+    ),
     "ChronoEditPipeline": TinyLoop(partial(seeded, _chrono_edit), _PICTURE),
 }
 SECOND = {  # with a second transformer, which serves the last steps
