@@ -69,6 +69,9 @@ LOOPS = {
     ),
     "AnimateDiffVideoToVideoPipeline": TinyLoop(partial(seeded, _stable), _VIDEO, steps=4, batch=False),
     "AnimateDiffVideoToVideoControlNetPipeline": TinyLoop(
-        partial(seeded, _controlled), _VIDEO | {"conditioning_frames": video(FRAMES, HEIGHT, WIDTH)}, steps=4
+        partial(seeded, _controlled),
+        _VIDEO | {"conditioning_frames": video(FRAMES, HEIGHT, WIDTH)},
+        steps=4,
+        batch=False,
     ),
 }
