@@ -1,8 +1,10 @@
 """What a row of facts says of a denoiser's sequence, against what moves when a token is changed; regions by a reference."""
 
 import math
+from dataclasses import replace
 from functools import cache
 
+import diffusers
 import pytest
 import torch
 
@@ -11,7 +13,8 @@ from tests.helpers import released
 from tests.helpers.guided import guided
 from tests.helpers.loops.every import LOOPS
 from tests.helpers.loops.probe import Kernels, Probe, calls
-from tests.helpers.loops.tiny_loop import build, run
+from tests.helpers.loops.qwen import picture
+from tests.helpers.loops.tiny_loop import TinyLoop, build, run
 from tests.helpers.loops.trace import traced
 from tests.helpers.released import assert_argmax, assert_foreground
 
@@ -21,16 +24,30 @@ Flux2KleinInpaint Flux2 Chroma FluxKontext OvisImage LongCatImage LongCatImageEd
 ErnieImage""".split()
 MIXED = ()  # whose text other layers mix before: its block moves as a whole, the token most
 TOKENS = (0, 1, 3)
-every_row = pytest.mark.parametrize("name", [f"{name}Pipeline" for name in ROWS])
+PICTURES = {  # further arguments of a call: other pictures than the loop's small call has
+    "QwenImage21 beside a picture": {"image": [picture(64, 64, "RGBA")], "output_resolution": 64},
+    "Flux2Klein beside a picture": {"image": picture(64, 64)},
+    "ZImageOmni alone": {"image": None},
+}
+every_row = pytest.mark.parametrize("name", [*ROWS, *PICTURES])
+
+
+def stock_of(name: str) -> diffusers.DiffusionPipeline:
+    return build(f"{name.split()[0]}Pipeline", loop_of(name))
+
+
+def loop_of(name: str) -> TinyLoop:
+    loop = LOOPS[f"{name.split()[0]}Pipeline"]
+    return replace(loop, call=loop.call | PICTURES.get(name, {}))
 
 
 @cache
 def probed(name: str):
     """The family, its call, and the probe of the first call of the denoiser, a conditional one."""
-    stock = build(name, LOOPS[name])
+    stock = stock_of(name)
     denoiser = denoiser_of(stock.components)
     with calls(denoiser) as seen:
-        _, steps = traced(run, stock, LOOPS[name])
+        _, steps = traced(run, stock, loop_of(name))
     family, (args, kwargs) = family_of(denoiser), seen[0]
     probe = Probe(denoiser, sorted(family.preset.layers), seen[0], tokens(steps))
     return family, family.call(args, kwargs), probe
@@ -91,7 +108,7 @@ def found(name: str):
 
     Random weights get louder queries: else their attention is nearly even, and min-max of it mostly rounding.
     """
-    stock = build(name, LOOPS[name])
+    stock = stock_of(name)
     denoiser = denoiser_of(stock.components)
     for layer, module in denoiser.named_modules():
         if layer.endswith(("to_q", "norm_q")):
@@ -99,9 +116,9 @@ def found(name: str):
     ours, preset = guided(stock), family_of(denoiser).preset
     places = {"cat": [CAT], "grass": [GRASS], "</s>": [SINK]}
     with calls(denoiser) as seen:
-        output, steps = traced(run, ours, LOOPS[name], region_tokens=places, output_regions=True)
+        output, steps = traced(run, ours, loop_of(name), region_tokens=places, output_regions=True)
     regions = output.regions[0]
-    names, image = sorted(preset.layers), 0 if LOOPS[name].conditional_first else -1
+    names, image = sorted(preset.layers), 0 if loop_of(name).conditional_first else -1
     probe, asked = Probe(denoiser, names, seen[0], tokens(steps)), Kernels(denoiser, names).of(seen[0])
     ratio = regions.masks.shape[-2] / regions.masks.shape[-1]
     layers = {layer: seen_layer(probe, layer, asked[layer][probe.which[layer]], image, ratio) for layer in names}
@@ -123,7 +140,7 @@ def seen_layer(probe: Probe, name: str, given: dict, image: int, ratio: float) -
     return released.Layer((height, len(pixels) // height), text, image_keys, torch.empty(0), features)
 
 
-@pytest.mark.parametrize("name", [f"{name}Pipeline" for name in ROWS if name not in ("QwenImageLayered", "Flux2")])
+@pytest.mark.parametrize("name", [n for n in (*ROWS, *PICTURES) if n not in ("QwenImageLayered", "Flux2")])
 def test_regions_and_foreground_are_the_references(name):
     """`tests/helpers/released.py`, in float64."""
     regions, reference = found(name)
