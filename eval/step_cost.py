@@ -103,8 +103,8 @@ CASES = {
         (64, 64),
         batched=True,
     ),
-    "wan 2.1 14B, 480 x 832 px, 81 frames": Case(
-        diffusers.WanTransformer3DModel,
+    "wan 2.1 1.3B, 480 x 832 px, 81 frames": Case(
+        lambda: diffusers.WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30),
         lambda b: {
             "hidden_states": _meta(b, 16, 21, 60, 104),
             "timestep": _meta(b),
@@ -126,7 +126,7 @@ CASES = {
         (21, 16, 22),
         batched=True,
     ),
-    "cogvideox 5B, 480 x 720 px, 49 frames": Case(
+    "cogvideox 2B, 480 x 720 px, 49 frames": Case(
         lambda: diffusers.CogVideoXTransformer3DModel(
             num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True
         ),
