@@ -1,15 +1,19 @@
-"""Which tokens become regions, with the real CLIP and T5 tokenizers, for real COCO captions (`-s` prints them).
+"""Which tokens become regions, with real tokenizers, for real COCO captions (`-s` prints them).
 
 Compared with the tokenizers' own character offsets, which the library never asks for.
 """
 
 import csv
+import json
 import re
+from functools import cache
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
-from transformers import AutoTokenizer
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GemmaTokenizer
 
 from goca_guidance.denoisers.layouts import class_layout, class_prompt, prompt_layout
 from goca_guidance.denoisers.words import Encoded, sentence, words
@@ -143,3 +147,107 @@ def test_names_that_t5_cannot_tell_apart_are_refused(names, reason):
     row = tokenizer([class_prompt(names)], return_tensors="pt").input_ids
     with pytest.raises(ValueError, match=reason):
         class_layout([Encoded(tokenizer, row)], [names])
+
+
+# ---- any tokenizer ---------------------------------------------------------------------------------------------------
+QWEN = (  # Qwen-Image's template: 34 tokens before the prompt
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+READ = {  # by tokenizer: where it lies, what stands around the prompt
+    "clip": ("model_trees/stable-diffusion-v1-5/tokenizer", "{}"),
+    "t5": ("model_trees/FLUX.1-dev/tokenizer_2", "{}"),
+    "qwen3": ("tokenizers/qwen3", QWEN),
+    "llama3": ("tokenizers/llama3_1", "{}"),
+    "sentencepiece": (None, "You are an assistant designed to generate images. <Prompt Start> {}"),
+}
+TEN = {  # by prompt: its words by most tokenizers, and by those that differ
+    "a cat on grass": ("a cat on grass", {}),
+    "一只猫坐在草地上，旁边有狗": (
+        "一只 猫 坐在 草 地上 ， 旁边 有 狗",
+        {
+            "clip": "一只猫坐在草地上 ， 旁边有狗",
+            "t5": "<unk> , <unk>",
+            "llama3": "一 只 猫 坐在 草 地 上 ， 旁 边 有 狗",
+            "sentencepiece": "一只 猫坐在 草地上 ， 旁 边 有 狗",
+        },
+    ),
+    "a 🐱 and 👩\u200d👧!": (
+        "a 🐱 and 👩\u200d👧 !",
+        {"clip": "a 🐱 and 👩\u200d👧!", "t5": "a <unk> and <unk> <unk> !"},
+    ),
+    "“a red” 'cat' \"dog\"": ("“ a red ” ' cat ' \" dog \"", {}),
+    "(cat:1.3), [dog]": (
+        "( cat : 1 . 3 ), [ dog ]",
+        {"t5": "( cat : 1.3 ), [ dog ]", "sentencepiece": "( cat : 1 . 3 ) , [ dog ]"},
+    ),
+    "a man's dogs' surfboard, don't": (
+        "a man's dogs ' surfboard , don't",
+        {kind: "a man 's dogs ' surfboard , don 't" for kind in ("clip", "t5")},
+    ),
+    "user assistant": ("user assistant", {}),
+    "T-shirt 3.5 C++ snake_case": (
+        "T - shirt 3 . 5 C ++ snake_case",
+        {
+            "clip": "t - shirt 3 . 5 c ++ snake _ case",
+            "t5": "T - shirt 3.5 C ++ snake _ case",
+            "sentencepiece": "T - shirt 3 . 5 C + + snake_case",
+        },
+    ),
+    "naïve café हिन्दी": (
+        "naïve café हिन्दी",
+        {"clip": "naïve café ह ि न ् द ी", "t5": "na<unk>ve café <unk>"},
+    ),
+    "a red cat, " * 40: ("a red cat , " * 40, {"clip": "a red cat , " * 18 + "a red cat"}),
+}
+
+
+def trained_sentencepiece():
+    """A small byte-pair vocabulary with sentencepiece's marks, and bytes for what it does not know."""
+    learner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    texts = ["a cat on grass and dogs", "a man's surfboard", "user assistant", "猫 狗 一只 坐在"]
+    texts = [*(text for text in texts for _ in range(9)), *["一只猫坐在草地上"] * 2]
+    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    model = json.loads(learner.to_str())["model"]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=merges)
+
+
+@cache
+def read_by(kind):
+    path, _ = READ[kind]
+    return trained_sentencepiece() if path is None else AutoTokenizer.from_pretrained(shared(path))
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_words_of_ten_prompts(kind):
+    """Printed with `-s`: as they are, with their tokens."""
+    tokenizer, template = read_by(kind), READ[kind][1]
+    length = 77 if kind == "clip" else 512
+    for prompt, (most, others) in TEN.items():
+        row, empty = (
+            tokenizer(template.format(text), truncation=True, max_length=length).input_ids for text in (prompt, "")
+        )
+        found = words(tokenizer, row, [prompt], [empty])
+        print(f"{kind:14}{len(found):4} ", " ".join(f"{word}{positions}" for word, positions in found[:16]))
+        assert [word for word, _ in found] == others.get(kind, most).split()
+        if kind == "qwen3":
+            assert found[0][1][0] == 34
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama3"])
+def test_words_of_captions_by_any_tokenizer(kind):
+    """As they stand there, split by a regular expression; each from tokens that spell it."""
+    tokenizer, template = read_by(kind), READ[kind][1]
+    empty = tokenizer(template.format("")).input_ids
+    for caption in captions(300):
+        row = tokenizer(template.format(caption)).input_ids
+        found = words(tokenizer, row, [caption], [empty])
+        plain = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", caption)
+        assert "".join(word for word, _ in found) == "".join(plain)
+        assert [word for word, _ in found if word[0].isalnum()] == [word for word in plain if word[0].isalnum()]
+        for word, positions in found:
+            assert word in tokenizer.decode([row[p] for p in positions], clean_up_tokenization_spaces=False)
