@@ -96,20 +96,25 @@ class RegionMixin(BaseGuidance):
 
     def prepare_inputs(self, data: Mapping) -> list:
         """Inputs of each prediction; where there are two to mix, someone must watch."""
-        text = data.get("encoder_hidden_states", data.get("prompt_embeds"))
         batches = super().prepare_inputs(data)
-        self._prepare(batches, not isinstance(text, tuple) or any(part is None for part in text))
+        self._prepare(batches, [value for value in data.values() if isinstance(value, tuple)])
         return batches
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Mapping) -> list:
         """As `prepare_inputs`, where a pipeline names the fields of its state."""
-        pairs = [names for names in input_fields.values() if isinstance(names, tuple)]
-        found = [tuple(getattr(data, name, None) for name in names) for names in pairs]
+        named = [names for names in input_fields.values() if isinstance(names, tuple)]
         batches = super().prepare_inputs_from_block_state(data, input_fields)
-        self._prepare(batches, all(unconditional is None for _, unconditional in found))
+        self._prepare(batches, [tuple(getattr(data, name, None) for name in names) for names in named])
         return batches
 
-    def _prepare(self, batches, one_only: bool) -> None:
+    def _prepare(self, batches, inputs: Sequence[tuple]) -> None:
+        """`inputs` that differ between predictions: each conditional, then unconditional."""
+        if any(len(each) != 2 for each in inputs):
+            raise ValueError(
+                f"Expected a pipeline whose guider mixes two predictions, but this one's makes {len(inputs[0])} (sounds, or "
+                "layers skipped): use its own guider."
+            )
+        one_only = not inputs or any(c is not None and u is None for c, u in inputs)
         kinds = [PREDICTIONS.get(getattr(batch, self._identifier_key)) for batch in batches]
         self._guides = 0 in kinds
         if self._guides:
