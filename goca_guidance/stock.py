@@ -137,25 +137,30 @@ def _or_none(guided, stock):
 def guidance_arguments(pipeline: type[DiffusionPipeline], scale: float) -> dict:
     """The arguments of a call that is guided by a scale, without words in its negative prompt.
 
-    True guidance (Flux) mixes nothing unless a negative prompt is given: it gets an empty one.
+    True guidance (Flux) mixes nothing unless a negative prompt is given: it gets an empty one. A schedule of scales (Ideogram
+    4) makes way for the scale.
     """
     name = mixing_of(pipeline).scale or "guidance_scale"
-    return {name: scale} | ({"negative_prompt": ""} if name == "true_cfg_scale" else {})
+    negative = {"negative_prompt": ""} if name == "true_cfg_scale" else {}
+    return _known(pipeline, {"guidance_schedule": None}) | {name: scale} | negative
 
 
 def unguided(pipeline: type[DiffusionPipeline]) -> dict:
     """The arguments of a call that makes one prediction."""
     off = {"guidance_scale": mixing_of(pipeline).least, "true_cfg_scale": 1.0, "pag_scale": 0.0}
+    return _known(pipeline, off | {"guidance_schedule": None})
+
+
+def _known(pipeline: type[DiffusionPipeline], arguments: dict) -> dict:
+    """Those that a pipeline's call has."""
     known = inspect.signature(pipeline.__call__).parameters
-    return {name: value for name, value in off.items() if name in known}
+    return {name: value for name, value in arguments.items() if name in known}
 
 
 def exact_arguments(pipeline: type[DiffusionPipeline]) -> dict:
     """Off, where a pipeline has them: switches that change the size (PixArt, HunyuanDiT) or the prompt (PixArt, LongCat)."""
-    known = inspect.signature(pipeline.__call__).parameters
-    return {
-        name: False for name in ("use_resolution_binning", "clean_caption", "enable_prompt_rewrite") if name in known
-    }
+    switches = ("use_resolution_binning", "clean_caption", "enable_prompt_rewrite")
+    return _known(pipeline, dict.fromkeys(switches, False))
 
 
 def is_text_to_image(pipeline: type[DiffusionPipeline]) -> bool:

@@ -116,6 +116,13 @@ def denoiser_of(components: Mapping) -> torch.nn.Module:
 
 def text_encoders_of(pipe, family: Family) -> list[tuple[Any, Any]]:
     """The text encoders whose tokens the denoiser sees, with their tokenizers; None for an encoder that is not loaded."""
-    found = [(getattr(pipe, model, None), getattr(pipe, tokenizer, None)) for model, tokenizer in family.encoders]
+    found = [(_part(pipe, model), getattr(pipe, tokenizer, None)) for model, tokenizer in family.encoders]
     found = [(model, bare(tokenizer)) for model, tokenizer in found if tokenizer is not None]
     return found[:1] if family.side_by_side else found
+
+
+def _part(pipe, name: str) -> Any:
+    """A component, or a module in it."""
+    for step in name.split("."):
+        pipe = getattr(pipe, step, None)
+    return pipe

@@ -122,6 +122,10 @@ def _sinks(encoded, sink) -> tuple[list[int], bool]:
     starts = [encoded[0].start_token(image) for image in images]
     if sink == "start" and None not in starts:
         return starts, True
+    for part in reversed(encoded):  # the last text that goes on behind the prompt: Llama's ends with it (HiDream)
+        ends = [place for image in images if (place := part.behind_prompt(image)) is not None]
+        if len(ends) == len(images):
+            return ends, False
     return [encoded[-1].end_token(image) for image in images], False
 
 

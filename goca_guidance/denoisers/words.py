@@ -78,9 +78,13 @@ class Encoded:
 
     def end_token(self, image: int) -> int | None:
         """Place of the token behind the prompt, or of the last one that is no padding, where the text was cut."""
-        real, behind = self._real(image), self._behind(image)
-        after = [at for p, at in real if behind is not None and p >= behind[1]]
-        return next(iter(after or [at for _, at in real[-1:]]), None)
+        behind = self.behind_prompt(image)
+        return next((at for _, at in self._real(image)[-1:]), None) if behind is None else behind
+
+    def behind_prompt(self, image: int) -> int | None:
+        """Place of the token behind the prompt, no padding; None where there is none."""
+        behind = self._behind(image)
+        return None if behind is None else next((at for p, at in self._real(image) if p >= behind[1]), None)
 
     def _real(self, image: int) -> list[tuple[int, int]]:
         """Tokens that the denoiser sees and that are no padding: where they were read, and where they stand."""

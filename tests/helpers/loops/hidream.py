@@ -35,7 +35,7 @@ def _hidream() -> dict:
         llama_layers=[0, 1, 1],
     )
     clip = transformers.CLIPTextModelWithProjection
-    texts = _clip(clip) | _clip(clip, "_2") | _t5("_3") | llama3("_4", TEXT)
+    texts = _clip(clip, max_length=128) | _clip(clip, "_2", max_length=128) | _t5("_3") | llama3("_4", TEXT)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     return {"transformer": transformer, "vae": _flow_vae(4), "scheduler": scheduler, **texts}
 
