@@ -17,7 +17,7 @@ from goca_guidance.method.records import Regions
 from tests.helpers import released
 from tests.helpers.guided import guided
 from tests.helpers.loops.every import LOOPS
-from tests.helpers.loops.places import Looking, Places, bound, layer_of, places_of
+from tests.helpers.loops.places import FIRST, Looking, Places, bound, layer_of, places_of
 from tests.helpers.loops.tiny_loop import build, run
 
 
@@ -25,12 +25,6 @@ PROMPTS = ["a cat and a bus on grass", "potted plant"]
 ROWS = """AuraFlow CogView3Plus CogView4 HiDreamImage HunyuanImage IF Ideogram4 Kandinsky3 Kolors Lumina Lumina2 PRX Sana
 StableCascadePrior StableDiffusionLatentUpscale StableDiffusionUpscale""".split()  # one pipeline for each
 QUERIES = ("to_q", "norm_q", "q_rms_norm")  # made louder: random weights attend nearly evenly
-FIRST = {
-    "CogView4": 13,
-    "Ideogram4": 45,
-    "Kolors": 253,
-    "Lumina": 5,
-}  # token of the shorter prompt, behind padding
 POOLED = ("IF", "Lumina")  # the denoiser makes one vector of the text too, which scales pixels
 MIXED = ("HunyuanImage",)  # that scales the text itself
 CONVOLVED = ("Sana",)  # so are U-Nets: a pixel reaches its neighbours
@@ -228,3 +222,34 @@ def test_regions_are_those_of_the_definition(name):
         reference = released.GoCA(preset, layers, sink, preset.heads, None, preset.row_normalise)
         released.assert_argmax(regions.masks[image], reference.scores(words, [start + 1, start + 2]))
         released.assert_foreground(regions.foreground[image], reference.background(start))
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+WORDS = {  # where "cat" and "grass" of "a cat on grass" stand in the text, and the end where it is the sink
+    "AuraFlow": ([1], [3], [4]),
+    "CogView3Plus": ([1], [3], [4]),
+    "CogView4": ([13], [15]),  # 16 tokens, of which the first ten are padding
+    "HiDreamImage": ([1, 26, 50], [3, 28, 52], [4]),  # three texts of 24 tokens; Llama's have a start and no end
+    "IF": ([1], [3], [4]),
+    "Ideogram4": ([2040], [2042], [2043]),  # 2048 tokens, and five of the template behind the prompt
+    "Kandinsky3": ([1], [3], [4]),
+    "Kolors": ([253], [255]),
+    "Lumina": ([5], [7]),
+    "PRX": ([2], [4]),
+    "Sana": ([2], [4]),  # the last tokens of what follows an instruction
+    "StableCascadePrior": ([2], [4]),
+    "StableDiffusionLatentUpscale": ([2], [4]),
+    "StableDiffusionUpscale": ([2], [4]),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_stand_where_it_is_said_by_hand(name):
+    found = ours(name).words("a cat on grass")
+    assert [found[word] for word in ("cat", "grass", "</s>") if word in found] == list(WORDS[name])
+
+
+def test_words_behind_a_system_prompt():
+    pipe = ours("Lumina2")
+    before = len(pipe.tokenizer(f"{pipe.system_prompt} <Prompt Start> a").input_ids)
+    assert pipe.words("a cat on grass")["cat"] == [before]

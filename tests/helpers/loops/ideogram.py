@@ -9,7 +9,7 @@ from functools import partial
 import diffusers
 
 from tests.helpers.loops.texts_qwen import WIDTH, qwen3_vl, qwen_tokenizer
-from tests.helpers.loops.tiny_loop import TinyLoop, negated, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, in_tokens, negated, seeded
 
 
 LAYERS = 36  # the pipeline takes the states behind 13 of them
@@ -54,5 +54,6 @@ LOOPS = {
         {"height": 64, "width": 32, "guidance_scale": 7.0, "guidance_schedule": None, "max_sequence_length": 48},
         mixed=negated,
         target_last=True,
+        packed=in_tokens,
     )
 }

@@ -13,7 +13,7 @@ import transformers
 from tests.helpers.families import _clip, _t5, _vae
 from tests.helpers.loops.pictures import picture
 from tests.helpers.loops.texts_qwen import WIDTH, qwen2_5_vl, qwen2_5_vl_processor
-from tests.helpers.loops.tiny_loop import TinyLoop, seeded
+from tests.helpers.loops.tiny_loop import TinyLoop, channels_last, seeded
 
 
 TEXT = 128  # Kandinsky 3 pads to it
@@ -75,11 +75,12 @@ LOOPS = {
         steps=4,
         excess=1,
     ),
-    "Kandinsky5T2IPipeline": TinyLoop(partial(seeded, _kandinsky5), SIZE5, settings=SIZES),
+    "Kandinsky5T2IPipeline": TinyLoop(partial(seeded, _kandinsky5), SIZE5, settings=SIZES, packed=channels_last),
     "Kandinsky5I2IPipeline": TinyLoop(
         partial(seeded, partial(_kandinsky5, edit=True)),
         SIZE5 | {"image": picture(64, 32)},
         settings=SIZES,
         batch=False,
+        packed=channels_last,
     ),
 }

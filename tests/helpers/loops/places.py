@@ -16,6 +16,14 @@ from torch.overrides import TorchFunctionMode
 from tests.helpers.released import Layer
 
 
+FIRST = {  # token of the shorter prompt of the tests, by pipeline, where padding stands before it
+    "CogView4": 13,
+    "CogView4Control": 13,
+    "Ideogram4": 45,
+    "Kolors": 253,
+    "KolorsImg2Img": 253,
+    "Lumina": 5,
+}
 Places = tuple[list[int], list[int]]  # of text and of pixels, in their order
 
 
