@@ -84,9 +84,20 @@ def check_arguments(arguments: Mapping[str, Any], given: Iterable[str]) -> None:
             read(name, arguments[name], STOCK[name])
     if arguments["prompt"] is None and arguments.get("prompt_embeds") is None:
         raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    _check_one_prompt(arguments)
     if arguments.get("pag_scale"):  # refused before the loop, which would leave its processors behind
         raise ValueError(
             "Expected two predictions to mix, but perturbed-attention guidance makes a third: pass `pag_scale=0.0`, or "
+            "`use_scfg=False`."
+        )
+
+
+def _check_one_prompt(arguments: Mapping[str, Any]) -> None:
+    """Some loops take prompts for parts of a video: FreeNoise a dictionary, LTX-Video's long videos segments."""
+    prompt, segments = arguments["prompt"], "prompt_segments" in arguments
+    if isinstance(prompt, dict) or (segments and (arguments["prompt_segments"] or "|" in str(prompt))):
+        raise ValueError(
+            "Expected one prompt for all frames of a video, but got several ones for parts of it: pass one, or "
             "`use_scfg=False`."
         )
 

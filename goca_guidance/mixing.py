@@ -49,6 +49,11 @@ UNSERVED = {  # by how the pipeline's name begins, why regions cannot guide it
         "its denoiser reads an embedding of a picture beside the words, mixed with them",
     ),
     "Cosmos3": "it mixes pictures and sounds",
+    "Kandinsky6": "it mixes pictures and sounds",
+    "SanaWM": "nobody has looked where its text and its pixels stand",
+    "AnyFlowFAR": "it makes a video chunk by chunk, and its attention, which is compiled, reads the past from a cache",
+    "HeliosPyramid": "it makes a video at several sizes, one after another",
+    "EasyAnimateControl": "its own call fails in diffusers 0.42: it asks `encode_prompt` for a text encoder by a number",
 }
 
 

@@ -288,6 +288,12 @@ class GuidedCall(PromptWatch):
         if image:
             self._maps[-1] = torch.cat([self._maps[-1], maps])
         else:
+            if self._maps and self._maps[-1].shape[2:] != maps.shape[2:]:
+                raise RuntimeError(
+                    "Expected latents of one size in all steps, whose guidance maps are returned together, but this loop "
+                    f"makes parts of several ({tuple(self._maps[-1].shape[2:])}, {tuple(maps.shape[2:])}): leave "
+                    "`output_regions` off."
+                )
             self._maps.append(maps)
             self._regions.append(regions if image is None else self._step_regions)
 
