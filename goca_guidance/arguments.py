@@ -93,9 +93,8 @@ def check_arguments(arguments: Mapping[str, Any], given: Iterable[str]) -> None:
 
 
 def _check_one_prompt(arguments: Mapping[str, Any]) -> None:
-    """Some loops take prompts for parts of a video: FreeNoise a dictionary, LTX-Video's long videos segments."""
-    prompt, segments = arguments["prompt"], "prompt_segments" in arguments
-    if isinstance(prompt, dict) or (segments and (arguments["prompt_segments"] or "|" in str(prompt))):
+    """LTX-Video's long videos may have a prompt for each part."""
+    if "prompt_segments" in arguments and (arguments["prompt_segments"] or "|" in str(arguments["prompt"])):
         raise ValueError(
             "Expected one prompt for all frames of a video, but got several ones for parts of it: pass one, or "
             "`use_scfg=False`."

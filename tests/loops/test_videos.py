@@ -76,7 +76,7 @@ def test_prompts_for_parts_are_refused(prompt):
 
 def test_prompts_for_frames_are_refused():
     loop = LOOPS["AnimateDiffPipeline"]
-    with pytest.raises(ValueError, match="one prompt for all frames"):
+    with pytest.raises(TypeError, match="a text or a non-empty list of texts"):
         guided(build("AnimateDiffPipeline", loop))(prompt={0: "a cat", 2: "a dog"}, **loop.call)
 
 
