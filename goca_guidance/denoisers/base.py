@@ -146,6 +146,10 @@ class Family:
         """The texts [b n c] of a call in the order of their tokens."""
         return [given[name] for name in self.texts if given.get(name) is not None]
 
+    def read(self, layer: Tensor) -> Tensor:
+        """What the pipeline makes of a text encoder's layer [b n c], to the bit, before it is the denoiser's text."""
+        return layer
+
     def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
         """Sizes of a call of the denoiser, from what a forward pre-hook sees."""
         given = self.bound(args, kwargs)

@@ -5,7 +5,7 @@ is in the denoiser's text all the same, so a few channels of each row tell which
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +49,16 @@ class Run:
     length: int
 
 
-def read_of(args: tuple, kwargs: Mapping, output: Any) -> Read | None:
-    """What a text encoder's forward hook sees; None where it was given no ids."""
+def read_of(
+    args: tuple, kwargs: Mapping, output: Any, change: Callable[[Tensor], Tensor] = lambda layer: layer
+) -> Read | None:
+    """What a text encoder's forward hook sees; None where it was given no ids. `change`: what becomes of a layer."""
     ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
     if ids is None:
         return None
     layers = (rows if rows.shape[:2] == ids.shape else rows.transpose(0, 1) for rows in _rows(output, ids.shape))
     heard = mask.bool().cpu() if isinstance(mask, Tensor) and mask.shape == ids.shape else None
-    return Read(ids.cpu(), tuple(layer[..., :CHANNELS].detach().clone() for layer in layers), heard)
+    return Read(ids.cpu(), tuple(change(layer)[..., :CHANNELS].detach().clone() for layer in layers), heard)
 
 
 def _rows(output: Any, shape: torch.Size) -> Iterator[Tensor]:

@@ -123,6 +123,11 @@ class Fibo2Family(Family):
         refine = beside[count // 3 : max(count // 3 + 1, 2 * count // 3)]
         return LayerPreset(text, beside, text[count // 2], refine, heads="uniform", features="output")
 
+    def read(self, layer: Tensor) -> Tensor:
+        """Each token has a mean square of one."""
+        states = layer.float()
+        return (states * torch.rsqrt(states.pow(2).mean(dim=-1, keepdim=True) + 1e-6)).to(layer.dtype)
+
     def text(self, given: Mapping[str, Any]) -> list[Tensor]:
         """Of several layers of the text encoder those that the resampler reads."""
         return [given["encoder_hidden_states"][:, 0]]

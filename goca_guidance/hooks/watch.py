@@ -164,7 +164,7 @@ class Watch:
 
     def _after_text_encoder(self, index):
         def note(module, args, kwargs, output):
-            read = read_of(args, kwargs, output) if self._listening else None
+            read = read_of(args, kwargs, output, self.family.read) if self._listening else None
             if read is not None:
                 self.reads[index].append(read)
 
