@@ -19,6 +19,7 @@ from tests.helpers.loops.trace import Step, latents, own, spread, traced
 PENDING = "GlmImage HunyuanImage HunyuanImageRefiner HunyuanVideo15 StableCascadeDecoder".split()
 SERVED = sorted(name for name, loop in LOOPS.items() if loop.guided and name.removesuffix("Pipeline") not in PENDING)
 PROMPTS = ["a cat and a bus on grass", "potted plant"]
+WORDS = [{"cat", "bus", "grass"}, {"potted", "plant"}]
 every_loop = pytest.mark.parametrize("name", SERVED)
 
 
@@ -73,10 +74,13 @@ def test_what_is_rated_reaches_the_scheduler(name):
 
 @pytest.mark.parametrize("name", [n for n in SERVED if LOOPS[n].batch])
 def test_two_prompts_of_different_lengths(name):
-    """Each has regions and rates of its own."""
+    """Each has regions and rates of its own, by its own words where an encoder reads them."""
     loop = LOOPS[name]
+    asked = {} if loop.words else named(name)
     negative = {"negative_prompt": ["", "red"]} if "negative_prompt" in loop.call else {}
-    output, steps = traced(run, ours(name), loop, prompt=PROMPTS, output_regions=True, **negative, **named(name))
+    output, steps = traced(run, ours(name), loop, prompt=PROMPTS, output_regions=True, **negative, **asked)
     assert_rated(name, output, steps)
+    if not asked:
+        assert all(words <= set(found) for words, found in zip(WORDS, output.regions[0].labels, strict=True))
     first, second = output.guidance_maps.unbind(1)
     assert not torch.equal(first, second)
