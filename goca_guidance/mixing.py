@@ -54,6 +54,7 @@ UNSERVED = {  # by how the pipeline's name begins, why regions cannot guide it
     "AnyFlowFAR": "it makes a video chunk by chunk, and its attention, which is compiled, reads the past from a cache",
     "HeliosPyramid": "it makes a video at several sizes, one after another",
     "EasyAnimateControl": "its own call fails in diffusers 0.42: it asks `encode_prompt` for a text encoder by a number",
+    **dict.fromkeys(("BlipDiffusionControlNet", "JoyImageEdit", "NucleusMoE"), "nobody has run it with regions yet"),
 }
 
 

@@ -20,6 +20,7 @@ from goca_guidance.denoisers.joint import JointFamily
 from goca_guidance.method.records import AttentionView
 
 
+ROWS = 1024  # of a layer's attention that are compared with the reference; what is held before that was seen
 WORKING_SIZE = 24  # Wan's 21 x 30 x 52 tokens become 12 x 14 x 24
 
 
@@ -30,7 +31,8 @@ class Frames:
 
     @cached_property
     def preset(self) -> LayerPreset:
-        return replace(super().preset, heads="uniform", working_size=WORKING_SIZE)  # type: ignore[misc]
+        bounded = {"working_size": WORKING_SIZE, "agreement_rows": ROWS}
+        return replace(super().preset, heads="uniform", **bounded)  # type: ignore[misc]
 
     def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
         """Frames, height and width of the latent."""
