@@ -6,11 +6,10 @@ No GPU is needed and nothing is run: shapes alone are followed, in bfloat16, of 
 second guided step is counted, as the first one makes constants. Writes results/step-cost.json.
 """
 
-import argparse
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import diffusers
 import torch
 from tqdm import tqdm
 
+from eval.common.programs import command_line
 from eval.cost.fake_step import Trace, build, fake_cuda, on_cuda
 from goca_guidance import GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.joint import PackedFamily
@@ -186,10 +186,10 @@ def _heads(call: GuidedCall) -> int:
     return getattr(layer, "heads", None) or layer.num_heads
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_line(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {'; '.join(CASES)}")
-    names = parser.parse_args().names or list(CASES)
+    names = parser.parse_args(arguments).names or list(CASES)
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"expected names among {'; '.join(CASES)}, but got {', '.join(unknown)}")
     for name in tqdm(names):

@@ -67,7 +67,7 @@ def unserved(pipeline: type[DiffusionPipeline]) -> str | None:
 def scales_of(mixing: Mixing, arguments: Mapping[str, Any]) -> list[float]:
     """The scale of a call, or that of each step, where it has a schedule of them instead (Ideogram 4)."""
     scale, schedule = arguments[mixing.scale or ""], arguments.get("guidance_schedule")
-    return [float(each) for each in schedule] if scale is None and schedule is not None else [scale]
+    return [float(each) for each in schedule] if scale is None and schedule is not None else [float(scale)]
 
 
 def mixing_of(pipeline: type[DiffusionPipeline]) -> Mixing:

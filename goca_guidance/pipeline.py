@@ -201,6 +201,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
         if embedded and getattr(config, "time_cond_proj_dim", None) is not None:
             return False  # nothing is mixed
         if mixing.scale == "guidance_scale":
+            self._check_two_predictions(arguments)
             return bool(scale > mixing.least)
         if "true_cfg_scale" in given and scale <= 1:
             return False
@@ -210,6 +211,16 @@ class GoCASCFGPipeline(DiffusionPipeline):
                 '`negative_prompt=""` and a `true_cfg_scale` above 1, for example 4.0, or `use_scfg=False`.'
             )
         return True
+
+    def _check_two_predictions(self, arguments) -> None:
+        """A loop of diffusers with one denoiser that takes nothing negative makes one prediction: it is distilled."""
+        stock, denoisers = stock_of(type(self)), denoisers_of(self.components)
+        negative = any("negative" in name for name in arguments) or not stock.__module__.startswith("diffusers.")
+        if len(denoisers) == 1 and not negative:
+            raise ValueError(
+                f"Expected a loop that mixes two predictions, but {stock.__name__} makes one (its guidance is distilled): "
+                "pass use_scfg=False."
+            )
 
     def _scale_in(self, arguments) -> float:
         """The scale of the step in progress."""

@@ -236,19 +236,6 @@ def test_a_denoiser_without_layers_is_refused_without_advice_for_a_call():
         generate(pipe)
 
 
-def test_linear_attention_is_said_first():
-    """Sana: its maps do not exist, whatever the processor."""
-    transformer = diffusers.SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4, sample_size=8,
-        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
-    )  # fmt: skip
-    parts = {"transformer": transformer, "vae": None, "text_encoder": None, "tokenizer": None}
-    stock = diffusers.SanaPipeline(**parts, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="self-attention of SanaTransformer2DModel is linear") as told:
-        GoCASCFGPipeline.from_pipe(stock)
-    assert "use_scfg" not in str(told.value)
-
-
 def test_hidden_attention_gives_advice_for_each_door(pipe, image):
     pipe.enable_attention_slicing(1)
     with pytest.raises(RuntimeError, match=r"disable_attention_slicing.*Or pass `use_scfg=False`\.$"):
