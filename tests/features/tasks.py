@@ -73,7 +73,7 @@ def second_picture(name):
         return ABSENT
     if not unet:
         call = {"image": _picture(), "max_area": 32 * 32, "_auto_resize": False}
-        return works(name, stock=stock, **call)
+        return works(name, stock=stock, alone=False, **call)  # the other picture's tokens are projected too
     with patch.dict(FAMILIES[name].call):
         del FAMILIES[name].call["height"], FAMILIES[name].call["width"]  # the picture's
         reason = "three predictions are mixed; `use_scfg=False`"

@@ -3,6 +3,8 @@
 import json
 import os
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import diffusers
 import torch
@@ -23,16 +25,26 @@ def _write(path, text: str) -> None:
     os.replace(new, path)
 
 
-def main() -> None:
+def _quiet() -> None:
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
     warnings.simplefilter("ignore")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def _cell(place: tuple[str, str, str]) -> tuple[tuple[str, str], str]:
+    title, kind, name = place
+    return (title, kind), COLUMNS[title](name)
+
+
+def main() -> None:
+    _quiet()
     counted = count()
     _write(COUNTED, json.dumps(counted, indent=2) + "\n")
     every = [(title, kind, names[0]) for kind, names in families().items() for title in COLUMNS]
-    cells = {(title, kind): COLUMNS[title](name) for title, kind, name in tqdm(every)}
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _quiet) as pool:
+        cells = dict(tqdm(pool.map(_cell, every), total=len(every)))
     _write(TABLE, to_markdown(cells, counted))
 
 
