@@ -40,6 +40,13 @@ def encode(
         vae = (vae if offloaded else deepcopy(vae)).to(torch.float32)  # other threads may run the shared one
     try:
         latents = _posterior(vae, pixels.to(device, vae.dtype)).float()
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"Expected an autoencoder of RGB pictures, but {type(vae).__name__} takes none of {height} x {width}: use another "
+            "checkpoint or size."
+        ) from error
     finally:
         if upcast:
             vae.to(loaded)

@@ -2,18 +2,14 @@
 
 import json
 import os
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import diffusers
-import torch
-import transformers
 from tqdm import tqdm
 
 from tests.helpers.places import ROOT
 from tests.loops.census import count
-from tests.loops.table import COLUMNS, TABLE, families, to_markdown
+from tests.loops.table import COLUMNS, TABLE, cell, families, quiet, to_markdown
 
 
 COUNTED = ROOT / "results" / "pipelines.json"
@@ -25,26 +21,13 @@ def _write(path, text: str) -> None:
     os.replace(new, path)
 
 
-def _quiet() -> None:
-    torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-    warnings.simplefilter("ignore")
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def _cell(place: tuple[str, str, str]) -> tuple[tuple[str, str], str]:
-    title, kind, name = place
-    return (title, kind), COLUMNS[title](name)
-
-
 def main() -> None:
-    _quiet()
+    quiet()
     counted = count()
     _write(COUNTED, json.dumps(counted, indent=2) + "\n")
     every = [(title, kind, names[0]) for kind, names in families().items() for title in COLUMNS]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _quiet) as pool:
-        cells = dict(tqdm(pool.map(_cell, every), total=len(every)))
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), quiet) as pool:
+        cells = dict(tqdm(pool.map(cell, every), total=len(every)))
     _write(TABLE, to_markdown(cells, counted))
 
 

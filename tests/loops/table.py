@@ -1,6 +1,7 @@
 """The table of families, docs/families.md: what of each denoiser was tried with a tiny pipeline, and what came of it."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 
 import diffusers
@@ -17,7 +18,7 @@ from tests.helpers.loops.every import LOOPS
 from tests.helpers.loops.tiny_loop import build, run
 from tests.helpers.loops.trace import denoisers, latents
 from tests.helpers.places import ROOT
-from tests.loops.census import REGIONS, WORKS, mixes, verdict
+from tests.loops.census import REGIONS, SERVED, WORKS, mixes, verdict
 
 
 ABSENT = "not in diffusers"
@@ -27,7 +28,8 @@ TEXT = """# Families
 What works with which denoiser. Each cell was filled by a program that ran the feature with a tiny pipeline of the family,
 random weights, on a CPU: *works* says that with a rate of one the output is that of the stock pipeline, bit for bit, that
 with regions it differs, and that every step which mixes two predictions had regions. Where a cell is refused, the note is the
-error that a user gets. That regions are *good* on trained weights is another matter: see "Sink" below, and
+error that a user gets; HiDream's, Ideogram 4's and Lumina 2's segmentation is refused for the tiny models' size alone, which
+their pipelines do not ask for. That regions are *good* on trained weights is another matter: see "Sink" below, and
 [benchmarks.md](benchmarks.md) for the models that were measured. Stable Diffusion 1 to 3, PixArt, Flux.1 and HunyuanDiT have a
 longer table: [features.md](features.md).
 
@@ -66,7 +68,8 @@ def families() -> dict[str, list[str]]:
     for name, loop in LOOPS.items():
         if loop.guided and mixes(getattr(diffusers, name)):
             found.setdefault(type(denoiser_of(loop.components())).__name__, []).append(name)
-    return {kind: sorted(names, key=lambda name: (len(name), name)) for kind, names in sorted(found.items())}
+    order = {kind: sorted(names, key=lambda n: (n not in SERVED, len(n), n)) for kind, names in found.items()}
+    return dict(sorted(order.items()))
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
@@ -199,6 +202,20 @@ def compiled(name: str) -> str:
         return _tried(name, compile_denoisers)
     finally:
         torch.compiler.reset()
+
+
+# ---- filled by several processes ------------------------------------------------------------------------------------
+def quiet() -> None:
+    torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+    warnings.simplefilter("ignore")
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def cell(place: tuple[str, str, str]) -> tuple[tuple[str, str], str]:
+    title, kind, name = place
+    return (title, kind), COLUMNS[title](name)
 
 
 # ---- the document ----------------------------------------------------------------------------------------------------

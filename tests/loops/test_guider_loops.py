@@ -1,4 +1,4 @@
-"""Stock pipelines whose predictions a guider mixes: HunyuanImage 2.1 and its refiner, guided by regions."""
+"""Stock pipelines whose predictions a guider mixes: HunyuanImage 2.1, its refiner, HunyuanVideo 1.5, guided by regions."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.helpers.loops.tiny_loop import build, run
 from tests.helpers.loops.trace import latents, spread, traced
 
 
-NAMES = ("HunyuanImagePipeline", "HunyuanImageRefinerPipeline")
+NAMES = ("HunyuanImagePipeline", "HunyuanImageRefinerPipeline", "HunyuanVideo15Pipeline")
 PROMPTS = ["a cat and a bus on grass", "potted plant"]
 every_guider = pytest.mark.parametrize("name", NAMES)
 
@@ -32,18 +32,18 @@ def test_at_rate_one_it_is_stock(name):
 
 @every_guider
 def test_what_is_rated_reaches_the_scheduler(name):
-    """Of two prompts, by regions of their words."""
-    loop, ours = LOOPS[name], guider(name)
+    """Of two prompts, by regions of their words; of HunyuanVideo 1.5 one: of two, a guider cannot tell all template words."""
+    loop, ours, count = LOOPS[name], guider(name), 1 if "Video" in name else 2
     pipe = build(name, loop, guider=ours)
     with ours.watching(pipe, keep_regions=True) as seen:
-        _, steps = traced(run, pipe, loop, prompt=PROMPTS)
+        _, steps = traced(run, pipe, loop, prompt=PROMPTS[:count])
     regions, maps, _ = seen.results()
     assert len(steps) == len(maps) == loop.guided
     for step, scales in zip(steps, maps, strict=True):
         torch.testing.assert_close(
             loop.mixed(step.u, step.c, spread(loop, scales, step.c)), step.given, rtol=1e-4, atol=1e-5
         )
-    assert regions[0].labels == (("cat", "bus", "grass"), ("potted", "plant"))
+    assert regions[0].labels == (("cat", "bus", "grass"), ("potted", "plant"))[:count]
     assert maps.std() > 0
 
 
