@@ -112,7 +112,7 @@ def words(name: str) -> str:
         return "refused: its tiny pipeline is called with embeddings"
     try:
         pipe = guided(build(name, LOOPS[name]))
-        found = pipe.words(LOOPS[name].written("a cat on grass"), **_further(pipe, name))
+        found = pipe.words(LOOPS[name].written("a cat on grass"), **further(pipe, name))
     except (ValueError, TypeError) as error:
         return f"refused: {error}"
     assert {"cat", "grass"} <= set(found), name
@@ -125,7 +125,7 @@ def segment(name: str) -> str:
     size = {key: 64 for key in ("height", "width") if key in loop.call}
     try:
         pipe = guided(build(name, loop))
-        found = pipe.segment([picture, picture.rotate(90)], ["cat", "grass"], **size, **_further(pipe, name))
+        found = pipe.segment([picture, picture.rotate(90)], ["cat", "grass"], **size, **further(pipe, name))
     except (ValueError, RuntimeError, TypeError) as error:
         return f"refused: {error}"
     assert [tuple(labels.shape) for labels in found.label_maps] == [(32, 48)] * 2, name
@@ -133,7 +133,7 @@ def segment(name: str) -> str:
     return WORKS
 
 
-def _further(pipe, name: str) -> dict:
+def further(pipe, name: str) -> dict:
     """Arguments of the small call that matter to how a text is read."""
     known = inspect.signature(pipe._text_to_image_class().__call__).parameters
     return {
