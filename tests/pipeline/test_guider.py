@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import guiders
 from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 
 from goca_guidance import GoCAConfig, GoCAGuidance, SCFGConfig
 from goca_guidance.guider import RegionMixin, regional
@@ -171,6 +171,7 @@ OTHERS = {  # of diffusers, with arguments
     "AdaptiveProjectedGuidance": {"adaptive_projected_guidance_rescale": 0.0},
     "AdaptiveProjectedMixGuidance": {"adaptive_projected_guidance_start_step": 1},
     "SkipLayerGuidance": {"skip_layer_config": LayerSkipConfig(**SKIPPED), "skip_layer_guidance_start": 0.0},
+    "SmoothedEnergyGuidance": {"seg_guidance_config": SmoothedEnergyGuidanceConfig(**SKIPPED), "seg_blur_sigma": 1.0},
     "PerturbedAttentionGuidance": {
         "perturbed_guidance_config": LayerSkipConfig(
             **SKIPPED, skip_attention_scores=True, skip_attention=False, skip_ff=False
