@@ -132,6 +132,8 @@ def _plain(text: str) -> tuple[str, list[int]]:
     for place, letter in enumerate(text):
         letters = unicodedata.normalize("NFKD", letter.translate(_QUOTES)).casefold()
         kept = "".join(each for each in letters if each == BREAK or not (each.isspace() or _is_mark(each)))
+        if not kept and not (letter.isspace() or _is_mark(letter)):
+            kept = letter  # a sign that is an accent on a space, as a macron by itself
         plain += kept
         places += [place] * len(kept)
     return plain, places

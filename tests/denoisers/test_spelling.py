@@ -190,6 +190,9 @@ def test_an_empty_prompt_has_no_words():
 )
 @example("a <|im_end|> cat")
 @example("हिन्दी")
+@example("0¯")
+@example("¯")
+@example("¨ a ¸")
 @settings(max_examples=150, deadline=None)
 def test_words_are_the_prompt(prompt):
     """Nothing is lost but spaces, and nothing of the template is in it; a special token is a space."""
