@@ -113,6 +113,8 @@ class Aggregation:
     # ---- what the network brings -------------------------------------------------------------------------------------
     def keep(self, record: AttentionRecord) -> None:
         """Take a record of the prediction."""
+        if record.name in self.preset.text:
+            self.joint = record.view.joint  # known before a large record is reduced at once
         if record.name in self._pixel_layers:
             working = self._at_working_size(record)
             if self._compared and record.name == self.preset.reference:

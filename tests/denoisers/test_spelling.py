@@ -193,7 +193,9 @@ def test_an_empty_prompt_has_no_words():
 @example("0¯")
 @example("¯")
 @example("¨ a ¸")
-@settings(max_examples=150, deadline=None, derandomize=True)  # a prompt of one letter of the template is anybody's guess
+@settings(
+    max_examples=150, deadline=None, derandomize=True
+)  # a prompt of one letter of the template is anybody's guess
 def test_words_are_the_prompt(prompt):
     """Nothing is lost but spaces, and nothing of the template is in it; a special token is a space."""
     for tokenizer, row in ((QWEN, ids(TEMPLATE.format(prompt))), (GEMMA, ids(prompt, GEMMA))):
