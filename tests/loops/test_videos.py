@@ -1,6 +1,7 @@
 """Videos of one frame, of odd numbers of frames, of several parts, by two denoisers: right, or one clear refusal."""
 
 from functools import partial
+from unittest.mock import patch
 
 import diffusers
 import pytest
@@ -103,3 +104,13 @@ def test_frames_that_are_not_alike_are_refused():
     places[1, -8:] *= 2
     with pytest.raises(ValueError, match="whole frames"):
         family.size({"hidden_states": torch.zeros(1, 24, 4), "video_coords": places[None].clone()})
+
+
+def test_large_layers_are_reduced_at_once_and_alike():
+    """As at full size, where no layer waits for others: the first one too has the text's total beside its words."""
+    name = "CogVideoXPipeline"
+    pipe, loop = guided(build(name, LOOPS[name])), LOOPS[name]
+    expected = run(pipe, loop, output_regions=True)
+    with patch.dict("goca_guidance.method.aggregation.BATCH", cpu=1):
+        found = run(pipe, loop, output_regions=True)
+    assert torch.equal(found["regions"][-1].masks, expected["regions"][-1].masks)
