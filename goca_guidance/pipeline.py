@@ -194,14 +194,13 @@ class GoCASCFGPipeline(DiffusionPipeline):
     def _is_guided(self, arguments, given) -> bool:
         mixing = mixing_of(stock_of(type(self)))
         scale = max(scales_of(mixing, arguments))
-        embedded = hasattr(
-            self, "get_guidance_scale_embedding"
-        )  # where the denoiser takes it: a latent consistency model
+        embedded = hasattr(self, "get_guidance_scale_embedding")  # the denoiser takes it: a latent consistency model
         config = family_of(denoiser_of(self.components)).denoiser.config
         if embedded and getattr(config, "time_cond_proj_dim", None) is not None:
             return False  # nothing is mixed
         if mixing.scale == "guidance_scale":
-            self._check_two_predictions(arguments)
+            if scale > mixing.least:
+                self._check_two_predictions(arguments)
             return bool(scale > mixing.least)
         if "true_cfg_scale" in given and scale <= 1:
             return False

@@ -178,6 +178,10 @@ def test_a_distilled_pipeline_that_mixes_nothing_is_refused():
     assert steps == []
     assert_clean(ours)
     assert torch.isfinite(ours(PROMPT, **given, use_scfg=False).images).all()
+    plain = [
+        pipe(PROMPT, **given, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)) for pipe in (stock, ours)
+    ]
+    assert torch.equal(plain[0].images, plain[1].images)  # a scale of one guides nothing
 
 
 def test_a_pipeline_of_another_kind_is_refused():
