@@ -19,10 +19,7 @@ from goca_guidance.mixing import Mixing
 from goca_guidance.schema import between, checked
 
 
-PREDICTIONS = {
-    "pred_uncond": 0,
-    "pred_cond": 1,
-}  # a guider's name of a prediction; others (a skipped layer's) are no half
+PREDICTIONS = {"pred_uncond": 0, "pred_cond": 1}  # by a guider's name of it; others (a skipped layer's) are no half
 SCALES = ("guidance_scale", "adaptive_projected_guidance_scale")  # what a guider multiplies by the guidance difference
 WITHOUT_PRODUCT = {  # why guiders cannot be given regions
     "MagnitudeAwareGuidance": "its scale is computed from the predictions",
@@ -47,10 +44,9 @@ class RegionMixin(BaseGuidance):
         self.goca = goca if isinstance(goca, GoCAConfig) else GoCAConfig(**(goca or {}))
         self.scfg = scfg if isinstance(scfg, SCFGConfig) else SCFGConfig(**(scfg or {}))
         self.region_tokens = region_tokens
-        saved = {"goca": dataclasses.asdict(self.goca), "scfg": dataclasses.asdict(self.scfg)}
-        self.register_to_config(
-            **saved, region_tokens=region_tokens, _use_default_values=[]
-        )  # none counts as a default
+        saved: dict[str, Any] = {"goca": dataclasses.asdict(self.goca), "scfg": dataclasses.asdict(self.scfg)}
+        saved["region_tokens"] = region_tokens
+        self.register_to_config(**saved, _use_default_values=[])  # a positional argument would count as a default
 
     @checked
     @contextmanager

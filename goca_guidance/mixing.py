@@ -3,9 +3,12 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
+
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,13 @@ UNSERVED = {  # by how the pipeline's name begins, why regions cannot guide it
 
 def unserved(pipeline: type[DiffusionPipeline]) -> str | None:
     """Why regions cannot guide a stock pipeline class at all, where that is known."""
+    return _by_name(UNSERVED, pipeline)
+
+
+def _by_name(table: Mapping[str, Entry], pipeline: type[DiffusionPipeline]) -> Entry | None:
+    """The first entry with which the name of a class, or of one that it is made from, begins."""
     names = [base.__name__ for base in pipeline.__mro__]
-    return next((why for begin, why in UNSERVED.items() if any(name.startswith(begin) for name in names)), None)
+    return next((entry for begin, entry in table.items() if any(name.startswith(begin) for name in names)), None)
 
 
 def scales_of(mixing: Mixing, arguments: Mapping[str, Any]) -> list[float]:
@@ -72,7 +80,5 @@ def scales_of(mixing: Mixing, arguments: Mapping[str, Any]) -> list[float]:
 
 def mixing_of(pipeline: type[DiffusionPipeline]) -> Mixing:
     """How the loop of a stock pipeline class mixes."""
-    names = [base.__name__ for base in pipeline.__mro__]
-    known = (formula for begin, formula in FORMULAS.items() if any(name.startswith(begin) for name in names))
     arguments = inspect.signature(pipeline.__call__).parameters
-    return next(known, None) or Mixing(next((name for name in SCALES if name in arguments), None))
+    return _by_name(FORMULAS, pipeline) or Mixing(next((name for name in SCALES if name in arguments), None))

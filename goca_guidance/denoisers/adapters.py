@@ -1,13 +1,11 @@
-"""The adapter of a denoiser: those of the first transformers with cross-attention, and which one a denoiser has."""
+"""Which adapter a denoiser has, and which denoisers and text encoders a pipeline has."""
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
 
-from goca_guidance.config import LayerPreset
-from goca_guidance.denoisers.base import Family, self_attention_beside
+from goca_guidance.denoisers.base import Family
 from goca_guidance.denoisers.by_frame import BY_FRAME, motion_family
 from goca_guidance.denoisers.cross import CROSS
 from goca_guidance.denoisers.frames import FRAMES
@@ -20,45 +18,7 @@ from goca_guidance.denoisers.unknown import UnknownFamily
 from goca_guidance.denoisers.words import bare
 
 
-# ---- transformers with cross-attention -------------------------------------------------------------------------------
-class PixArtFamily(Family):
-    """`PixArtTransformer2DModel`: PixArt-alpha and PixArt-Sigma."""
-
-    pipeline = "PixArtSigmaPipeline"
-    sink = "end"
-    unconditional_sink = False
-
-    @cached_property
-    def preset(self) -> LayerPreset:
-        """The papers' for 28 layers, else the generic one."""
-        text = self._text_layers()
-        if len(text) != 28:
-            return self._generic_preset()
-        beside = self_attention_beside(text)
-        return LayerPreset(text, beside, text[13], beside[10:18], order=5)
-
-
-class HunyuanFamily(Family):
-    """`HunyuanDiT2DModel`: the text is BERT's tokens, then T5's."""
-
-    pipeline = "HunyuanDiTPipeline"
-    encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
-    texts = ("encoder_hidden_states", "encoder_hidden_states_t5")
-
-    @cached_property
-    def preset(self) -> LayerPreset:
-        """The released configuration for 40 layers, else the generic one."""
-        text = self._text_layers()
-        if len(text) != 40:
-            return self._generic_preset()
-        beside = self_attention_beside(text[20:30])
-        return LayerPreset(text[20:30], beside, text[25], beside, order=4, heads="uniform")
-
-
-# ---- choice ----------------------------------------------------------------------------------------------------------
 ADAPTERS: dict[str, type[Family]] = {
-    "PixArtTransformer2DModel": PixArtFamily,
-    "HunyuanDiT2DModel": HunyuanFamily,
     **CROSS,
     **JOINT,
     **PACKED,

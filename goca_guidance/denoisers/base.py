@@ -57,9 +57,8 @@ class Family:
     packed: ClassVar[bool] = False  # a patch's pixels are channels of the denoiser's input
     modules: ClassVar[str] = r"[^.]*block.*"  # names of attention modules, in network order: those of the blocks
     samples: ClassVar[tuple[str, ...]] = ("sample", "hidden_states")  # the argument that is denoised
-    texts: ClassVar[tuple[str, ...]] = (
-        "encoder_hidden_states",
-    )  # arguments that are text, in the order of the tokens
+    # Arguments that are text, in the order of the tokens.
+    texts: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     segmented: ClassVar[bool] = False  # attention is asked for segments of the queries one by one, the pixels last
     branches: ClassVar[tuple[int, ...]] = (0, 1)  # order of a batch of two predictions: the unconditional one first
     gathered: ClassVar[bool] = False  # padding before an encoder's tokens is taken out of the denoiser's text
@@ -114,10 +113,9 @@ class Family:
         return text
 
     def _generic_preset(self) -> LayerPreset:
-        """Ours, for one grid: all layers; the middle one is the reference, and the middle third refines."""
+        """Ours, for one grid."""
         text = self._text_layers()
-        beside, count = self_attention_beside(text), len(text)
-        return LayerPreset(text, beside, text[count // 2], beside[count // 3 : max(count // 3 + 1, 2 * count // 3)])
+        return all_layers(text, self_attention_beside(text))
 
     # ---- calls -------------------------------------------------------------------------------------------------------
     def bound(self, args: tuple, kwargs: Mapping) -> dict[str, Any]:
@@ -152,7 +150,10 @@ class Family:
 
     def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
         """Sizes of a call of the denoiser, from what a forward pre-hook sees."""
-        given = self.bound(args, kwargs)
+        return self.sizes(self.bound(args, kwargs))
+
+    def sizes(self, given: Mapping[str, Any]) -> DenoiserCall:
+        """Sizes of a call of the denoiser, from its arguments by name."""
         sample, texts = self.sample(given), self.text(given)
         if not texts:
             raise ValueError(f"Expected text tokens for the denoiser, but {type(self.denoiser).__name__} got none.")
@@ -168,6 +169,18 @@ class Family:
     def others(self, given: Mapping[str, Any]) -> int:
         """Tokens of other pictures that stand behind the image's own in the sequence."""
         return 0
+
+    def once(self, positions: Tensor, read: Callable[[Tensor], tuple[int, ...]]) -> tuple[int, ...]:
+        """What positions of tokens say, read once for each tensor of them: it waits for the device."""
+        key = id(positions), 0 if positions.is_inference() else positions._version
+        if key not in self._read_once:
+            self._read_once[key] = positions, read(positions)
+        return self._read_once[key][1]
+
+    @cached_property
+    def _read_once(self) -> dict[tuple[int, int], tuple[Tensor, tuple[int, ...]]]:
+        """By the identity of the positions, which are kept so that no others get it."""
+        return {}
 
     def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
         """What the tokens of a layer's attention call are; None where they are not all of the layer's, and no others."""
@@ -264,6 +277,18 @@ def check_whole(family: Family) -> None:
 def argument(args: tuple, kwargs: Mapping, position: int, *names: str):
     """An argument of a call, by any of its names or by its position."""
     return next((kwargs[name] for name in names if name in kwargs), args[position] if len(args) > position else None)
+
+
+def all_layers(text: tuple[str, ...], self_attention: tuple[str, ...], **choices: Any) -> LayerPreset:
+    """All layers that read text; the middle one is the reference, and the middle third refines."""
+    count = len(text)
+    refine = self_attention[count // 3 : max(count // 3 + 1, 2 * count // 3)]
+    return LayerPreset(text, self_attention, text[count // 2], refine, **choices)
+
+
+def words_alone(text: tuple[str, ...]) -> LayerPreset:
+    """Of a denoiser whose self-attention has no map: nothing is compared, and nothing refines."""
+    return LayerPreset(text, (), text[len(text) // 2], (), order=0)
 
 
 def self_attention_beside(layers: Iterable[str]) -> tuple[str, ...]:

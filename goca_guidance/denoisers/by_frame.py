@@ -44,8 +44,6 @@ class MotionXLFamily(MotionFamily, XLFamily):
     """`UNetMotionModel` with size embeddings: AnimateDiff on Stable Diffusion XL."""
 
     pipeline = "AnimateDiffSDXLPipeline"
-    encoders = XLFamily.encoders
-    unconditional_sink = False
 
 
 class LatteFamily(ByFrame, CrossFamily):

@@ -7,7 +7,41 @@ from functools import cached_property
 from torch import Tensor
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.denoisers.base import Family
+from goca_guidance.denoisers.base import Family, self_attention_beside, words_alone
+
+
+class PixArtFamily(Family):
+    """`PixArtTransformer2DModel`: PixArt-alpha and PixArt-Sigma."""
+
+    pipeline = "PixArtSigmaPipeline"
+    sink = "end"
+    unconditional_sink = False
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        """The papers' for 28 layers, else the generic one."""
+        text = self._text_layers()
+        if len(text) != 28:
+            return self._generic_preset()
+        beside = self_attention_beside(text)
+        return LayerPreset(text, beside, text[13], beside[10:18], order=5)
+
+
+class HunyuanFamily(Family):
+    """`HunyuanDiT2DModel`: the text is BERT's tokens, then T5's."""
+
+    pipeline = "HunyuanDiTPipeline"
+    encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    texts = ("encoder_hidden_states", "encoder_hidden_states_t5")
+
+    @cached_property
+    def preset(self) -> LayerPreset:
+        """The released configuration for 40 layers, else the generic one."""
+        text = self._text_layers()
+        if len(text) != 40:
+            return self._generic_preset()
+        beside = self_attention_beside(text[20:30])
+        return LayerPreset(text[20:30], beside, text[25], beside, order=4, heads="uniform")
 
 
 class SanaFamily(Family):
@@ -21,8 +55,7 @@ class SanaFamily(Family):
 
     @cached_property
     def preset(self) -> LayerPreset:
-        text = tuple(name for name in self.attention_modules if name.endswith(".attn2"))
-        return LayerPreset(text, (), text[len(text) // 2], (), order=0)
+        return words_alone(tuple(name for name in self.attention_modules if name.endswith(".attn2")))
 
 
 class LuminaFamily(Family):
@@ -46,6 +79,8 @@ class LuminaFamily(Family):
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 CROSS: dict[str, type[Family]] = {
+    "HunyuanDiT2DModel": HunyuanFamily,
     "LuminaNextDiT2DModel": LuminaFamily,
+    "PixArtTransformer2DModel": PixArtFamily,
     "SanaTransformer2DModel": SanaFamily,
 }

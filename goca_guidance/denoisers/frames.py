@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.denoisers.base import DenoiserCall, Family, row
-from goca_guidance.denoisers.joint import JointFamily
+from goca_guidance.denoisers.base import DenoiserCall, Family, all_layers, row, words_alone
+from goca_guidance.denoisers.joint import JointFamily, valid_first
 from goca_guidance.method.records import AttentionView
 
 
@@ -77,14 +77,12 @@ class KandinskyFamily(VideoFamily):
     A refiner has mixed the tokens of the text. It has no output projection by the usual name.
     """
 
-    sink = "end"
     channel = -1
     modules = r"visual_transformer_blocks\.\d+\.(self|cross)_attention"
 
     def _generic_preset(self) -> LayerPreset:
         text = tuple(name for name in self.attention_modules if name.endswith("cross_attention"))
-        beside, count = tuple(name.replace("cross", "self") for name in text), len(text)
-        return LayerPreset(text, beside, text[count // 2], beside[count // 3 : max(count // 3 + 1, 2 * count // 3)])
+        return all_layers(text, tuple(name.replace("cross", "self") for name in text))
 
     def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
         if given.get("sparse_params") is not None:
@@ -114,8 +112,7 @@ class SanaVideoFamily(VideoFamily):
     sink = "start"
 
     def _generic_preset(self) -> LayerPreset:
-        text = tuple(name for name in self.attention_modules if name.endswith(".attn2"))
-        return LayerPreset(text, (), text[len(text) // 2], (), order=0)
+        return words_alone(tuple(name for name in self.attention_modules if name.endswith(".attn2")))
 
 
 class AllegroFamily(VideoFamily):
@@ -146,26 +143,13 @@ class PackedVideoFamily(VideoFamily):
 
     def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
         tokens, positions = self.sample(given).shape[1], given.get("video_coords")
-        found = self._read(positions) if positions is not None else _told(given)
+        found = _told(given) if positions is None else self.once(positions, _grid)
         if math.prod(found) != tokens:
             raise ValueError(
                 f"Expected whole frames of {found[-2]} x {found[-1]} tokens, but the denoiser got {tokens} tokens in all: "
                 "pictures of other sizes are in the sequence, and cannot be told apart. Pass use_scfg=False."
             )
         return found
-
-    def _read(self, positions: Tensor) -> tuple[int, ...]:
-        """Read once for each tensor of positions: it waits for the device."""
-        key = id(positions), 0 if positions.is_inference() else positions._version
-        if key not in self._grids_read:
-            starts = positions[0, :, :, 0] if positions.ndim == 4 else positions[0]
-            self._grids_read[key] = positions, _grid(starts)
-        return self._grids_read[key][1]
-
-    @cached_property
-    def _grids_read(self) -> dict[tuple[int, int], tuple[Tensor, tuple[int, ...]]]:
-        """By the identity of the positions, which are kept so that no others get it."""
-        return {}
 
     def pack(self, maps: Float[Tensor, "b c *S"]) -> Float[Tensor, "b n c"]:
         return maps.flatten(2).mT
@@ -178,8 +162,9 @@ def _told(given: Mapping[str, Any]) -> tuple[int, ...]:
     return given["num_frames"], given["height"], given["width"]
 
 
-def _grid(starts: Float[Tensor, "3 n"]) -> tuple[int, ...]:
-    """Frames, rows and columns by where tokens start; (0, 0, 0) where frames are not alike."""
+def _grid(positions: Float[Tensor, "b 3 n *ends"]) -> tuple[int, ...]:
+    """Frames, rows and columns by where tokens start, and perhaps end; no frames where they are not alike."""
+    starts = positions[0, :, :, 0] if positions.ndim == 4 else positions[0]
     rows, columns = (len(axis.unique()) for axis in starts[1:])
     if starts.shape[1] % (rows * columns):
         return 0, rows, columns
@@ -201,8 +186,8 @@ class FramepackFamily(JointVideoFamily):
 
     text_first = False
 
-    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
-        call, mask = super().call(args, kwargs), self.bound(args, kwargs)["encoder_attention_mask"]
+    def sizes(self, given: Mapping[str, Any]) -> DenoiserCall:
+        call, mask = super().sizes(given), given["encoder_attention_mask"]
         return replace(call, text=int(mask.sum())) if call.batch == 1 else call  # the denoiser itself waits for it
 
     def others(self, given: Mapping[str, Any]) -> int:
@@ -235,8 +220,7 @@ class HunyuanVideo15Family(JointVideoFamily):
         shown = picture.any().expand(picture.shape[:2])  # the denoiser asks the same
         parts = torch.cat([pixels, *(text[..., :channels].to(pixels) for text in texts)], 1)
         valid = torch.cat([shown, *(mask.bool() for mask in masks)], 1)
-        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
-        return [parts.take_along_dim(order[..., None], 1)]
+        return [valid_first(parts, valid)]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

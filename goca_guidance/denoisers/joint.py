@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.denoisers.base import DenoiserCall, Family, row
+from goca_guidance.denoisers.base import DenoiserCall, Family, all_layers, row
 from goca_guidance.method.records import AttentionView
 
 
@@ -34,9 +35,7 @@ class JointFamily(Family):
         names = tuple(self.attention_modules)
         if not names:
             raise ValueError(f"Expected joint attention layers in {type(self.denoiser).__name__}, but found none.")
-        third = len(names) // 3
-        refine = names[third : max(third + 1, 2 * third)]
-        return LayerPreset(names, names, names[len(names) // 2], refine, heads="uniform", features=self.features)
+        return all_layers(names, names, heads="uniform", features=self.features)
 
     def view(self, call: DenoiserCall, name: str, queries: int, keys: int) -> AttentionView | None:
         grid = self.grid(name, call.latent)
@@ -81,25 +80,17 @@ class PackedFamily(JointFamily):
         return self._read(given)[2]
 
     def _read(self, given) -> tuple[int, int, int]:
-        """Rows and columns of the image's own tokens, and how many others there are.
+        """Rows and columns of the image's own tokens, and how many others there are."""
+        tokens = self.sample(given).shape[1]
+        rows, columns, others = self.once(given[self.positions], partial(self._grid, tokens))
+        return rows, columns, others
 
-        Read once for each tensor of positions: it waits for the device.
-        """
-        positions = given[self.positions]
-        key = id(positions), 0 if positions.is_inference() else positions._version
-        if key not in self._grids_read:
-            of_sample = positions.reshape(-1, positions.shape[-1])[-self.sample(given).shape[1] :]
-            self._grids_read[key] = positions, _grid(self.of_pictures(of_sample))
-        return self._grids_read[key][1]
+    def _grid(self, tokens: int, positions: Num[Tensor, "... axes"]) -> tuple[int, int, int]:
+        return _grid(self.of_pictures(positions.reshape(-1, positions.shape[-1])[-tokens:]))
 
     def of_pictures(self, positions: Num[Tensor, "n axes"]) -> Num[Tensor, "m axes"]:
         """The positions of pixels; those of the text, which may stand before, are left out."""
         return positions
-
-    @cached_property
-    def _grids_read(self) -> dict[tuple[int, int], tuple[Tensor, tuple[int, int, int]]]:
-        """By the identity of the positions, which are kept so that no others get it."""
-        return {}
 
     def pack(self, maps: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n e"]:
         return F.pixel_unshuffle(maps, self.patch).flatten(2).mT
@@ -154,6 +145,12 @@ class SD3Family(JointFamily):
 
     def latents(self, channels: int) -> tuple[int | None, ...] | None:
         return channels, None, None
+
+
+def valid_first(text: Float[Tensor, "b n c"], valid: Bool[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
+    """Tokens of each image, those that are no padding before the others, else in their order."""
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+    return text.take_along_dim(order[..., None], 1)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

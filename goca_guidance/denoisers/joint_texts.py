@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from goca_guidance.denoisers.base import DenoiserCall, Family, row
-from goca_guidance.denoisers.joint import JointFamily, PackedFamily
+from goca_guidance.denoisers.joint import JointFamily, PackedFamily, valid_first
 from goca_guidance.method.records import AttentionView
 
 
@@ -24,9 +24,9 @@ class Lumina2Family(JointFamily):
     sink = "start"
     modules = r"layers\.\d+\.attn"
 
-    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
-        call, mask = super().call(args, kwargs), self.bound(args, kwargs)["encoder_attention_mask"]
-        lengths = mask.sum(1)  # the denoiser itself waits for them
+    def sizes(self, given: Mapping[str, Any]) -> DenoiserCall:
+        call = super().sizes(given)
+        lengths = given["encoder_attention_mask"].sum(1)  # the denoiser itself waits for them
         call = replace(call, text=int(lengths.max()))
         if bool((lengths == call.text).all()):
             return call
@@ -90,8 +90,7 @@ class HunyuanImageFamily(JointFamily):
         channels = min(qwen.shape[-1], glyphs.shape[-1])
         both = torch.cat([glyphs[..., :channels], qwen[..., :channels]], 1)
         valid = torch.cat([given["encoder_attention_mask_2"], given["encoder_attention_mask"]], 1).bool()
-        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
-        return [both.take_along_dim(order[..., None], 1)]
+        return [valid_first(both, valid)]
 
     def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(self.sample(given).shape[2:])

@@ -73,8 +73,8 @@ class Qwen21Family(PackedFamily):
         text = given["encoder_hidden_states"]
         return [text if len(_shapes(given)) == 1 else text[:, ~given["img_mask"][0, : text.shape[1]]]]
 
-    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
-        call, given = super().call(args, kwargs), self.bound(args, kwargs)
+    def sizes(self, given: Mapping[str, Any]) -> DenoiserCall:
+        call = super().sizes(given)
         if not call.others:
             return call
         slots = given["img_mask"][0]
@@ -104,9 +104,8 @@ PACKED: dict[str, type[Family]] = {
     "QwenImageTransformer2DModel": row(QwenFamily, pipeline="QwenImagePipeline"),
     "QwenImage21Transformer2DModel": Qwen21Family,
     "ChromaTransformer2DModel": row(PackedFamily, pipeline="ChromaPipeline"),
-    "Flux2Transformer2DModel": row(
-        PackedFamily, pipeline="Flux2KleinPipeline", patch=1
-    ),  # whose latent pixels are patches already
+    # Its latent pixels are patches already.
+    "Flux2Transformer2DModel": row(PackedFamily, pipeline="Flux2KleinPipeline", patch=1),
     "OvisImageTransformer2DModel": row(PackedFamily, pipeline="OvisImagePipeline"),
     "LongCatImageTransformer2DModel": row(PackedFamily, pipeline="LongCatImagePipeline"),
     "BriaTransformer2DModel": row(PackedFamily, pipeline="BriaPipeline"),

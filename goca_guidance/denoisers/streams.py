@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.denoisers.base import DenoiserCall, Family, row
+from goca_guidance.denoisers.base import DenoiserCall, Family, all_layers, row
 from goca_guidance.denoisers.joint import JointFamily
 from goca_guidance.method.records import AttentionView
 
@@ -38,7 +38,7 @@ class ZImageFamily(JointFamily):
         return self.denoiser.config.all_patch_size[0]
 
     def sample(self, given: Mapping[str, Any]) -> Float[Tensor, "b c 1 H W"]:
-        return torch.stack([pictures[-1] if isinstance(pictures, list) else pictures for pictures in given["x"]])
+        return torch.stack([_own(pictures) for pictures in given["x"]])
 
     def as_given(self, sample: Float[Tensor, "b c 1 H W"]) -> list[Tensor]:
         return list(sample)
@@ -48,10 +48,10 @@ class ZImageFamily(JointFamily):
         return [pad_sequence(list(texts), batch_first=True)]
 
     def size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
-        return tuple(self.sample(given).shape[-2:])
+        return tuple(_own(given["x"][0]).shape[-2:])
 
-    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
-        call, given = super().call(args, kwargs), self.bound(args, kwargs)
+    def sizes(self, given: Mapping[str, Any]) -> DenoiserCall:
+        call = super().sizes(given)
         if not isinstance(given["x"][0], list):
             return call
         parts = [self._parts(given, image) for image in range(call.batch)]
@@ -95,6 +95,11 @@ class ZImageFamily(JointFamily):
         return prediction[:, :, 0]
 
 
+def _own(pictures: Tensor | list[Tensor]) -> Tensor:
+    """The picture that is denoised, of an image's: the last one."""
+    return pictures[-1] if isinstance(pictures, list) else pictures
+
+
 @dataclass(frozen=True)
 class GistCall(DenoiserCall):
     """`start`: of the image's own tokens in the stream."""
@@ -119,9 +124,8 @@ class Fibo2Family(Family):
     @cached_property
     def preset(self) -> LayerPreset:
         text = tuple(name for name in self.attention_modules if name.endswith("cross_attention"))
-        beside, count = tuple(name.replace("cross_", "") for name in text), len(text)
-        refine = beside[count // 3 : max(count // 3 + 1, 2 * count // 3)]
-        return LayerPreset(text, beside, text[count // 2], refine, heads="uniform", features="output")
+        beside = tuple(name.replace("cross_", "") for name in text)
+        return all_layers(text, beside, heads="uniform", features="output")
 
     def read(self, layer: Tensor) -> Tensor:
         """Each token has a mean square of one."""
@@ -135,8 +139,8 @@ class Fibo2Family(Family):
     def others(self, given: Mapping[str, Any]) -> int:
         return sum(math.prod(self.grid("", picture.shape[-2:])) for picture in given.get("context_latents") or ())
 
-    def call(self, args: tuple, kwargs: Mapping) -> DenoiserCall:
-        call, given = super().call(args, kwargs), self.bound(args, kwargs)
+    def sizes(self, given: Mapping[str, Any]) -> DenoiserCall:
+        call = super().sizes(given)
         counts = self._gist_counts(given, call)
         start = max(counts) if len(set(counts)) == 1 else 0
         return GistCall(call.batch, call.latent, call.text, call.others, start=start)

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.utils import logging
 
 from goca_guidance.config import LayerPreset
-from goca_guidance.denoisers.base import DenoiserCall
+from goca_guidance.denoisers.base import DenoiserCall, all_layers
 from goca_guidance.denoisers.joint import JointFamily
 from goca_guidance.method.records import AttentionView
 
@@ -50,9 +50,7 @@ class UnknownFamily(JointFamily):
                 f"blocks, but {type(self.denoiser).__name__} has none, and no row of facts names it: use "
                 "one of the supported families."
             )
-        third = len(names) // 3
-        refine = names[third : max(third + 1, 2 * third)]
-        return LayerPreset(names, names, names[len(names) // 2], refine, heads="uniform", features=self.features)
+        return all_layers(names, names, heads="uniform", features=self.features)
 
     def learn(self, layouts: Mapping[str, Layout]) -> None:
         """The probe's answer, or an error where it found none."""

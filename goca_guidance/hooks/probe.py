@@ -19,8 +19,9 @@ def probe(family: UnknownFamily, args: tuple, kwargs: Mapping[str, Any]) -> None
     In the first joint layer exactly that token's key moves, or, where the text was mixed before, all of the text's; from then
     on everything does. The pixels stand before the text, or behind it.
     """
-    given, call = family.bound(args, kwargs), family.call(args, kwargs)
+    given = family.bound(args, kwargs)
     given.pop("self", None)
+    call = family.sizes(given)
     text = family.text(given)[0]
     changed = text.clone()
     changed[:, -1] += 1

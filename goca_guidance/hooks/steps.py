@@ -36,9 +36,8 @@ class Steps:
         self._place: tuple | None = None  # of it
         self._text: Any = None  # of the last conditional forward
         self._parts = 0  # of the step in progress
-        self._announced: list[
-            int | None
-        ] = []  # predictions of the forwards to come, where a guider tells; None is no half
+        # Predictions of the forwards to come, where a guider tells; None is no half.
+        self._announced: list[int | None] = []
         self._image = 0  # whose product comes next, where each image has one
 
     def begin(self) -> None:

@@ -71,9 +71,10 @@ class PromptWatch(Watch):
 
     def _standing(self, branch: int) -> list[Encoded] | None:
         """What was read of the text of a prediction that is in progress."""
-        count = len(self.texts[0]) // len(self.branches)
+        texts = self.texts
+        count = len(texts[0]) // len(self.branches)
         first, step = count * self.branches.index(branch), max(1, count // (self.prompts or count))
-        rows: list[Part] = [text[first : first + count : step] for text in self.texts]
+        rows: list[Part] = [text[first : first + count : step] for text in texts]
         return told_by_rows(self.reads, self.tokenizers, rows, self._forms(branch))
 
     def _forms(self, branch: int) -> Sequence[Texts] | None:

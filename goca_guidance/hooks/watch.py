@@ -54,7 +54,7 @@ class Watch:
         self.families, self.family = families, families[0]
         self.text_encoders = [(module, tokenizer) for module, tokenizer in text_encoders if module is not None]
         self.reads: list[list[Read]] = [[] for _ in self.text_encoders]  # by encoder, of each time it was called
-        self.texts: Sequence[Any] = ()  # the parts of the text of the forward in progress
+        self._given: dict[str, Any] = {}  # arguments of the forward in progress, by name
         self._listening = True  # to the text encoders
         self._outside: list[tuple[AttentionObserver, bool]] = []  # by running forward: who was paused before it
         self.segmentor: Any = None  # of the forward in progress, where one is
@@ -85,7 +85,7 @@ class Watch:
     def forget(self) -> None:
         """Let go of what refers to this object: records would wait for the garbage collector, also after an error."""
         del self.observer, self._observers
-        self.segmentor, self.texts = None, ()
+        self.segmentor, self._given = None, {}
 
     @contextmanager
     def installed(self):
@@ -137,6 +137,11 @@ class Watch:
             raise
 
     @property
+    def texts(self) -> Sequence[Any]:
+        """The parts of the text of the forward in progress, in the order of the tokens; each is one [T c] an image."""
+        return self.family.text(self._given)
+
+    @property
     def tokenizers(self) -> list[Any]:
         return [bare(tokenizer) for _, tokenizer in self.text_encoders]
 
@@ -181,12 +186,11 @@ class Watch:
             if isinstance(self.family, UnknownFamily) and not self.family.layouts:
                 probe(self.family, args, kwargs)
             self._listening = observer.paused = False
-            given = self.family.bound(args, kwargs)
-            sample = self.family.sample(given)
-            self.call = self.family.call(args, kwargs)
+            given = self._given = self.family.bound(args, kwargs)
+            sample, self.call = self.family.sample(given), self.family.sizes(given)
             observer.images = self.call.batch * self.frames
             self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
-            self.text, self.texts = given.get(self.family.texts[0]), self.family.text(given)
+            self.text = given.get(self.family.texts[0])
             self.on_forward(self.call, sample.device)
             handed = self.hand(sample)
             return None if handed is None else self.family.hand(args, kwargs, handed)

@@ -128,19 +128,8 @@ def _size(pipe, family, height, width):
 
 
 SET = (  # arguments of a stock call that are set here, or that do not matter to a forward
-    *(
-        "prompt",
-        "image",
-        "height",
-        "width",
-        "latents",
-        "generator",
-        "num_inference_steps",
-        "timesteps",
-        "sigmas",
-        "strength",
-    ),
-    *("negative_prompt", "guidance_rescale", "num_images_per_prompt", "output_type", "return_dict", "eta"),
+    *("prompt", "image", "height", "width", "latents", "generator", "num_inference_steps", "timesteps", "sigmas"),
+    *("strength", "negative_prompt", "guidance_rescale", "num_images_per_prompt", "output_type", "return_dict", "eta"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "prompt_embeds", "true_cfg_scale", "pag_scale"),
 )
 
