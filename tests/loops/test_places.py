@@ -7,7 +7,6 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from goca_guidance import GoCAGuidance
 from goca_guidance.denoisers.adapters import denoiser_of, family_of
@@ -17,7 +16,8 @@ from goca_guidance.method.records import Regions
 from tests.helpers import released
 from tests.helpers.guided import guided
 from tests.helpers.loops.every import LOOPS
-from tests.helpers.loops.places import FIRST, Looking, Places, bound, layer_of, places_of
+from tests.helpers.loops.kernels import bound, copied
+from tests.helpers.loops.places import FIRST, Places, layer_of, looked, places_of
 from tests.helpers.loops.tiny_loop import build, run
 
 
@@ -65,7 +65,7 @@ def silent(name: str) -> dict[str, Tensor]:
 
 def keys(name: str, call) -> dict[str, Tensor]:
     family = first_call(name)[0]
-    seen = Looking(family.denoiser, sorted(family.preset.layers), silent=True)(call)
+    seen = looked(family.denoiser, sorted(family.preset.layers), call, silent=True)
     return {layer: of_layer["key"] for layer, of_layer in seen.items()}
 
 
@@ -90,7 +90,7 @@ def moved(name: str, call, image: int) -> dict[str, set[int]]:
 def changed(name: str, argument: str, *index) -> tuple[tuple, dict]:
     """The first call with another vector in an argument, at an index."""
     family, call = first_call(name)
-    given = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, bound(family.denoiser, call))
+    given = copied(bound(family.denoiser, call))
     vector = given[argument][index]
     vector += torch.linspace(-1, 2, vector.shape[-1])  # no norm takes it away
     return (), given
@@ -197,7 +197,7 @@ def _regions(name: str, pipe) -> list[Regions]:
 
 
 def _layers(denoiser, layers, call) -> list[dict[str, released.Layer]]:
-    seen, given = Looking(denoiser, layers)(call), bound(denoiser, call)
+    seen, given = looked(denoiser, layers, call), bound(denoiser, call)
     sample = next(given[n] for n in ("sample", "hidden_states") if n in given)
     height, width = sample.shape[-2:] if sample.ndim == 4 else (2, 1)  # so are the pictures of packed latents
     found = []

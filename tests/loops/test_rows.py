@@ -12,11 +12,12 @@ from goca_guidance.denoisers.adapters import denoiser_of, family_of
 from tests.helpers import released
 from tests.helpers.guided import guided
 from tests.helpers.loops.every import LOOPS
-from tests.helpers.loops.probe import Kernels, Probe, calls
+from tests.helpers.loops.kernels import Kernels
+from tests.helpers.loops.probe import Probe
 from tests.helpers.loops.qwen import picture
 from tests.helpers.loops.tiny_loop import TinyLoop, build, run
 from tests.helpers.loops.trace import traced
-from tests.helpers.released import assert_argmax, assert_foreground
+from tests.helpers.released import assert_argmax, assert_foreground, calls
 
 
 ROWS = """QwenImage QwenImageEditPlus QwenImageLayered QwenImage21 ZImage ZImageControlNet ZImageOmni Flux2Klein
@@ -119,7 +120,7 @@ def found(name: str):
         output, steps = traced(run, ours, loop_of(name), region_tokens=places, output_regions=True)
     regions = output.regions[0]
     names, image = sorted(preset.layers), 0 if loop_of(name).conditional_first else -1
-    probe, asked = Probe(denoiser, names, seen[0], tokens(steps)), Kernels(denoiser, names).of(seen[0])
+    probe, asked = Probe(denoiser, names, seen[0], tokens(steps)), Kernels(denoiser, names)(seen[0])
     ratio = regions.masks.shape[-2] / regions.masks.shape[-1]
     layers = {layer: seen_layer(probe, layer, asked[layer][probe.which[layer]], image, ratio) for layer in names}
     return regions, released.GoCA(preset, layers, heads=preset.heads, row_normalise=preset.row_normalise)

@@ -1,6 +1,5 @@
 """What a row says of a video denoiser's tokens, against the denoiser: which keys hear of a word, of a pixel; regions."""
 
-import inspect
 import math
 from functools import cache
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from eval.cost.naive import NaiveSegmentor
 from goca_guidance import GoCAConfig, GoCAGuidance
@@ -19,8 +17,9 @@ from goca_guidance.method.records import TokenLayout
 from tests.helpers import released
 from tests.helpers.guided import guided
 from tests.helpers.loops.every import LOOPS
+from tests.helpers.loops.kernels import Kernels, bound, copied
 from tests.helpers.loops.tiny_loop import build, run
-from tests.helpers.loops.video_places import Kernels, Places, images_of, of_text, places_of, record
+from tests.helpers.loops.video_places import Places, images_of, of_text, places_of, record
 
 
 GRIDS = {  # tokens of the layers that are read: frames, rows, columns; of a frame by itself rows and columns
@@ -71,14 +70,6 @@ def asked(name: str) -> dict[str, Any]:
     return {"prompt": PROMPTS} | negative if loop(name).batch else {"prompt": PROMPTS[0]}
 
 
-def given(family: Family, call: tuple[tuple, dict]) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    args, kwargs = call
-    signature = inspect.signature(type(family.denoiser).forward)
-    _, *found = signature.bind_partial(family.denoiser, *args, **kwargs).arguments.items()
-    return dict(found)
-
-
 @cache
 def first_call(name: str) -> tuple[Family, tuple[tuple, dict]]:
     """The adapter of the denoiser, and the first call of it in the stock loop."""
@@ -115,7 +106,7 @@ def places(name: str, layer: str, image: int) -> Places:
     family, call = first_call(name)
     count = silent(name)[layer][image].shape[1]
     pixels = count if not GRIDS[name][2:] and not layer.endswith("attn2") else math.prod(GRIDS[name])
-    return places_of(family.denoiser)(given(family, call), image, count, pixels, layer)
+    return places_of(family.denoiser)(bound(family.denoiser, call), image, count, pixels, layer)
 
 
 def moved(name: str, call, image: int, alike: int = 1) -> dict[str, set[int]]:
@@ -131,7 +122,7 @@ def moved(name: str, call, image: int, alike: int = 1) -> dict[str, set[int]]:
 def changed(name: str, argument: str, index, axis: int = -1) -> tuple[tuple, dict]:
     """The first call with another vector in an argument, at an index."""
     family, call = first_call(name)
-    other = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, given(family, call))
+    other = copied(bound(family.denoiser, call))
     value = other[argument][0] if isinstance(other[argument], tuple) else other[argument]
     vector = value.movedim(axis, -1)[index]
     vector += torch.linspace(-1, 2, vector.shape[-1])  # no norm takes it away
@@ -142,16 +133,16 @@ def changed(name: str, argument: str, index, axis: int = -1) -> tuple[tuple, dic
 @every_row
 def test_a_token_of_the_text_is_the_key_that_the_row_says(name):
     family, call = first_call(name)
-    before = family.text(given(family, call))
+    before = family.text(bound(family.denoiser, call))
     image = len(before[0]) - 1
-    batch, frames = len(family.sample(given(family, call))), 1
+    batch, frames = len(family.sample(bound(family.denoiser, call))), 1
     if family.by_frame:
-        frames = family.sample(given(family, call)).shape[2]
-    text = given(family, call)["encoder_hidden_states"]
+        frames = family.sample(bound(family.denoiser, call)).shape[2]
+    text = bound(family.denoiser, call)["encoder_hidden_states"]
     text = text[0] if isinstance(text, tuple) else text
     row = image * (len(text) // batch)  # AnimateDiff's text is repeated for each frame
     other = changed(name, "encoder_hidden_states", (row, 0, 1) if text.ndim == 4 else (row, 1))
-    after = family.text(given(family, other))
+    after = family.text(bound(family.denoiser, other))
     expected = torch.cat([(a != b).any(-1) for a, b in zip(after, before, strict=True)], 1)[image].nonzero()
     assert len(expected) == 1
     for layer, found in moved(name, other, image * frames, 1 if len(text) > batch else frames).items():
@@ -167,10 +158,10 @@ def test_a_pixel_is_the_key_that_the_row_says(name):
     if name in CONVOLVED:
         pytest.skip("its neighbours hear of it without attention")
     family, call = first_call(name)
-    argument = next(a for a in family.samples if a in given(family, call))
+    argument = next(a for a in family.samples if a in bound(family.denoiser, call))
     (*_, rows, columns), frame = GRIDS[name], min(1, GRIDS[name][0] - 1)
     token = (frame * rows + 1) * columns + columns - 1  # a later frame, second row, last column
-    if given(family, call)[argument].ndim == 3:
+    if bound(family.denoiser, call)[argument].ndim == 3:
         other = changed(name, argument, (0, token))
     else:
         side = family.patch
@@ -224,8 +215,10 @@ def records(name: str, denoiser, call) -> list[list]:
         for image, one in enumerate(images_of(of_text(denoiser, calls))):
             count, queries = one["key"].shape[2], one["query"].shape[2]
             pixels = min(queries, math.prod(GRIDS[name]))
-            where = places_of(denoiser)(given(family, call), image, count, pixels, layer)
-            raw = look.raw[layer][image : image + 1] if layer in look.raw and not (where[0] and where[1]) else None
+            where = places_of(denoiser)(bound(family.denoiser, call), image, count, pixels, layer)
+            normed = getattr(denoiser.get_submodule(layer), "norm_q", None) is not None
+            alone = normed and not (where[0] and where[1])
+            raw = look.raw[layer][image : image + 1] if layer in look.raw and alone else None
             if len(found) <= image:
                 found.append([])
             found[image].append(record(layer, one, raw, where, grid_of(name, pixels)))

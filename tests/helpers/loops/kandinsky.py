@@ -43,8 +43,9 @@ def _kandinsky3() -> dict:
     return {"unet": unet, "movq": movq, "scheduler": scheduler, **_t5(max_length=TEXT)}
 
 
-def _kandinsky5(edit: bool = False) -> dict:
-    transformer = diffusers.Kandinsky5Transformer3DModel(
+def kandinsky5_transformer(blocks: int, edit: bool) -> diffusers.Kandinsky5Transformer3DModel:
+    """`edit`: it gets given frames and a mask beside the latents."""
+    return diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         in_text_dim=WIDTH,
         in_text_dim2=32,
@@ -53,11 +54,14 @@ def _kandinsky5(edit: bool = False) -> dict:
         model_dim=16,
         ff_dim=32,
         num_text_blocks=1,
-        num_visual_blocks=3,
+        num_visual_blocks=blocks,
         axes_dims=(2, 2, 4),
         visual_cond=edit,
-        patch_size=(1, 2, 2),
     )
+
+
+def _kandinsky5(edit: bool = False) -> dict:
+    transformer = kandinsky5_transformer(3, edit)
     texts = {"text_encoder": qwen2_5_vl(), "tokenizer": qwen2_5_vl_processor()}
     texts |= _clip(transformers.CLIPTextModel, "_2", max_length=77)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)

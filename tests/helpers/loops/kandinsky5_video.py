@@ -13,28 +13,15 @@ import transformers
 
 from tests.helpers.families import _clip
 from tests.helpers.loops.hunyuan_video import vae
+from tests.helpers.loops.kandinsky import kandinsky5_transformer
 from tests.helpers.loops.pictures import HEIGHT, WIDTH, picture
-from tests.helpers.loops.texts_qwen import WIDTH as TEXT
 from tests.helpers.loops.texts_qwen import qwen2_5_vl, qwen2_5_vl_processor
 from tests.helpers.loops.tiny_loop import TinyLoop, channels_last, seeded
 
 
 def _kandinsky() -> dict[str, Any]:
-    transformer = diffusers.Kandinsky5Transformer3DModel(
-        in_visual_dim=4,
-        in_text_dim=TEXT,
-        in_text_dim2=32,
-        time_dim=16,
-        out_visual_dim=4,
-        model_dim=16,
-        ff_dim=32,
-        num_text_blocks=1,
-        num_visual_blocks=2,
-        axes_dims=(2, 2, 4),
-        visual_cond=True,
-    )
     return {
-        "transformer": transformer,
+        "transformer": kandinsky5_transformer(2, edit=True),
         "vae": vae(),
         "text_encoder": qwen2_5_vl(),
         "tokenizer": qwen2_5_vl_processor(),

@@ -4,6 +4,7 @@ from functools import partial
 
 import diffusers
 
+from tests.helpers.families import XL_UNET
 from tests.helpers.loops.pictures import picture
 from tests.helpers.loops.texts_llm import chatglm
 from tests.helpers.loops.tiny_loop import TinyLoop, seeded
@@ -15,19 +16,8 @@ SIZE = {"height": 32, "width": 16, "guidance_scale": 5.0}
 
 
 def _kolors() -> dict:
-    parts = tiny_components(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=80,  # six sizes of 8 and a pooled prompt of 32
-        encoder_hid_dim_type="text_proj",
-        encoder_hid_dim=32,
-        cross_attention_dim=24,
-    )
+    text = {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 32, "cross_attention_dim": 24}
+    parts = tiny_components(**XL_UNET, **text)
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.014, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )

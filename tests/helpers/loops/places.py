@@ -3,16 +3,13 @@
 Nothing of the library's rows is used: they are held against this.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from tests.helpers.loops.kernels import Call, Kernels
 from tests.helpers.released import Layer
 
 
@@ -25,13 +22,6 @@ FIRST = {  # token of the shorter prompt of the tests, by pipeline, where paddin
     "Lumina": 5,
 }
 Places = tuple[list[int], list[int]]  # of text and of pixels, in their order
-
-
-def bound(denoiser: torch.nn.Module, call: tuple[tuple, dict]) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    args, kwargs = call
-    _, *given = inspect.signature(type(denoiser).forward).bind_partial(denoiser, *args, **kwargs).arguments.items()
-    return dict(given)
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------
@@ -118,50 +108,11 @@ def places_of(denoiser: torch.nn.Module) -> Callable[[dict, int, int, str], Plac
 
 
 # ---- looking ---------------------------------------------------------------------------------------------------------
-class Looking(TorchFunctionMode):
-    """What torch's attention function is given in some layers of a denoiser, by layer, while calls are repeated.
-
-    `silent`: it answers zeros, so that no token hears of another.
-    """
-
-    def __init__(self, denoiser: torch.nn.Module, layers: Sequence[str], silent: bool = False):
-        super().__init__()
-        self.denoiser, self.layers, self.silent = denoiser, layers, silent
-        self.seen: dict[str, dict[str, Tensor]] = {}
-        self._running: str | None = None
-
-    @torch.no_grad()
-    def __call__(self, call: tuple[tuple, dict]) -> dict[str, dict[str, Tensor]]:
-        self.seen, handles = {}, []
-        for name in self.layers:
-            module = self.denoiser.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: setattr(self, "_running", name)))
-            handles.append(module.register_forward_hook(lambda *_: setattr(self, "_running", None)))
-            if isinstance(getattr(module, "to_q", None), torch.nn.Module):
-                note = lambda _, args, output, name=name: self._note(name, raw=output)  # noqa: E731
-                handles.append(module.to_q.register_forward_hook(note))
-        try:
-            with self:
-                self.denoiser(*call[0], **call[1])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self.seen
-
-    def _note(self, name: str, **what) -> None:
-        of_layer = self.seen.setdefault(name, {})
-        of_layer |= {key: value for key, value in what.items() if key not in of_layer}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-        if self._running is not None:
-            self._note(self._running, **given)
-        if self.silent:
-            return given["query"].new_zeros(*given["query"].shape[:-1], given["value"].shape[-1])
-        return function(*args, **kwargs)
+def looked(denoiser: torch.nn.Module, layers: Sequence[str], call: Call, silent: bool = False) -> dict[str, dict]:
+    """What the kernel was first given in each layer, with the `raw` queries, while a call is repeated."""
+    look = Kernels(denoiser, layers, silent)
+    first = {name: calls[0] for name, calls in look(call).items() if calls}
+    return {name: given | ({"raw": look.raw[name]} if name in look.raw else {}) for name, given in first.items()}
 
 
 def layer_of(

@@ -4,19 +4,15 @@ One token of the text, or one pixel, is changed in a call of the denoiser that h
 attention answers zeros. So exactly the keys of that token move, in every layer.
 """
 
-import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+
+from tests.helpers.loops.kernels import Kernels, bound, copied
 
 
 Tokens = list[list[Tensor]]  # of the conditional prediction's last image: of each token all that a denoiser is given
@@ -33,9 +29,7 @@ def _zimage(given: Mapping) -> Tokens:
     return [token for part in (parts if isinstance(parts, list) else [parts]) for token in _tokens(part)]
 
 
-TEXTS: dict[
-    str, Callable[[Mapping], Tokens]
-] = {  # by denoiser, where it is not the last image of `encoder_hidden_states`
+TEXTS: dict[str, Callable[[Mapping], Tokens]] = {  # by denoiser, where not the last image of `encoder_hidden_states`
     "BriaFiboTransformer2DModel": lambda given: _tokens(
         given["encoder_hidden_states"][-1], *(layer[-1] for layer in given["text_encoder_layers"])
     ),
@@ -61,54 +55,6 @@ def pixels(denoiser: torch.nn.Module, given: Mapping) -> Tensor:
     return PIXELS.get(type(denoiser).__name__, lambda given: given[name][-1])(given)
 
 
-# ---- what its layers are asked ---------------------------------------------------------------------------------------
-class Kernels(TorchFunctionMode):
-    """What torch's attention function is given in each of a denoiser's layers; `silent` answers zeros."""
-
-    def __init__(self, denoiser: torch.nn.Module, names: Sequence[str], silent: bool = False):
-        super().__init__()
-        self.denoiser, self.silent = copy.deepcopy(denoiser), silent
-        self.asked: dict[str, list[dict]] = {}
-        self._running: list[str | None] = []
-        for name, module in self.denoiser.named_modules():
-            if name in names:
-                module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name))
-                module.register_forward_hook(lambda *_: self._running.pop() and None)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-        if self._running:
-            self.asked.setdefault(self._running[-1], []).append(given)
-        if self.silent:
-            return given["query"].new_zeros(*given["query"].shape[:-1], given["value"].shape[-1])
-        return function(*args, **kwargs)
-
-    @torch.no_grad()
-    def of(self, call: tuple[tuple, dict]) -> dict[str, list[dict]]:
-        """Of one call of the denoiser, by layer."""
-        self.asked = {}
-        args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, call)
-        with self:
-            self.denoiser(*args, **kwargs)
-        return self.asked
-
-
-@contextmanager
-def calls(denoiser: torch.nn.Module) -> Iterator[list[tuple[tuple, dict]]]:
-    """The arguments of every call of a denoiser inside the block."""
-    seen: list[tuple[tuple, dict]] = []
-
-    def note(module, args, kwargs):
-        seen.append(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)))
-
-    handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
-    yield seen
-    handle.remove()
-
-
 # ---- what moves ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sizes:
@@ -127,7 +73,7 @@ class Probe:
 
     def __init__(self, denoiser: torch.nn.Module, names: Sequence[str], call: tuple[tuple, dict], tokens: int | None):
         self.kernels, self.call, self.names = Kernels(denoiser, names, silent=True), call, names
-        self.before = self.kernels.of(call)
+        self.before = self.kernels(call)
         everything = self._after(lambda given: [_shake(*token) for token in texts(denoiser, given)])
         self.which = {name: self._text_call(everything[name], name) for name in names}
         self.text = {name: self._moved(everything, name, "key") for name in names}
@@ -164,9 +110,9 @@ class Probe:
         return tuple({name: self._moved(after, name, which) for name in self.names} for which in ("query", "key"))
 
     def _after(self, change: Callable[[dict], Any]) -> dict[str, list[dict]]:
-        args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.call)
-        change(inspect.signature(type(self.kernels.denoiser).forward).bind_partial(None, *args, **kwargs).arguments)
-        return self.kernels.of((args, kwargs))
+        call = copied(self.call)
+        change(bound(self.kernels.denoiser, call))
+        return self.kernels(call)
 
     def _text_call(self, after, name) -> int:
         moved = [i for i, asked in enumerate(after) if _distance(asked, self.before[name][i], "key").any()]

@@ -4,13 +4,11 @@ Nothing of the library's rows is used: they are held against this.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from goca_guidance.method.records import AttentionRecord, AttentionView
 
@@ -63,50 +61,6 @@ def places_of(denoiser: torch.nn.Module) -> Callable[[dict, int, int, int, str],
 
 
 # ---- looking ---------------------------------------------------------------------------------------------------------
-class Kernels(TorchFunctionMode):
-    """Every call of torch's attention function in some layers of a denoiser, by layer, while a call is repeated.
-
-    `silent`: it answers zeros, so that no token hears of another.
-    """
-
-    def __init__(self, denoiser: torch.nn.Module, layers: Sequence[str], silent: bool = False):
-        super().__init__()
-        self.denoiser, self.layers, self.silent = denoiser, layers, silent
-
-    @torch.no_grad()
-    def __call__(self, call: tuple[tuple, dict]) -> dict[str, list[dict[str, Any]]]:
-        self.seen: dict[str, list[dict[str, Any]]] = {name: [] for name in self.layers}
-        self._running: str | None = None
-        self.raw: dict[str, Tensor] = {}
-        handles = []
-        for name in self.layers:
-            module = self.denoiser.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: setattr(self, "_running", name)))
-            handles.append(module.register_forward_hook(lambda *_: setattr(self, "_running", None)))
-            if getattr(module, "norm_q", None) is not None:
-                handles.append(module.to_q.register_forward_hook(lambda m, a, out, n=name: self.raw.update({n: out})))
-        try:
-            with self:
-                self.denoiser(*call[0], **call[1])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self.seen
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-        if self.silent:
-            output = given["query"].new_zeros(*given["query"].shape[:-1], given["value"].shape[-1])
-        else:
-            output = function(*args, **kwargs)
-        if self._running is not None:
-            self.seen[self._running].append({**given, "output": output})
-        return output
-
-
 def of_text(denoiser: torch.nn.Module, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The kernel calls but those of a picture's tokens, which are fewer than the text's (Wan). Mochi's are one an image."""
     if type(denoiser).__name__ == "MochiTransformer3DModel":
