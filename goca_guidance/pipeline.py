@@ -34,8 +34,8 @@ from goca_guidance.method.scfg import SpatialGuidanceScale
 from goca_guidance.mixing import FURTHER, mixing_of, scales_of, unserved
 from goca_guidance.real_images.discover import discover
 from goca_guidance.real_images.forwards import check_further
+from goca_guidance.real_images.prompt_reading import Reading
 from goca_guidance.real_images.segment import Segmentation, segment
-from goca_guidance.real_images.texts import Reading
 from goca_guidance.schema import between, check_names, checked, shown
 from goca_guidance.stock import (
     PREFIX,

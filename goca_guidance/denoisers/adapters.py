@@ -6,26 +6,26 @@ from typing import Any
 import torch
 
 from goca_guidance.denoisers.base import Family
-from goca_guidance.denoisers.by_frame import BY_FRAME, motion_family
-from goca_guidance.denoisers.cross import CROSS
-from goca_guidance.denoisers.frames import FRAMES
+from goca_guidance.denoisers.cross_attention import CROSS_ATTENTION
 from goca_guidance.denoisers.joint import JOINT
 from goca_guidance.denoisers.joint_texts import JOINT_TEXTS
 from goca_guidance.denoisers.packed import PACKED
 from goca_guidance.denoisers.streams import STREAMS
 from goca_guidance.denoisers.unets import UNETS, unet_family
 from goca_guidance.denoisers.unknown import UnknownFamily
+from goca_guidance.denoisers.videos import VIDEOS
+from goca_guidance.denoisers.videos_by_frame import VIDEOS_BY_FRAME, motion_family
 from goca_guidance.denoisers.words import bare
 
 
 ADAPTERS: dict[str, type[Family]] = {
-    **CROSS,
+    **CROSS_ATTENTION,
     **JOINT,
     **PACKED,
     **STREAMS,
     **JOINT_TEXTS,
-    **FRAMES,
-    **BY_FRAME,
+    **VIDEOS,
+    **VIDEOS_BY_FRAME,
     **UNETS,
 }
 

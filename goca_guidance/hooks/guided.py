@@ -14,8 +14,8 @@ from goca_guidance.denoisers.readings import Asked
 from goca_guidance.denoisers.words import Encoded, sentence
 from goca_guidance.hooks.callers import OwnCalls
 from goca_guidance.hooks.observer import check_seen
+from goca_guidance.hooks.prompt_watch import PromptWatch, Told
 from goca_guidance.hooks.steps import Steps
-from goca_guidance.hooks.texts import PromptWatch, Told
 from goca_guidance.method.records import Regions, TokenLayout, WordMaps
 from goca_guidance.method.scfg import SCFGSegmentor, rate_map
 from goca_guidance.method.segmentor import GoCASegmentor, GuidingSegmentor

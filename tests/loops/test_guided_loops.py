@@ -10,7 +10,7 @@ from goca_guidance import GoCASCFGPipeline
 from goca_guidance.denoisers.adapters import denoiser_of, family_of
 from tests.helpers.guided import NEUTRAL, assert_clean, guided
 from tests.helpers.loops.every import LOOPS
-from tests.helpers.loops.places import FIRST
+from tests.helpers.loops.image_places import FIRST
 from tests.helpers.loops.tiny_loop import build, run
 from tests.helpers.loops.trace import Step, latents, own, spread, traced
 

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.denoisers.base import Family, row
-from goca_guidance.denoisers.frames import CrossFamily
 from goca_guidance.denoisers.unets import UNetFamily, XLFamily
+from goca_guidance.denoisers.videos import CrossFamily
 
 
 class ByFrame:
@@ -56,6 +56,6 @@ def motion_family(unet: Any) -> type[Family]:
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-BY_FRAME: dict[str, type[Family]] = {
+VIDEOS_BY_FRAME: dict[str, type[Family]] = {
     "LatteTransformer3DModel": row(LatteFamily, pipeline="LattePipeline"),
 }

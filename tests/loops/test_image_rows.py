@@ -16,8 +16,8 @@ from goca_guidance.method.records import Regions
 from tests.helpers import released
 from tests.helpers.guided import guided
 from tests.helpers.loops.every import LOOPS
+from tests.helpers.loops.image_places import FIRST, Places, layer_of, looked, places_of
 from tests.helpers.loops.kernels import bound, copied
-from tests.helpers.loops.places import FIRST, Places, layer_of, looked, places_of
 from tests.helpers.loops.tiny_loop import build, run
 
 

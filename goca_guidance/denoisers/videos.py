@@ -225,7 +225,7 @@ class HunyuanVideo15Family(JointVideoFamily):
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 _ATTN1 = r"transformer_blocks\.\d+\.attn1"
-FRAMES: dict[str, type[Family]] = {
+VIDEOS: dict[str, type[Family]] = {
     "WanTransformer3DModel": row(VideoFamily, pipeline="WanPipeline"),
     "WanVACETransformer3DModel": row(VideoFamily, pipeline="WanVACEPipeline"),
     "WanAnimateTransformer3DModel": row(VideoFamily, pipeline="WanAnimatePipeline"),

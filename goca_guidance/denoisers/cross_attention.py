@@ -78,7 +78,7 @@ class LuminaFamily(Family):
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-CROSS: dict[str, type[Family]] = {
+CROSS_ATTENTION: dict[str, type[Family]] = {
     "HunyuanDiT2DModel": HunyuanFamily,
     "LuminaNextDiT2DModel": LuminaFamily,
     "PixArtTransformer2DModel": PixArtFamily,
