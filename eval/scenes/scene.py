@@ -1,7 +1,8 @@
 """Synthetic scenes with exact masks and captions: Fluent 3D sprites on procedural stuff, deterministic by seed.
 
-A scene holds one to three objects (Pascal VOC names, some of two words) on one stuff ground. Its mask is exact
-because the scene is composed: a pixel belongs to the last sprite whose alpha is above one half there, else to the ground.
+A scene holds some objects (Pascal VOC names, some of two words) on one stuff ground: one to three that differ ("plain"),
+four to six ("crowd"), or two or three of one kin ("lookalikes"). Its mask is exact because the scene is composed: a pixel
+belongs to the last sprite whose alpha is above one half there, else to the ground.
 
     python -m eval.scenes --split validation --count 32 --out scenes.png
 """
@@ -22,7 +23,11 @@ GROUNDS = ("grass", "sand", "water", "sky", "brick", "snow", "road", "wood")
 CLASSES = OBJECTS + GROUNDS
 CAPTION_WORDS = ("a", "an", "and", "on", "photo", "of", ",")
 SPLITS = {"train": 0, "validation": 10_000_000, "test": 20_000_000}  # first seed of each; the ranges never meet
-HEIGHTS = {1: (0.45, 0.80), 2: (0.36, 0.60), 3: (0.32, 0.48)}  # sprite height over scene height, by object count
+COUNTS = {"plain": {1: 0.35, 2: 0.45, 3: 0.20}, "crowd": {4: 0.4, 5: 0.3, 6: 0.3}, "lookalikes": {2: 0.6, 3: 0.4}}
+KIN = (("cat", "cow", "dog", "horse", "sheep"), ("bus", "car", "motorbike", "train"))
+HEIGHTS = {  # sprite height over scene height, by object count
+    1: (0.45, 0.80), 2: (0.36, 0.60), 3: (0.32, 0.48), 4: (0.30, 0.42), 5: (0.28, 0.38), 6: (0.26, 0.36),
+}  # fmt: skip
 VISIBLE = 0.6  # every object keeps at least this fraction of its own pixels
 
 
@@ -42,21 +47,25 @@ class Scene:
         return (*self.objects, self.ground)
 
 
-def scene(split: str, index: int, size: int = 64) -> Scene:
-    """Scene number `index` of a split ("train", "validation" or "test")."""
+def scene(split: str, index: int, size: int = 64, level: str = "plain") -> Scene:
+    """Scene number `index` of a split ("train", "validation" or "test") and a level of `COUNTS`."""
     if split not in SPLITS:
         raise ValueError(f"Expected a split among {sorted(SPLITS)}, but got {split!r}.")
     if not 0 <= index < 10_000_000:
         raise ValueError(f"Expected an index from 0 to 9,999,999, but got {index}: beyond it another split begins.")
-    return draw(SPLITS[split] + index, size)
+    return draw(SPLITS[split] + index, size, level)
 
 
-def draw(seed: int, size: int = 64) -> Scene:
+def draw(seed: int, size: int = 64, level: str = "plain") -> Scene:
     """Compose the scene of one seed at `size` x `size` pixels."""
+    if level not in COUNTS:
+        raise ValueError(f"Expected a level among {', '.join(COUNTS)}, but got {level!r}.")
     rng = np.random.default_rng(seed)
     ground = GROUNDS[rng.integers(len(GROUNDS))]
-    count = int(rng.choice([1, 2, 3], p=[0.35, 0.45, 0.20]))
-    objects = tuple(OBJECTS[i] for i in rng.choice(len(OBJECTS), count, replace=False))
+    counts = COUNTS[level]
+    count = int(rng.choice([*counts], p=[*counts.values()]))
+    known = KIN[rng.integers(len(KIN))] if level == "lookalikes" else OBJECTS
+    objects = tuple(known[i] for i in rng.choice(len(known), count, replace=False))
     backdrop = background(ground, rng, size)
     for _ in range(50):
         image, owner = _compose(backdrop, objects, rng, size)
@@ -68,11 +77,15 @@ def draw(seed: int, size: int = 64) -> Scene:
 
 
 def _compose(backdrop, objects, rng, size):
-    """Paste the sprites left to right in jittered columns; return (picture, owner map), [(seen, whole) pixels]."""
+    """Paste the sprites left to right in jittered columns, more than three in two rows; return (picture, owner map),
+    [(seen, whole) pixels]."""
     picture, owner, whole = backdrop.copy(), np.full((size, size), -1), []
-    for column, index in enumerate(rng.permutation(len(objects))):
+    rows = 1 if len(objects) <= 3 else 2
+    columns = -(-len(objects) // rows)
+    for place, index in enumerate(rng.permutation(len(objects))):
         sprite = _scaled_sprite(objects[index], rng.uniform(*HEIGHTS[len(objects)]), size, bool(rng.random() < 0.5))
-        x, y = _place(sprite.size, column, len(objects), rng, size)
+        x, y = _place(sprite.size, place % columns, columns, rng, size)
+        y = (y + (size - sprite.height) * (place // columns)) // rows
         picture.paste(sprite, (x, y), sprite)
         solid = np.asarray(sprite)[..., 3] > 127
         owner[y : y + sprite.height, x : x + sprite.width][solid] = index
@@ -103,14 +116,15 @@ def _scaled_sprite(name: str, height: float, size: int, flip: bool) -> Image.Ima
     return sprite.transpose(Image.FLIP_LEFT_RIGHT) if flip else sprite
 
 
-def caption(objects: Sequence[str], ground: str, rng: np.random.Generator) -> str:
-    """A comma-joined list (the prompt of segmentation) or a sentence (the prompt of a user), names in random order."""
+def caption(objects: Sequence[str], ground: str | None, rng: np.random.Generator) -> str:
+    """A comma-joined list (the prompt of segmentation) or a sentence (the prompt of a user), names in random order; without a
+    ground it names the objects alone."""
     names = [objects[i] for i in rng.permutation(len(objects))]
     if rng.random() < 0.4:
-        return ", ".join([*names, ground])
+        return ", ".join([*names, *filter(None, [ground])])
     phrases = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
     listed = ", ".join(phrases[:-1]) + " and " + phrases[-1] if len(phrases) > 1 else phrases[0]
-    return f"{'a photo of ' if rng.random() < 0.3 else ''}{listed} on {ground}"
+    return f"{'a photo of ' if rng.random() < 0.3 else ''}{listed}{f' on {ground}' if ground else ''}"
 
 
 def background(ground: str, rng: np.random.Generator, size: int) -> Image.Image:

@@ -1,9 +1,11 @@
 """Scenes are deterministic, their masks are exact, their captions name what they show."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from eval.scenes.scene import CLASSES, GROUNDS, OBJECTS, VISIBLE, _scaled_sprite, background, draw, scene
+from eval.scenes.scene import CLASSES, GROUNDS, KIN, OBJECTS, VISIBLE, _scaled_sprite, background, caption, draw, scene
 
 
 def test_deterministic_by_seed():
@@ -54,6 +56,39 @@ def test_grounds_have_texture(ground):
 def test_sprites_fit():
     for name in OBJECTS:
         assert max(_scaled_sprite(name, 0.8, 64, flip=True).size) <= 52
+
+
+def test_plain_scenes_are_those_of_before():
+    """Results in results/ were measured on them."""
+    digest = hashlib.sha256()
+    for s in (scene("test", i) for i in range(8)):
+        digest.update(s.image.tobytes() + s.mask.tobytes() + s.caption.encode())
+    assert digest.hexdigest()[:16] == "4ed6dd9ef0bbaad2"
+
+
+@pytest.mark.parametrize(("level", "counts"), [("crowd", {4, 5, 6}), ("lookalikes", {2, 3})])
+def test_levels(level, counts):
+    drawn = [draw(seed, 128, level) for seed in range(40)]
+    assert {len(s.objects) for s in drawn} == counts
+    for s in drawn:
+        assert {CLASSES[i] for i in np.unique(s.mask)} == set(s.names)
+        assert level == "crowd" or any(set(s.objects) <= set(kin) for kin in KIN)
+
+
+def test_a_crowd_stands_in_two_rows():
+    drawn = [draw(seed, 64, "crowd").mask < len(OBJECTS) for seed in range(20)]
+    assert all(mask[:26].any() and mask[38:].any() for mask in drawn)
+
+
+def test_unknown_level():
+    with pytest.raises(ValueError, match="Expected a level among plain, crowd, lookalikes, but got 'easy'"):
+        scene("test", 0, level="easy")
+
+
+def test_captions_without_ground():
+    captions = {caption(("cat", "dog"), None, np.random.default_rng(seed)) for seed in range(20)}
+    assert {"cat, dog", "a cat and a dog"} <= captions
+    assert not any(ground in text for text in captions for ground in GROUNDS)
 
 
 @pytest.mark.parametrize(("split", "index"), [("nothing", 0), ("test", -1), ("test", 10_000_000)])
