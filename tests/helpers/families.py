@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from PIL import Image
 
-from eval.scenes.tiny_model import clip_tokenizer
+from eval.scenes.tokenizers import clip_tokenizer
 from goca_guidance.denoisers.adapters import denoiser_of
 from tests.helpers.tiny import WORDS, tiny_components
 

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from eval.scenes.tiny_model import clip_tokenizer
+from eval.scenes.tokenizers import clip_tokenizer
 
 
 WORDS = [

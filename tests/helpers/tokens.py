@@ -5,7 +5,7 @@ import string
 import transformers
 from hypothesis import strategies as st
 
-from eval.scenes.tiny_model import clip_tokenizer
+from eval.scenes.tokenizers import clip_tokenizer
 from goca_guidance.denoisers.layouts import class_layout
 from goca_guidance.denoisers.words import Encoded
 from tests.helpers.families import BERT_TOKENS, FAMILIES, HUNYUAN_T5_TOKENS

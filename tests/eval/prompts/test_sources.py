@@ -15,7 +15,7 @@ from eval.prompts.phrases import aliases_of, caption_groups, clean, forms, name_
 from eval.prompts.prompt_file import Written, write_prompts
 from eval.prompts.sources import Captions, Entity, Prompt, Tags, Vocabulary, release
 from eval.scenes.scene import CLASSES as SCENES
-from eval.scenes.tiny_model import clip_tokenizer
+from eval.scenes.tokenizers import clip_tokenizer
 from goca_guidance.denoisers.words import words
 from tests.helpers.places import shared
 
