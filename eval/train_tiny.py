@@ -28,7 +28,7 @@ from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
 from eval.scenes.scene import scene
 from eval.training.data import latents, pictures, pixels
-from eval.training.specs import FACTOR, SPECS, Learner, Spec, autoencoder
+from eval.training.specs import SPECS, Learner, Spec, autoencoder
 from eval.training.stage import Stage
 
 
@@ -89,7 +89,7 @@ def train(args) -> None:
     """A denoiser with its text encoders, a tenth of the captions dropped."""
     set_seed(args.seed)
     spec = SPECS[args.model]
-    learner = spec.learner()
+    learner = spec.learner().to(memory_format=torch.channels_last)
     keep = args.run.parent / "checkpoints" / args.model
     stage = Stage(
         args.run / args.model,
@@ -193,7 +193,9 @@ def check(args) -> None:
     if args.ship and args.model == "vae":
         raise ValueError("Expected a model to --ship, but got the autoencoder, which each model's folder holds.")
     if args.model != "vae" and not args.ship and not recovered(args.run / "vae" / "weights").is_dir():
-        raise ValueError(f"Expected an autoencoder in {args.run / 'vae' / 'weights'}, but there is none: train vae first.")
+        raise ValueError(
+            f"Expected an autoencoder in {args.run / 'vae' / 'weights'}, but there is none: train vae first."
+        )
     writable((SPECS[args.model].place if args.ship else args.run) / "part")
 
 
@@ -201,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line(__doc__)
     parser.add_argument("model", choices=("vae", *SPECS))
     parser.add_argument("--ship", action="store_true", help="do not train: copy the finished model to its place")
-    parser.add_argument("--run", type=Path, default=Path("runs/training"), help="folder of scenes, checkpoints and logs")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/training"), help="folder of scenes, checkpoints and logs"
+    )
     parser.add_argument("--scenes", type=at_least(8), default=50_000, help="training scenes of each size")
     parser.add_argument("--steps", type=at_least(1), help="optimiser steps in all; default: the model's own")
     parser.add_argument("--batch", type=at_least(4), help="samples a step; default: the model's own")

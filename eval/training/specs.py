@@ -36,7 +36,9 @@ from goca_guidance import TINY_SD
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 FACTOR = 4  # pixels to a latent
-EMBEDDING_STD = 0.5  # token embeddings start loud enough for attention to hear them (the default 0.02 does not localise)
+EMBEDDING_STD = (
+    0.5  # token embeddings start loud enough for attention to hear them (the default 0.02 does not localise)
+)
 CLIP_TOKENS, T5_TOKENS = 32, 64
 OTHERS = Path(__file__).parents[1] / "scenes" / "models"
 
