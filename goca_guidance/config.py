@@ -106,6 +106,8 @@ class SCFGConfig:
             (PixArt), as the released code of GoCA does.
         every: find regions at each `every`-th guided step, and guide the steps between by the last ones found. Error:
             docs/speed.md.
+        equal_mean: divide the rate map of each image by its mean, weighted by the strength of the guidance (ours): guidance
+            is moved between pixels, and as strong in the mean as without regions. Comes last: limits and ceiling may be passed.
     """
 
     rate_min: Positive = 0.8
@@ -117,6 +119,7 @@ class SCFGConfig:
     foreground: Literal["released", "conditional"] = "released"
     variance_channels: bool = False
     every: Count = 1
+    equal_mean: bool = False
 
     def __post_init__(self):
         if self.segmentor == "s-cfg" and self.foreground != "released":

@@ -176,7 +176,7 @@ WRONG = ["3", None, NAN, INF, -1, 0, True, 1.5, [1], 10**400]
         (GoCAConfig, "layers", ()),
         *((SCFGConfig, name, (1.5,)) for name in ("rate_min", "rate_max", "ceiling", "smooth_sigma")),
         *((SCFGConfig, name, ()) for name in ("smooth_size", "every", "segmentor")),
-        (SCFGConfig, "variance_channels", (True,)),
+        *((SCFGConfig, name, (True,)) for name in ("variance_channels", "equal_mean")),
     ],
 )
 def test_every_field_refuses_every_wrong_value(make, name, fine):

@@ -125,8 +125,9 @@ def rate_map(
     """Rate of every pixel's guidance: its region's mean |delta| is brought to the foreground's (S-CFG, section 3).
 
     rate[k] = mean_foreground |delta| / mean_region_k |delta|, painted back, limited to [rate_min, rate_max] and to
-    ceiling / scale, smoothed. |.| is the norm over channels; a video's means are over space and time. Before the limits, an
-    image with an empty foreground has rate one, and so has a region whose delta vanishes.
+    ceiling / scale, smoothed, and with `equal_mean` brought to a mean of one. |.| is the norm over channels; a video's means
+    are over space and time. Before the limits, an image with an empty foreground has rate one, and so has a region whose delta
+    vanishes.
     """
     if config.rate_min == config.rate_max == 1:
         return torch.ones_like(delta[:, :1], dtype=torch.float32)
@@ -136,7 +137,14 @@ def rate_map(
     rates = torch.where(known, target / torch.where(known, region, 1), 1.0)
     rate = torch.einsum("bk,bk...->b...", rates, regions.masks.float())[:, None]
     rate = rate.clamp(config.rate_min, config.rate_max).clamp(max=config.ceiling / scale)
-    return 1 + blur(rate - 1, config.smooth_size, config.smooth_sigma)  # as blur(rate), and exactly one where rate is
+    rate = 1 + blur(rate - 1, config.smooth_size, config.smooth_sigma)  # as blur(rate), and exactly one where rate is
+    return rate / over(weighted_mean(rate, strength), rate) if config.equal_mean else rate
+
+
+def weighted_mean(rate: Float[Tensor, "b 1 *S"], strength: Float[Tensor, "b 1 *S"]) -> Float[Tensor, " b"]:
+    """Mean rate of each image, where a pixel counts by the strength of its guidance; one where there is none."""
+    total = strength.flatten(1).sum(1)
+    return torch.where(total > 0, (rate * strength).flatten(1).sum(1) / torch.where(total > 0, total, 1), 1.0)
 
 
 def region_means(values: Float[Tensor, "b 1 *S"], masks: Tensor) -> Float[Tensor, "b k"]:

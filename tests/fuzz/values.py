@@ -142,6 +142,7 @@ SCFG_FIELDS = {
     "segmentor": ["goca", "s-cfg"],
     "variance_channels": SWITCH,
     "every": [1, 2, 5],
+    "equal_mean": SWITCH,
 }
 BACKGROUND_FIELDS = {
     "entities": [(), ("sky",), ["sky", "grass"]],

@@ -54,6 +54,35 @@ def test_limits_of_one_are_exactly_one():
     assert torch.equal(rate_map(delta, two_regions(), 7.5, config), torch.ones(1, 1, 2, 2))
 
 
+@pytest.mark.parametrize("scale", [1.5, 5.0, 12.0])
+def test_equal_mean_moves_guidance_and_adds_none(scale):
+    """The same pattern of rates; |rate delta| sums to |delta|, image by image, also where a limit or the ceiling acts."""
+    generator = torch.Generator().manual_seed(0)
+    delta = (
+        torch.randn(3, 4, 8, 8, generator=generator, dtype=torch.float64)
+        * torch.tensor([1, 0.01, 0])[:, None, None, None]
+    )
+    delta[:, :, 4:] *= 3
+    masks = torch.zeros(3, 2, 8, 8, dtype=torch.bool)
+    masks[:, 0, :4], masks[:, 1, 4:] = True, True
+    regions = Regions(masks, torch.rand(3, 1, 8, 8, generator=generator) < 0.5, (("up", "down"),) * 3)
+    plain, moved = (rate_map(delta, regions, scale, SCFGConfig(equal_mean=on)) for on in (False, True))
+    strength = delta.norm(dim=1, keepdim=True)
+    assert (moved * strength).sum((1, 2, 3)).tolist() == pytest.approx(strength.sum((1, 2, 3)).tolist(), rel=1e-5)
+    assert plain.std((2, 3))[0] > 0.1
+    torch.testing.assert_close(moved / moved[:, :, :1, :1], plain / plain[:, :, :1, :1])
+    assert torch.equal(moved[2], plain[2])
+
+
+def test_equal_mean_brings_regions_to_the_mean_of_the_image():
+    """By hand, without limits: |delta| is 2, 4 above and 1, 1 below, 2 in the mean, whatever the foreground is."""
+    delta = torch.tensor([[[[2.0, 4.0], [1.0, 1.0]]]])
+    free = SCFGConfig(rate_min=0.01, rate_max=100, ceiling=1e6, smooth_size=1, equal_mean=True)
+    for foreground in (((1, 1), (0, 0)), ((0, 0), (0, 1)), ((1, 1), (1, 1))):
+        rate = rate_map(delta, two_regions(foreground), 5.0, free)
+        torch.testing.assert_close(rate[0, 0], torch.tensor([[2 / 3, 2 / 3], [2.0, 2.0]]))
+
+
 def test_rate_of_half_precision_is_float32():
     delta = torch.full((1, 4, 2, 2), 300.0).half()
     rate = rate_map(delta, two_regions(), 7.5, SCFGConfig())
