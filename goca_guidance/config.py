@@ -107,7 +107,7 @@ class SCFGConfig:
         every: find regions at each `every`-th guided step, and guide the steps between by the last ones found. Error:
             docs/speed.md.
         equal_mean: divide the rate map of each image by its mean, weighted by the strength of the guidance (ours): guidance
-            is moved between pixels, and as strong in the mean as without regions. Comes last: limits and ceiling may be passed.
+            is moved between pixels, and as strong in the mean as without regions. It comes last, behind limits and ceiling.
     """
 
     rate_min: Positive = 0.8

@@ -28,9 +28,9 @@ from goca_guidance.denoisers.readings import Asked, forms_of
 from goca_guidance.denoisers.words import bare, has_marks, tokenise
 from goca_guidance.hooks.callers import OwnCalls
 from goca_guidance.hooks.finite import finite_pictures
-from goca_guidance.hooks.guided import GuidedCall, check_alone
+from goca_guidance.hooks.guided import GuidanceRule, GuidedCall, check_alone
 from goca_guidance.method.records import Regions, WordMaps
-from goca_guidance.method.scfg import SpatialGuidanceScale
+from goca_guidance.method.scfg import SpatialGuidanceScale, rate_map
 from goca_guidance.mixing import FURTHER, mixing_of, scales_of, unserved
 from goca_guidance.real_images.discover import discover
 from goca_guidance.real_images.forwards import check_further
@@ -82,7 +82,11 @@ class GoCASCFGPipeline(DiffusionPipeline):
     How the classes are made: `guided` derives one from this class and a stock one, the same at every call; `__init_subclass__`
     gives it a `__call__` that shows the stock arguments and ours; `__new__` makes `GoCASCFGPipeline(**components)` one of
     them; and the module's `__getattr__` finds them by name, for pickle. This class alone is never instantiated.
+
+    `guidance_rule` may be set, on a class or on a pipeline: from difference and regions to the rate (docs/how_to_add.md).
     """
+
+    guidance_rule: GuidanceRule = staticmethod(rate_map)
 
     def __new__(cls, *args, **components):
         """`GoCASCFGPipeline(**components)` is the family's text-to-image pipeline."""
@@ -234,6 +238,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
             text_encoders_of(self, family_of(denoisers[0])),
             goca,
             scfg,
+            rule=self.guidance_rule,
             images=images,
             prompts=prompts,
             prompt_read=arguments["prompt"] is not None,

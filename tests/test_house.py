@@ -31,6 +31,7 @@ INSIDE = {  # what of eval imports more of the library than its public names, an
     "eval/step_cost.py": {"denoisers", "hooks", "method"},
     "eval/contact_sheet.py": {"pictures"},
     "eval/common/configs.py": {"schema"},
+    "eval/generation/drawing.py": {"denoisers", "method", "real_images", "stock"},
     "eval/generation/generator.py": {"denoisers", "schema", "stock"},
     "eval/prompts": {"schema"},
     "eval/segment/experiment.py": {"schema"},

@@ -5,7 +5,7 @@ How an image comes to a network's size is a named choice: it moves Frechet dista
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -21,7 +21,6 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 
 from eval.common.files import file_digest
 from eval.common.load import load_open_clip, load_pipeline
-from eval.common.provenance import fingerprint, weights_digest
 from eval.generation import classifier
 from eval.scenes import scene
 from goca_guidance import TINY_SD
@@ -29,6 +28,7 @@ from goca_guidance import TINY_SD
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # of pytorch-fid; torch-fidelity's has the same bytes
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+HELD_OUT = 400  # scenes in which the classifier of Scenes is judged itself
 
 
 # ---- to the size of a network ----------------------------------------------------------------------------------------
@@ -171,33 +171,21 @@ def clip(model: str, pretrained: str | None, device: torch.device) -> Backbone:
 def scenes_classifier(state: PartialState) -> tuple[torch.nn.Module, np.ndarray]:
     """The classifier of `eval.generation.classifier`, and what it finds in scenes themselves, [400 16] bool.
 
-    It is trained anew only if the code that draws scenes and trains it has changed, or the autoencoder.
+    They are shown as the embedded model's autoencoder reproduces them.
     """
-    settings, vae = classifier.ClassifierSettings(), load_pipeline(TINY_SD, device=state.device).vae
-    modules = "eval.generation.classifier", "eval.scenes.scene"
-    key = fingerprint(*modules, settings=asdict(settings), weights=weights_digest(TINY_SD))
-    with state.main_process_first():
-        network = classifier.classifier(vae, settings, Path(f"runs/classifier/scenes-{key}.pt"))
-    drawn = [scene.scene("test", number) for number in range(settings.test_scenes)]
-    return network, classifier.shown(network, classifier.reproduced(vae, drawn))
+    network, vae = classifier.classifier(state.device), load_pipeline(TINY_SD, device=state.device).vae
+    scenes = [scene.scene("test", number) for number in range(HELD_OUT)]
+    return network, classifier.shown(network, classifier.reproduced(vae, classifier.pixels_of(scenes)))
 
 
 def shown_objects(network: torch.nn.Module, in_scenes: np.ndarray | None = None) -> Backbone:
     """Which objects of Scenes an image shows, [b 16] of 0 and 1, by `scenes_classifier`."""
     return Backbone(
         {"network": "scenes_classifier", "weights": digest(network)},
-        scenes_pixels,
+        lambda image: as_pixels(image) / 127.5 - 1,
         lambda images, captions: torch.from_numpy(classifier.shown(network, images)).float(),
         shown_in_scenes=in_scenes,
     )
-
-
-def scenes_pixels(image: Image.Image) -> Float[Tensor, "3 64 64"]:
-    """Pixels in [-1, 1]; ValueError for another size than the classifier's."""
-    if image.size != (64, 64):
-        came = f"{image.width} x {image.height}"
-        raise ValueError(f"Expected images of 64 x 64, as the classifier of Scenes was trained on, but got {came}.")
-    return as_pixels(image) / 127.5 - 1
 
 
 NETWORKS: dict[str, Callable[..., Backbone]] = {  # (settings of `eval.image_quality`, process) to the network

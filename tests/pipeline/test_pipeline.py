@@ -17,6 +17,15 @@ from tests.helpers.tiny import generate, stock_of, tiny_components
 
 
 # ---- stock or not ----------------------------------------------------------------------------------------------------
+def test_a_guidance_rule_of_ones_own(pipe):
+    """A rate of two at every step is stock at twice the scale; S-CFG's is not asked."""
+    pipe.guidance_rule = lambda delta, regions, scale, config: torch.full_like(delta[:, :1], 2)
+    doubled = generate(pipe, guidance_scale=3.0, output_type="latent").images
+    torch.testing.assert_close(
+        doubled, generate(stock_of(pipe), guidance_scale=6.0, output_type="latent").images, rtol=1e-4, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS])
 def test_rate_one_equals_stock_at_a_large_scale(pipe, prompt):
     large = {"guidance_scale": 20}

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -141,21 +140,20 @@ def test_clip_score_is_the_cosine(tiny_clip):
     assert found[:, 1].tolist() == [0, 0, 0, 1, 1]
 
 
-@pytest.mark.usefixtures("own_folder")
-def test_the_classifier_is_trained_once(monkeypatch):
-    """Untrained here: its weights come from its own cache, and it looks at scenes as the autoencoder shows them."""
-    monkeypatch.setattr(classifier, "train", lambda *args: None)
-    monkeypatch.setattr(classifier, "ClassifierSettings", lambda: SETTINGS)
-    network, shown = networks.scenes_classifier(PartialState())
-    assert len(list(Path("runs/classifier").glob("scenes-*.pt"))) == 1
-    assert (shown.shape, shown.dtype) == ((3, 16), bool)
+def test_the_classifier_of_scenes(monkeypatch):
+    """It looks at scenes as the autoencoder shows them, and at pictures of any size as it was trained."""
+    torch.manual_seed(0)
+    network = classifier.PixelClassifier().eval()
+    monkeypatch.setattr(classifier, "classifier", lambda device: network)
+    monkeypatch.setattr(networks, "HELD_OUT", 3)
+    found, shown = networks.scenes_classifier(PartialState())
+    assert (found, shown.shape, shown.dtype) == (network, (3, 16), bool)
     backbone = networks.shown_objects(network)
     image = Image.fromarray(scene("test", 0).image)
-    found = backbone.encode(backbone.prepare(image)[None], [""])
-    direct = network(torch.tensor(scene("test", 0).image).permute(2, 0, 1)[None] / 127.5 - 1)[:, :16] > 0
-    assert torch.equal(found.bool(), direct)
-    with pytest.raises(ValueError, match=r"64 x 64.*got 32 x 40"):
-        backbone.prepare(picture(32, 40))
-
-
-SETTINGS = classifier.ClassifierSettings(test_scenes=3)
+    pixels = backbone.prepare(image)[None]
+    assert torch.equal(pixels, torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1)
+    labels = network(pixels).argmax(1)
+    expected = [(labels == index).float().mean() >= 0.01 for index in range(16)]
+    assert backbone.encode(pixels, [""]).bool()[0].tolist() == expected
+    large = backbone.prepare(image.resize((128, 128), Image.NEAREST))[None]
+    assert torch.equal(backbone.encode(large, [""]), backbone.encode(pixels, [""]))
