@@ -34,7 +34,7 @@ from eval.training.stage import Stage
 
 CAPTION_DROPOUT = 0.1  # fraction of samples that train the unconditional branch
 VAE = {"steps": 8000, "batch": 64, "learning_rate": 1e-3}
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1.5e-3
 HELD_OUT = 512  # validation scenes, or as many as are learned from
 
 
@@ -59,12 +59,17 @@ def train_vae(args) -> None:
     images = pictures(args.run, "train", args.scenes).to(stage.device)
     held_out = pixels(pictures(args.run, "validation", min(HELD_OUT, args.scenes)).to(stage.device))
 
-    def loss_of(model, step):
+    def batch(step):
         generator = stage.generator(step)
         chosen = torch.randint(len(images), (args.batch,), generator=generator, device=stage.device)
         noise = torch.randn(args.batch, 4, 16, 16, generator=generator, device=stage.device)
-        x = pixels(images[chosen])
-        output, kl = model(x, noise)
+        return pixels(images[chosen]), noise
+
+    autoencode = stage.graphed(*batch(0))
+
+    def loss_of(step):
+        x, noise = batch(step)
+        output, kl = autoencode(x, noise)
         return reconstruction(output, x) + 1e-6 * kl.mean()
 
     stage.train(loss_of, lambda model: F.l1_loss(model(held_out, 0.0)[0].float(), held_out))
@@ -108,20 +113,27 @@ def train(args) -> None:
     data = [load("train", size, args.scenes) for size in spec.sizes]
     held_out = load("validation", spec.sizes[0], min(HELD_OUT, args.scenes))
 
-    def loss_of(model, step):
+    batches = [args.batch // (size // spec.sizes[0]) ** 2 for size in spec.sizes]
+    models = [
+        stage.graphed(*drawn(*each, empty, batch, stage.generator(0)))
+        for each, batch in zip(data, batches, strict=True)
+    ]
+
+    def loss_of(step):
         turn = step % len(spec.sizes)
-        batch = args.batch // (spec.sizes[turn] // spec.sizes[0]) ** 2
-        return losses(model, *data[turn], empty, batch, stage.generator(step)).mean()
+        return models[turn](*drawn(*data[turn], empty, batches[turn], stage.generator(step))).mean()
 
     def validate(model):
-        generator = stage.generator(-1)
-        return losses(model, *held_out, None, len(held_out[0]), generator).mean()
+        parts = [drawn(*held_out, None, 128, stage.generator(-1 - part)) for part in range(4)]
+        return torch.stack([model(*part).mean() for part in parts]).mean()
 
     stage.train(loss_of, validate)
 
 
-def losses(model, images: Tensor, tokens: dict, empty: dict | None, batch: int, generator: torch.Generator) -> Tensor:
-    """Squared errors [b] of a batch drawn by the generator; captions are dropped where there are `empty` ones."""
+def drawn(
+    images: Tensor, tokens: dict, empty: dict | None, batch: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, dict]:
+    """What a `Learner` is shown: a batch drawn by the generator; captions are dropped where there are `empty` ones."""
     device = images.device
     chosen = torch.randint(len(images), (batch,), generator=generator, device=device)
     draw, dropped = torch.rand(2, batch, generator=generator, device=device)
@@ -131,7 +143,7 @@ def losses(model, images: Tensor, tokens: dict, empty: dict | None, batch: int, 
         picked = {name: torch.where(kept, each, empty[name]) for name, each in picked.items()}
     x = images[chosen].float()
     noise = torch.randn(x.shape, generator=generator, device=device)
-    return model(x, noise, draw, picked)
+    return x, noise, draw, picked
 
 
 def export(learner: Learner, spec: Spec, vae: Path, place: Path) -> None:
@@ -184,7 +196,7 @@ def samples(place: Path, spec: Spec, seed: int) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 def settings_of(args, defaults: dict) -> dict:
     """What the weights depend on."""
-    named = ("model", "scenes", "steps", "batch", "seed", "mixed_precision", "compiled")
+    named = ("model", "scenes", "steps", "batch", "seed", "mixed_precision")
     return {**defaults, **{name: getattr(args, name) for name in named}}
 
 
@@ -211,7 +223,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=at_least(4), help="samples a step; default: the model's own")
     parser.add_argument("--every", type=at_least(1), default=250, help="steps between a checkpoint and the next")
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16", "fp16"))
-    parser.add_argument("--compiled", action="store_true", help="by inductor: faster on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     own = VAE if args.model == "vae" else vars(SPECS[args.model])

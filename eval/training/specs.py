@@ -10,6 +10,7 @@ All three draw in the latents of one autoencoder.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +173,13 @@ class Flux(Learner):
         packed, target = (FluxPipeline._pack_latents(each, *each.shape) for each in (mixed, noise - latents))
         text = self.text_encoder_2(tokens["tokenizer_2_ids"])[0]
         rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
-        places = FluxPipeline._prepare_latent_image_ids(len(latents), rows, columns, latents.device, latents.dtype)
+        along = partial(torch.arange, device=latents.device, dtype=latents.dtype)
         predicted = self.transformer(
             packed,
             encoder_hidden_states=text,
             pooled_projections=self.text_encoder(tokens["tokenizer_ids"]).pooler_output,
             timestep=sigma,
-            img_ids=places,
+            img_ids=torch.cartesian_prod(along(1), along(rows), along(columns)),
             txt_ids=text.new_zeros(text.shape[1], 3, dtype=latents.dtype),
         ).sample
         return (predicted.float() - target).square().mean((1, 2))
@@ -266,14 +267,14 @@ def _ddim() -> DDIMScheduler:
 
 SPECS = {
     "tiny-sd": Spec(
-        StableDiffusion, StableDiffusionPipeline, _ddim, (64, 128), 6000, 256, Path(TINY_SD), {"guidance_scale": 5.0}
+        StableDiffusion, StableDiffusionPipeline, _ddim, (64, 128), 3000, 512, Path(TINY_SD), {"guidance_scale": 5.0}
     ),
     "tiny-pixart": Spec(
-        PixArt, PixArtSigmaPipeline, _ddim, (64, 128), 6000, 256, OTHERS / "tiny-pixart",
+        PixArt, PixArtSigmaPipeline, _ddim, (64, 128), 3000, 512, OTHERS / "tiny-pixart",
         {"guidance_scale": 5.0, "height": 64, "width": 64, "max_sequence_length": T5_TOKENS, "use_resolution_binning": False},
     ),
     "tiny-flux": Spec(
-        Flux, FluxPipeline, FlowMatchEulerDiscreteScheduler, (128,), 8000, 128, OTHERS / "tiny-flux",
+        Flux, FluxPipeline, FlowMatchEulerDiscreteScheduler, (128,), 3000, 256, OTHERS / "tiny-flux",
         {
             "guidance_scale": 1.0, "true_cfg_scale": 5.0, "negative_prompt": "", "height": 128, "width": 128,
             "max_sequence_length": T5_TOKENS,

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import AutocastKwargs
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,12 +24,23 @@ WARM_UP = 200  # steps
 AVERAGING = 0.999
 
 
+class _Around(torch.nn.Module):
+    """A model as a module of its own, as capturing replaces a module's forward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments):
+        return self.model(*arguments)
+
+
 class Stage:
     """One training, in a folder of its own: `settings.json`, `log.csv`, `checkpoint/` and what `keep` writes.
 
     Args:
-        settings: what the weights depend on; `steps`, `batch`, `seed`, `learning_rate`, `mixed_precision` and `compiled` are
-            read here. A folder of other settings is refused.
+        settings: what the weights depend on; `steps`, `batch`, `seed`, `learning_rate` and `mixed_precision` are read here. A
+            folder of other settings is refused.
         every: steps between a log row with a checkpoint and the next.
         keep: (model with averaged weights, per cent of the steps done), called after each of `SHARES`.
     """
@@ -44,8 +55,8 @@ class Stage:
     ):
         self.folder, self.settings, self.every, self.keep, self.step = folder, settings, every, keep, 0
         self._claim()
-        compiling = TorchDynamoPlugin(backend="inductor", dynamic=False) if settings["compiled"] else None
-        self.accelerator = Accelerator(mixed_precision=settings["mixed_precision"], dynamo_plugin=compiling)
+        uncached = AutocastKwargs(cache_enabled=False)  # a graph that is captured must cast the weights at each replay
+        self.accelerator = Accelerator(mixed_precision=settings["mixed_precision"], kwargs_handlers=[uncached])
         self.device = self.accelerator.device
         optimizer = torch.optim.AdamW(
             model.parameters(), settings["learning_rate"], betas=(0.9, 0.99), weight_decay=1e-3, fused=True
@@ -83,6 +94,14 @@ class Stage:
                 self.ema.load_state_dict(torch.load(path / "ema.pt", map_location=self.device))
             self.step = self.schedule.last_epoch
 
+    def graphed(self, *arguments: Any) -> torch.nn.Module:
+        """The model for arguments of these shapes, captured with its backward pass into CUDA graphs: small networks wait for
+        the launches of their kernels otherwise. Elsewhere the model itself."""
+        if self.device.type != "cuda":
+            return self.model
+        with self.accelerator.autocast():
+            return torch.cuda.make_graphed_callables(_Around(self.model), arguments, allow_unused_input=True)
+
     def save(self) -> None:
         """The checkpoint that a next start goes on from."""
         with replacing(self.folder / "checkpoint") as part:
@@ -95,10 +114,11 @@ class Stage:
 
     def train(
         self,
-        loss_of: Callable[[torch.nn.Module, int], Tensor],
+        loss_of: Callable[[int], Tensor],
         validate: Callable[[torch.nn.Module], Tensor],
     ) -> None:
-        """Up to the last step, from the checkpoint if there is one."""
+        """Up to the last step, from the checkpoint if there is one: the loss of a step's number, and the number to log of the
+        averaged model."""
         steps, first = self.settings["steps"], self.step
         marks = {math.ceil(steps * share / 100): share for share in SHARES}
         running, started = torch.zeros((), device=self.device), time.perf_counter()
@@ -118,7 +138,7 @@ class Stage:
 
     def _one_step(self, loss_of):
         with self.accelerator.autocast():
-            loss = loss_of(self.model, self.step)
+            loss = loss_of(self.step)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
