@@ -1,8 +1,9 @@
 """Results to the documents: `python -m eval.report` puts every results/*.json that one names into its place there.
 
 `<!-- results: NAME -->` stands for the whole table of results/NAME.json, `<!-- results: NAME column ... -->` for some of its
-columns, `<!-- scales: NAME number ... -->` for methods by guidance scales, `<!-- papers: mIoU -->` for our segmentation
-beside the papers'. The plots of docs/ are drawn from the results too, and where `make demo` left its pictures, the README's
+columns, `<!-- scales: NAME number ... -->` for methods by guidance scales, `<!-- levels: proof MODEL -->` for methods by
+levels, `<!-- checkpoints: proof -->` for what training does, `<!-- papers: mIoU -->` for our segmentation beside the papers'.
+The plots of docs/ are drawn from the results too, and where `make demo` left its pictures, the README's
 picture is made of them.
 """
 
@@ -21,20 +22,29 @@ from eval.common.tables import markdown
 from eval.cost.growth import growth
 from eval.generation.scales import by_scale, trade_off
 from eval.segment.papers import beside_papers
+from eval.segment.power import by_checkpoint, by_level, power
 
 
 DOCUMENTS = ("README.md", "docs/*.md", "goca_guidance/models/*/README.md")
-PLOTS = {"speed": growth, "quality": trade_off}
 
 
-def of_result(show):
-    """A table of one result, by a function of its rows and of what is wanted of them; then the command that made it."""
+def of_rows(draw):
+    """A plot of a result, by a function of its rows and of a path."""
+    return lambda result, path: draw(result["rows"], path)
+
+
+PLOTS = {"speed": of_rows(growth), "quality": of_rows(trade_off), "proof": power}
+
+
+def of_result(show, *parts: str):
+    """A table of one result, by a function of its rows (or of these `parts`) and of what is wanted of them; then the command
+    that made it."""
 
     def table(results: Path, name: str, *wanted: str) -> str:
         path = results / f"{name}.json"
         with expecting("a result for this table", path, "measure it again"):
             result = json.loads(path.read_text())
-            return f"{show(result['rows'], wanted)}\n\n`{result['command']}`"
+            return f"{show(*(result[part] for part in parts or ['rows']), wanted)}\n\n`{result['command']}`"
 
     return table
 
@@ -42,6 +52,8 @@ def of_result(show):
 TABLES = {
     "results": of_result(markdown),
     "scales": of_result(by_scale),
+    "levels": of_result(by_level),
+    "checkpoints": of_result(by_checkpoint, "rows", "quality"),
     "papers": lambda results, *wanted: beside_papers(results),
 }
 
@@ -68,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in results.glob("*.json"):
         if draw := PLOTS.get(path.stem.partition("-")[0]):
             with expecting("a result for this plot", path, "measure it again"):
-                draw(json.loads(path.read_text())["rows"], Path(f"docs/{path.stem}.png"))
+                draw(json.loads(path.read_text()), Path(f"docs/{path.stem}.png"))
     if demo.exists():
         with expecting("the pictures of `make demo`", demo, "make them again"):
             page = stack([Image.open(demo / f"{name}.png") for name in ("comparison", "strip", "segmentation")])

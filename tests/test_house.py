@@ -24,7 +24,13 @@ LIBRARY = [  # rooms of goca_guidance by floor: one imports itself and lower flo
     {"pipeline", "guider"},
     {"cli"},
 ]
-EVAL = [{"common"}, {"scenes"}, {"datasets", "cost"}, {"prompts", "generation"}, {"segment"}]  # then the programs
+EVAL = [
+    {"common"},
+    {"scenes"},
+    {"datasets", "cost", "training"},
+    {"prompts", "generation"},
+    {"segment"},
+]  # then the programs
 INSIDE = {  # what of eval imports more of the library than its public names, and from where
     "eval/cost": {"config", "denoisers", "hooks", "method"},
     "eval/core_cost.py": {"method"},
@@ -34,11 +40,14 @@ INSIDE = {  # what of eval imports more of the library than its public names, an
     "eval/generation/drawing.py": {"denoisers", "method", "real_images", "stock"},
     "eval/generation/generator.py": {"denoisers", "schema", "stock"},
     "eval/prompts": {"schema"},
+    "eval/generation/checkpoint_quality.py": {"stock"},
     "eval/segment/experiment.py": {"schema"},
     "eval/segment/methods.py": {"schema"},
     "eval/segment/baselines.py": {"config", "method"},
     "eval/segment/best_and_worst.py": {"pictures"},
     "eval/segment/label_maps.py": {"method"},
+    "eval/segment/level_choices.py": {"denoisers"},
+    "eval/segment/together.py": {"config", "method"},
 }
 
 
@@ -130,7 +139,9 @@ def test_what_lies_at_the_top_of_eval_is_a_program_and_nothing_else_is():
     assert [name for name in (*PROGRAMS, "scenes") if f"eval.{name}" not in listed] == []
 
 
-@pytest.mark.parametrize("measuring", ["eval.segment.running", "eval.speed", "eval.generation.features"])
+@pytest.mark.parametrize(
+    "measuring", ["eval.segment.running", "eval.segment.level_counts", "eval.speed", "eval.generation.features"]
+)
 def test_a_cache_knows_what_its_numbers_depend_on(measuring):
     """All that the measuring module imports is among its `MODULES`, but what reads, writes and shows."""
     named, reached, waiting = import_module(measuring).MODULES, set(), [measuring]

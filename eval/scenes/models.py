@@ -1,0 +1,78 @@
+"""The models that were trained on scenes, and their checkpoints, as folders that `from_pretrained` loads."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from goca_guidance import TINY_SD
+
+
+FOLDER = Path(__file__).parent / "models"
+CHECKPOINTS = Path("runs/checkpoints")
+SHIPPED = 100
+SHARES = (10, 25, 50, SHIPPED)  # of the training, in percent
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A shipped model.
+
+    Args:
+        folder: of its weights at the end of the training.
+        home: side in pixels of the pictures that it knows best.
+        sides: of all that it was trained on.
+        arguments: of every call.
+    """
+
+    folder: Path
+    home: int
+    sides: tuple[int, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+T5 = {"max_sequence_length": 64}
+MODELS = {
+    "tiny-sd": TrainedModel(Path(TINY_SD), 64, (64, 128)),
+    "tiny-pixart": TrainedModel(FOLDER / "tiny-pixart", 64, (64, 128), T5),
+    "tiny-flux": TrainedModel(FOLDER / "tiny-flux", 128, (128,), T5),
+}
+
+
+def checkpoint(name: str, share: int = SHIPPED) -> Path | None:
+    """The folder of a model after a share of its training, in percent; None where it is not there.
+
+    ValueError for an unknown model, and for a folder that is not whole.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Expected models among {', '.join(MODELS)}, but got {name!r}.")
+    folder = MODELS[name].folder if share == SHIPPED else CHECKPOINTS / name / str(share)
+    if not folder.is_dir():
+        return None
+    if missing := _missing(folder):
+        raise ValueError(
+            f"Expected a whole checkpoint in {folder}, but got one without {missing}: let its training write it again, or "
+            "remove the folder."
+        )
+    return folder
+
+
+def _missing(folder: Path) -> str:
+    """The first part that a pipeline's folder lacks."""
+    try:
+        parts = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError):
+        return "model_index.json"
+    loaded = [name for name, value in parts.items() if isinstance(value, list) and value[0] is not None]
+    for name in loaded:
+        files = [path.name for path in (folder / name).glob("*")]
+        if not files or ("config.json" in files and not any(file.endswith(".safetensors") for file in files)):
+            return f"the files of its {name}"
+    return ""
+
+
+def longest_text(folder: Path) -> int:
+    """So many tokens a model reads at the most, by the longest of its text encoders."""
+    files = folder.glob("tokenizer*/tokenizer_config.json")
+    return max(json.loads(file.read_text())["model_max_length"] for file in files)

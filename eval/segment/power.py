@@ -1,0 +1,89 @@
+"""Segmentation against generative power, from the result of `eval.proof`: tables, and a figure like the paper's first."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eval.common.plots import write
+from eval.common.tables import markdown
+
+
+SHOWN = {"vanilla": "vanilla", "all": "GoCA"}  # of the methods, in the figure
+POWER = "objects_shown"  # of the quality's numbers, in the figure
+
+
+def by_level(rows: Sequence[dict], wanted: Sequence[str]) -> str:
+    """A line for each level, a column for each method, of one model at the end of its training or after a share of it.
+
+    A cell has mIoU, and its difference from vanilla with the 95 % interval. `wanted`: the model, the number ("miou", "objects"
+    or "grounds"; mIoU by default), the share in percent.
+    """
+    model, number, share = (*wanted, *("miou", "100")[len(wanted) - 1 :])
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if (row["model"], str(row["checkpoint"])) == (model, share):
+            lines.setdefault(row["level"], {"level": row["level"]})[row["method"]] = cell(row, number)
+    return markdown([*lines.values()]) if lines else f"{model} was not measured."
+
+
+def cell(row: dict, number: str) -> str:
+    """A number of a row, as `by_level` shows it."""
+    prefix = "" if number == "miou" else f"{number}_"
+    if f"{prefix}difference" not in row:
+        return f"{row[number]:.3f}"
+    gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(*(row[f"{prefix}{name}"] for name in ("difference", "low", "high")))
+    return f"{row[number]:.3f}<br>{gap}"
+
+
+def by_checkpoint(rows: Sequence[dict], quality: Sequence[dict], wanted: Sequence[str] = ()) -> str:
+    """A line for each model and share of its training: mIoU of vanilla and GoCA, meaned over levels, and how well it draws."""
+    frame = _means(rows, quality)
+    return markdown(frame.round(4).to_dict("records")) if len(frame) else "Nothing was measured."
+
+
+def _means(rows, quality) -> pd.DataFrame:
+    """A row for each checkpoint: mIoU of the methods shown, meaned over the levels that all the model's checkpoints have."""
+    place = ["model", "checkpoint"]
+    frame = pd.DataFrame(rows).query("method in @SHOWN")
+    counts = frame.groupby(["model", "level"], sort=False)["checkpoint"].transform("nunique")
+    shares = frame.groupby("model", sort=False)["checkpoint"].transform("nunique")
+    kept = frame[counts == shares]
+    means = kept.pivot_table("miou", place, "method", sort=False)[[*SHOWN]].rename(columns=SHOWN)
+    means = means.assign(lead=means["GoCA"] - means["vanilla"]).reset_index()
+    if not quality:
+        return means
+    numbers = pd.DataFrame(quality).drop(columns=["weights", "captions", "scale"])
+    return means.merge(numbers, "left", place)
+
+
+def power(result: dict, path: Path) -> None:
+    """mIoU, meaned over levels, against how many of the named objects a checkpoint draws; a panel for each model.
+
+    Against the share of the training where no quality was measured.
+    """
+    frame = _means(result["rows"], result.get("quality", []))
+    models = frame["model"].unique()
+    figure = Figure(figsize=(4.2 * len(models), 3.8), layout="constrained")
+    (row,) = figure.subplots(1, len(models), squeeze=False, sharey=True)
+    for axes, model in zip(row, models, strict=True):
+        panel(axes, frame[frame["model"] == model].sort_values("checkpoint"))
+        axes.set_title(model)
+    row[0].set_ylabel("mIoU, mean over levels")
+    row[0].legend(frameon=False)
+    write(figure, path)
+
+
+def panel(axes: Axes, part: pd.DataFrame) -> None:
+    """One model: a curve for each method, its points by the share of the training."""
+    measured = POWER in part and part[POWER].notna().all()
+    x = part[POWER] if measured else part["checkpoint"]
+    for name, colour in zip(SHOWN.values(), ("C7", "C3"), strict=True):
+        axes.plot(x, part[name], "o-", color=colour, label=name)
+    for place, share, height in zip(x, part["checkpoint"], part["GoCA"], strict=True):
+        axes.annotate(f"{share} %", (place, height), (0, 7), textcoords="offset points", fontsize=8, ha="center")
+    axes.set_xlabel("named objects that its pictures show" if measured else "share of the training, %")
+    axes.grid(alpha=0.3)
+    axes.margins(0.12)
