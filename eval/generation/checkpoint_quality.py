@@ -29,7 +29,7 @@ from goca_guidance import GoCASCFGPipeline
 from goca_guidance.stock import exact_arguments, guidance_arguments
 
 
-BATCH = 25  # captions in a call
+BATCH = 50  # captions in a call
 SIDE = 64  # pixels, as the judges know pictures
 REAL = 1000  # validation scenes that the pictures are compared with
 HELD_OUT = 512  # validation scenes of the loss
