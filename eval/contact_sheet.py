@@ -16,8 +16,6 @@ import torch
 from jaxtyping import Float
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,14 +26,13 @@ from eval.common.processes import processes
 from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
 from eval.generation.generator import GenerationSettings, Generator, batches
+from eval.generation.painting import paint_regions
 from eval.generation.run_folder import FinishedRun, Item, check_pair, read_run
 from goca_guidance import Regions
-from goca_guidance.pictures import as_labels, painted_regions
 
 
 MOMENTS = {"first": 0.0, "middle": 0.5, "last": 1.0}  # of the guided steps, whose maps are shown
 COMPARED = 2000  # pairs, evenly spread, among which the farthest are found
-LEAST = 0.03  # share of the pixels from which on a region gets its name
 
 
 @dataclass(frozen=True)
@@ -122,18 +119,6 @@ def sheet(runs: Sequence[FinishedRun], goca: FinishedRun, items: Sequence[Item],
     bar = figure.colorbar(shown, ax=grid[:, -1], shrink=0.5)
     bar.set_label(f"guidance scale times rate; white is {scale:g}, plain guidance", fontsize=8)
     return figure
-
-
-def paint_regions(axis, regions: Regions, sample: int) -> None:
-    """Regions in colours, the larger ones with a name where they are widest; what is not foreground is pale."""
-    labels = as_labels(regions, sample).numpy()
-    axis.imshow(painted_regions(regions, sample))
-    for index, name in enumerate(regions.labels[sample]):
-        region = labels == index
-        if region.mean() > LEAST:
-            y, x = np.unravel_index(distance_transform_edt(np.pad(region, 1)).argmax(), np.add(region.shape, 2))
-            edge = [withStroke(linewidth=1.5, foreground="white")]
-            axis.text(x - 1, y - 1, name, ha="center", va="center", fontsize=6, path_effects=edge)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -35,7 +35,7 @@ INSIDE = {  # what of eval imports more of the library than its public names, an
     "eval/cost": {"config", "denoisers", "hooks", "method"},
     "eval/core_cost.py": {"method"},
     "eval/step_cost.py": {"denoisers", "hooks", "method"},
-    "eval/contact_sheet.py": {"pictures"},
+    "eval/generation/painting.py": {"pictures"},
     "eval/common/configs.py": {"schema"},
     "eval/generation/drawing.py": {"denoisers", "method", "real_images", "stock"},
     "eval/generation/generator.py": {"denoisers", "schema", "stock"},
