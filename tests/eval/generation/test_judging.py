@@ -53,4 +53,4 @@ def test_pictures_are_judged_by_what_they_show(sees):
 
     distance = KernelDistance(features(reproduced(vae, pixels_of(real)) / 2 + 0.5))
     expected = distance(features(pictures), np.vstack([np.ones(3), resamples(3)]))
-    np.testing.assert_allclose(found["distance"], expected, atol=2e-4)
+    np.testing.assert_allclose(found["distance"], expected, atol=5e-3)  # theirs are rounded to 8 bits
