@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
+import tests.helpers.checker  # noqa: F401  before what it checks
 from goca_guidance import GoCASCFGPipeline
 from tests.helpers.tiny import tiny_components
 

@@ -162,16 +162,16 @@ def test_no_other_segmentor_can_be_chosen():
         SCFGConfig(segmentor="another")
 
 
-def test_a_rule_of_ones_own(monkeypatch):
+def test_a_rule_of_ones_own():
     """It is given the difference, the regions and the scale of each step, and its rate guides."""
     seen, twice = [], lambda delta, *others: torch.full_like(delta[:, :1], 2.0)
-    pipe, init = guided(stock_pipeline("sd")), GuidedCall.__init__
+    pipe = guided(stock_pipeline("sd"))
 
     def rule(delta, regions, scale, config):
         seen.append((delta.shape, regions.masks.shape[-2:], scale, config))
         return twice(delta)
 
-    monkeypatch.setattr(GuidedCall, "__init__", lambda self, *args, **kwargs: init(self, *args, **kwargs, rule=rule))
+    pipe.guidance_rule = rule
     output = run(pipe, "sd", scfg=SCFGConfig(), output_regions=True)
     assert seen == [((1, 4, 16, 16), (16, 16), 5.0, SCFGConfig())] * 2
     assert (output.guidance_maps == 10.0).all()
