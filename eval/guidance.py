@@ -12,7 +12,8 @@ divided by their mean (`SCFGConfig.equal_mean`), and guided by regions early or 
 Pictures are also begun from noised scenes, with three quarters of the steps to go: there the scene's own layout can be the
 regions ("layout"), which says whether rates by regions can help the model at all.
 
-What is measured is kept cell by cell: a killed start goes on. The coarse scales of every method come first.
+What is measured is kept cell by cell: a killed start goes on, and a cell that fails is told and left for the next. The coarse
+scales of every method come first.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from eval.common.files import file_digest, writable, write_json
+from eval.common.files import file_digest, some, writable, write_json
 from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
 from eval.common.provenance import command, commit, versions, weights_digest
@@ -54,9 +55,9 @@ class Measurement:
         batch: pictures in a call.
     """
 
-    images: int = 200
+    images: int = 256
     steps: int = 25
-    batch: int = 200
+    batch: int = 64
 
 
 def cells() -> list[Cell]:
@@ -80,21 +81,35 @@ def measure(model: str, share: int, chosen: Measurement, device: str) -> None:
         raise ValueError(
             f"Expected {model} at {share} % of its training, but it is not there: train it, or name another."
         )
-    path = writable(RUNS / f"{model}-{share}.npz")
+    kept = Kept(writable(RUNS / f"{model}-{share}.npz"), settings_of(model, share, folder, chosen, device))
     known = MODELS[model]
-    kept = Kept(path, settings_of(model, share, folder, chosen, device))
     scenes = scenes_of_several("test", chosen.images, known.home)
+    real = scenes_of_several("validation", REFERENCE, known.home)
+    torch.set_float32_matmul_precision("high")  # as convolutions are computed
     drawing = Drawing(folder, scenes, chosen.steps, chosen.batch, device, known.arguments)
-    judge = Judge(drawing.pipe.vae, [*scenes_of_several("validation", REFERENCE, known.home).values()], device)
+    judge = Judge(drawing.pipe.vae, [*real.values()], device)
     if not kept.of("scenes"):
         kept.add("scenes", judge(drawing.reproduced, [*scenes.values()]))
-    waiting = [cell for cell in cells() if not kept.of(cell.name)]
-    for cell in tqdm(waiting, desc=f"{model} {share} %", unit="cell"):
-        pictures, rates = drawing(METHODS[cell.method], cell.scale, cell.start)
-        found = {name: values.cpu().numpy() for name, values in rates.items()}
-        kept.add(cell.name, judge(pictures, [*scenes.values()]) | found)
+    failed = fill(kept, drawing, judge)
+    if failed:
+        last = [*failed.values()][-1]
+        raise RuntimeError(f"Expected every cell of {model}, but {some(failed)} failed; the last one: {last}")
+
+
+def fill(kept: Kept, drawing: Drawing, judge: Judge) -> dict[str, str]:
+    """What is not kept yet, and the pairs; returns why some cells failed."""
+    failed: dict[str, str] = {}
+    for cell in tqdm([cell for cell in cells() if not kept.of(cell.name)], desc=kept.path.stem, unit="cell"):
+        try:
+            pictures, rates = drawing(METHODS[cell.method], cell.scale, cell.start)
+            found = {name: values.cpu().numpy() for name, values in rates.items()}
+            kept.add(cell.name, judge(pictures, [*drawing.scenes.values()]) | found)
+        except (RuntimeError, ValueError) as error:
+            failed[cell.name] = str(error)
+            tqdm.write(f"{cell.name}: {error}")
         if not kept.of("pairs") and all(kept.of(Cell("noise", name, SCALE).name) for name in ("cfg", "goca")):
             draw_pairs(drawing, kept)
+    return failed
 
 
 def settings_of(model: str, share: int, folder: Path, chosen: Measurement, device: str) -> dict:

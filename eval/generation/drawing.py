@@ -14,8 +14,8 @@ from torch import Tensor
 
 from eval.common.load import load_pipeline
 from eval.common.processes import seed_of, slices
-from eval.generation.classifier import masks_of, pixels_of, reproduced
-from eval.scenes.scene import CLASSES, OBJECTS, Scene, scene
+from eval.generation.classifier import drawn, masks_of, pixels_of, reproduced
+from eval.scenes.scene import CLASSES, OBJECTS, Scene
 from goca_guidance import GoCASCFGPipeline, GoCASCFGPipelineOutput, Regions, SCFGConfig
 from goca_guidance.denoisers.adapters import denoiser_of, family_of
 from goca_guidance.method.scfg import rate_map, weighted_mean
@@ -113,13 +113,12 @@ def _mean_in(values: Float[Tensor, "b 1 H W"], mask: Tensor) -> Float[Tensor, " 
 def scenes_of_several(split: str, count: int, size: int) -> dict[str, Scene]:
     """The first scenes of a split with two or three objects, by id."""
     found: dict[str, Scene] = {}
-    number = 0
+    start = 0
     while len(found) < count:
-        drawn = scene(split, number, size)
-        if len(drawn.objects) > 1:
-            found[f"{number:06d}"] = drawn
-        number += 1
-    return found
+        scenes = drawn(split, [(number, "plain") for number in range(start, start + count)], size)
+        found |= {f"{start + place:06d}": each for place, each in enumerate(scenes) if len(each.objects) > 1}
+        start += count
+    return dict([*found.items()][:count])
 
 
 def layout_of(masks: Int[Tensor, "n H W"], size: tuple[int, int]) -> Regions:

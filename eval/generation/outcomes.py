@@ -56,7 +56,7 @@ class Kept:
         """Keep arrays under a name, and write the file."""
         self.arrays |= {f"{name}/{key}": np.asarray(value) for key, value in arrays.items()}
         with replacing(self.path) as part, part.open("wb") as file:
-            np.savez_compressed(file, **self.arrays)
+            np.savez(file, **self.arrays)
 
     def of(self, name: str) -> dict[str, np.ndarray]:
         """The arrays under a name; none where it is not there."""

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from eval import guidance
@@ -66,6 +67,19 @@ def test_it_goes_on_where_it_was_killed_and_is_written(here, monkeypatch):
     assert fields <= {*next(row for row in result["rows"] if row["method"] == "goca")}
     for name in ("guidance.png", "guidance-tiny-sd.png"):
         assert Image.open(here / "docs" / name).width > 500
+
+
+def test_a_cell_that_fails_is_left_for_the_next_start(here, monkeypatch):
+    def broken(self, method, scale, start="noise"):
+        if start == "scene":
+            raise RuntimeError("out of memory")
+        return torch.full((2, 3, 64, 64), 0.5), {}
+
+    monkeypatch.setattr(Drawing, "__call__", broken)
+    monkeypatch.setattr(guidance, "draw_pairs", lambda *args: None)
+    with pytest.raises(RuntimeError, match="scene/layout/3 failed; the last one: out of memory"):
+        guidance.main(ASKED)
+    assert Kept(here / "runs" / "guidance" / "tiny-sd-100.npz").cells() == CELLS[:2]
 
 
 def test_what_is_not_there(here):
