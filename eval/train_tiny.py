@@ -1,15 +1,15 @@
 """Train the tiny models on synthetic scenes, from the stock component classes.
 
     python -m eval.train_tiny vae            # AutoencoderKL, 64 px to 16 x 16 x 4, which the others share
-    python -m eval.train_tiny tiny-sd        # U-Net, CLIP
+    python -m eval.train_tiny tiny-unet      # U-Net, CLIP
     python -m eval.train_tiny tiny-pixart    # DiT, T5
     python -m eval.train_tiny tiny-flux      # MMDiT, T5 and CLIP, flow matching
-    python -m eval.train_tiny tiny-sd --ship # the finished weights to where they are used from, with samples
+    python -m eval.train_tiny tiny-unet --ship  # the finished weights to where they are used from, with samples
 
 Each goes on from its last checkpoint when it is started again, bit for bit: what a step draws depends on the seed and the
 step's number alone. After 10, 25, 50 and 100 per cent of the steps the averaged weights are kept as a folder that the model's
-stock pipeline loads, checkpoints/MODEL/PERCENT beside --run. A GPU is used where there is one (an H100 trains the three in ten
-minutes, two CPU cores in days).
+stock pipeline loads, checkpoints/MODEL/PERCENT beside --run; another round begins with such a folder (--begin). A GPU is used
+where there is one.
 """
 
 import shutil
@@ -95,6 +95,10 @@ def train(args) -> None:
     set_seed(args.seed)
     spec = SPECS[args.model]
     learner = spec.learner().to(memory_format=torch.channels_last)
+    if args.begin:
+        parts = spec.pipeline.from_pretrained(args.begin).components
+        for name, part in learner.named_children():
+            part.load_state_dict(parts[name].state_dict())
     keep = args.run.parent / "checkpoints" / args.model
     stage = Stage(
         args.run / args.model,
@@ -196,7 +200,7 @@ def samples(place: Path, spec: Spec, seed: int) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 def settings_of(args, defaults: dict) -> dict:
     """What the weights depend on."""
-    named = ("model", "scenes", "steps", "batch", "seed", "mixed_precision")
+    named = ("model", "begin", "scenes", "steps", "batch", "seed", "mixed_precision")
     return {**defaults, **{name: getattr(args, name) for name in named}}
 
 
@@ -208,6 +212,8 @@ def check(args) -> None:
         raise ValueError(
             f"Expected an autoencoder in {args.run / 'vae' / 'weights'}, but there is none: train vae first."
         )
+    if args.begin and not (Path(args.begin) / "model_index.json").is_file():
+        raise ValueError(f"Expected the folder of a model to --begin with, but got {args.begin}.")
     writable((SPECS[args.model].place if args.ship else args.run) / "part")
 
 
@@ -218,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--run", type=Path, default=Path("runs/training"), help="folder of scenes, checkpoints and logs"
     )
+    parser.add_argument("--begin", help="folder of the same model, whose weights the training begins with")
     parser.add_argument("--scenes", type=at_least(8), default=50_000, help="training scenes of each size")
     parser.add_argument("--steps", type=at_least(1), help="optimiser steps in all; default: the model's own")
     parser.add_argument("--batch", type=at_least(4), help="samples a step; default: the model's own")

@@ -12,7 +12,7 @@ from goca_guidance import TINY_SD
 FOLDER = Path(__file__).parent / "models"
 CHECKPOINTS = Path("runs/checkpoints")
 SHIPPED = 100
-SHARES = (10, 25, 50, SHIPPED)  # of the training, in percent
+SHARES = (6, 16, 32, 65, SHIPPED)  # of the pictures that a training saw, in percent
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class TrainedModel:
 
 T5 = {"max_sequence_length": 64}
 MODELS = {
-    "tiny-sd": TrainedModel(Path(TINY_SD), 64, (64, 128)),
+    "tiny-sd": TrainedModel(Path(TINY_SD), 64, (64,)),
+    "tiny-unet": TrainedModel(FOLDER / "tiny-unet", 64, (64, 128)),
     "tiny-pixart": TrainedModel(FOLDER / "tiny-pixart", 64, (64, 128), T5),
     "tiny-flux": TrainedModel(FOLDER / "tiny-flux", 128, (128,), T5),
 }

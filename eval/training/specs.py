@@ -1,6 +1,6 @@
 """The three models that are trained here, each from stock component classes: what is built, on which pictures, by which loss.
 
-tiny-sd        UNet2DConditionModel, CLIP                  epsilon prediction
+tiny-unet      UNet2DConditionModel, CLIP                  epsilon prediction
 tiny-pixart    PixArtTransformer2DModel, T5                epsilon prediction
 tiny-flux      FluxTransformer2DModel, T5 and CLIP         flow matching
 
@@ -32,7 +32,6 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from eval.scenes.tokenizers import caption_words, clip_tokenizer, t5_tokenizer
-from goca_guidance import TINY_SD
 
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -266,8 +265,8 @@ def _ddim() -> DDIMScheduler:
 
 
 SPECS = {
-    "tiny-sd": Spec(
-        StableDiffusion, StableDiffusionPipeline, _ddim, (64, 128), 3000, 512, Path(TINY_SD), {"guidance_scale": 5.0}
+    "tiny-unet": Spec(
+        StableDiffusion, StableDiffusionPipeline, _ddim, (64, 128), 3000, 512, OTHERS / "tiny-unet", {"guidance_scale": 5.0}
     ),
     "tiny-pixart": Spec(
         PixArt, PixArtSigmaPipeline, _ddim, (64, 128), 3000, 512, OTHERS / "tiny-pixart",

@@ -93,10 +93,12 @@ def test_every_program_has_a_usage(name, capsys):
         ("savings --model nowhere", "nowhere"),
         ("report", "in the repository's root"),
         (
-            "train_tiny tiny-sd --run folder",
+            "train_tiny tiny-unet --run folder",
             "an autoencoder in folder/vae/weights, but there is none: train vae first",
         ),
         ("train_tiny tiny-flux --ship --run folder/run", "a finished model in folder/checkpoints/tiny-flux/100"),
+        ("train_tiny tiny-unet --begin nowhere --run folder/run", "there is none: train vae first"),
+        ("train_tiny vae --begin nowhere", "the folder of a model to --begin with, but got nowhere"),
         ("train_tiny vae --ship", "each model's folder holds"),
         ("train_tiny vae --run file", "file is a file"),
         ("train_tiny vae --every 0", "--every: expected a whole number of at least 1"),

@@ -15,7 +15,7 @@ from eval.training.specs import SPECS
 from tests.helpers.tiny import tiny_components
 
 
-class Small(SPECS["tiny-sd"].learner):
+class Small(SPECS["tiny-unet"].learner):
     """The spec's learner with the smallest U-Net that has its attention."""
 
     def __init__(self):
@@ -33,8 +33,8 @@ def small_autoencoder():
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """`train(run, stage, *more)`: the program with small networks, in a folder of the test."""
-    spec = replace(SPECS["tiny-sd"], learner=Small, sizes=(64, 128), place=tmp_path / "shipped")
-    monkeypatch.setitem(SPECS, "tiny-sd", spec)
+    spec = replace(SPECS["tiny-unet"], learner=Small, sizes=(64, 128), place=tmp_path / "shipped")
+    monkeypatch.setitem(SPECS, "tiny-unet", spec)
     monkeypatch.setattr(train_tiny, "autoencoder", small_autoencoder)
 
     def run(folder, model, *more):
@@ -48,7 +48,7 @@ def train(tmp_path, monkeypatch):
 def test_training_resumes_exactly_and_ships(train, tmp_path, monkeypatch):
     """A run killed after its first checkpoint and started again ends with the very weights of an unbroken one."""
     save = stage.Stage.save
-    for model in ("vae", "tiny-sd"):
+    for model in ("vae", "tiny-unet"):
         train("whole", model)
         with monkeypatch.context() as killed:
             killed.setattr(stage.Stage, "save", lambda self: (save(self), 1 / 0))
@@ -56,26 +56,26 @@ def test_training_resumes_exactly_and_ships(train, tmp_path, monkeypatch):
                 train("killed", model)
         train("killed", model)
     whole, resumed = (
-        load_file(tmp_path / run / "training" / "tiny-sd" / "checkpoint" / "model.safetensors")
+        load_file(tmp_path / run / "training" / "tiny-unet" / "checkpoint" / "model.safetensors")
         for run in ("whole", "killed")
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    rows = (tmp_path / "killed" / "training" / "tiny-sd" / "log.csv").read_text().splitlines()
+    rows = (tmp_path / "killed" / "training" / "tiny-unet" / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "2", "4"]
-    kept = sorted(path.name for path in (tmp_path / "whole" / "checkpoints" / "tiny-sd").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "whole" / "checkpoints" / "tiny-unet").iterdir())
     assert kept == ["100", "25", "50"]  # ten per cent of four steps are the twenty-fifth's
     (tmp_path / "shipped").mkdir()
     (tmp_path / "shipped" / "README.md").write_text("written by hand")
     monkeypatch.setattr(train_tiny, "samples", lambda place, spec, seed: None)
-    train("whole", "tiny-sd", "--ship")
+    train("whole", "tiny-unet", "--ship")
     assert DiffusionPipeline.from_pretrained(tmp_path / "shipped").unet.dtype == torch.float32
     assert (tmp_path / "shipped" / "README.md").read_text() == "written by hand"
     assert not list(tmp_path.rglob(".part-*"))
     with pytest.raises(ValueError, match="to be of this training, but it has seed 0, not 1: name another --run"):
-        train("whole", "tiny-sd", "--seed", "1")
-    (tmp_path / "whole" / "training" / "tiny-sd" / "checkpoint" / "model.safetensors").write_bytes(b"half")
+        train("whole", "tiny-unet", "--seed", "1")
+    (tmp_path / "whole" / "training" / "tiny-unet" / "checkpoint" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"Expected a whole checkpoint in .*checkpoint, but got .*: remove it"):
-        train("whole", "tiny-sd")
+        train("whole", "tiny-unet")
 
 
 @pytest.mark.parametrize("name", SPECS)
