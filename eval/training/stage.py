@@ -55,6 +55,7 @@ class Stage:
     ):
         self.folder, self.settings, self.every, self.keep, self.step = folder, settings, every, keep, 0
         self._claim()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass failed on an MMDiT (PyTorch 2.11, H200)
         uncached = AutocastKwargs(cache_enabled=False)  # a graph that is captured must cast the weights at each replay
         self.accelerator = Accelerator(mixed_precision=settings["mixed_precision"], kwargs_handlers=[uncached])
         self.device = self.accelerator.device
