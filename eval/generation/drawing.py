@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,7 +133,10 @@ def layout_of(masks: Int[Tensor, "n H W"], size: tuple[int, int]) -> Regions:
 def beginning_late(scheduler: Any, strength: float) -> Any:
     """The same schedule without its first steps, as image-to-image pipelines run it."""
 
-    class Late(type(scheduler)):
+    kind = type(scheduler)
+
+    class Late(kind):
+        @wraps(kind.set_timesteps)  # pipelines look which arguments there are
         def set_timesteps(self, *args, **kwargs):
             super().set_timesteps(*args, **kwargs)
             begin = len(self.timesteps) - round(strength * len(self.timesteps))

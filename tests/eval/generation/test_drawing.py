@@ -1,8 +1,10 @@
 """Pictures of the same noise or the same noised scenes, against the stock pipelines; the rules that guide them, by hand."""
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from eval.common.processes import seed_of
 from eval.generation import drawing
@@ -41,6 +43,22 @@ def test_begun_from_scenes_it_is_the_stock_image_to_image_pipelines(drawn):
     expected = stock(StableDiffusionImg2ImgPipeline, drawn, image=drawn.encoded, strength=drawing.STRENGTH)
     torch.testing.assert_close(pictures, expected, atol=1e-4, rtol=0)
     assert (pictures - drawn.reproduced).abs().mean() < (drawn(METHODS["cfg"], 3.0)[0] - drawn.reproduced).abs().mean()
+
+
+def test_a_late_schedule_of_flow_matching_is_the_end_of_the_whole():
+    """The arguments are still seen, and its steps are those of the whole one."""
+    whole = FlowMatchEulerDiscreteScheduler()
+    late = drawing.beginning_late(whole, 0.75)
+    sigmas = np.linspace(1, 0.125, 8)
+    for scheduler in (whole, late):
+        timesteps, steps = retrieve_timesteps(scheduler, 8, "cpu", sigmas=sigmas)
+        assert steps == len(timesteps)
+    assert torch.equal(late.timesteps, whole.timesteps[2:])
+    assert torch.equal(late.sigmas, whole.sigmas[2:])
+    sample, prediction = torch.ones(1, 2), torch.tensor([[1.0, -2.0]])
+    for t in late.timesteps:
+        sample = late.step(prediction, t, sample).prev_sample
+    torch.testing.assert_close(sample, 1 - 0.75 * prediction)
 
 
 def test_methods_differ_and_tell_their_rates(drawn):
