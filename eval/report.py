@@ -20,6 +20,7 @@ from eval.common.programs import command_line
 from eval.common.programs import run as run_program
 from eval.common.tables import markdown
 from eval.cost.growth import growth
+from eval.generation.guidance_tables import guidance_table
 from eval.generation.scales import by_scale, trade_off
 from eval.segment.papers import beside_papers
 from eval.segment.power import by_checkpoint, by_level, power
@@ -52,6 +53,7 @@ def of_result(show, *parts: str):
 TABLES = {
     "results": of_result(markdown),
     "scales": of_result(by_scale),
+    "guidance": of_result(guidance_table),
     "levels": of_result(by_level),
     "checkpoints": of_result(by_checkpoint, "rows", "quality"),
     "papers": lambda results, *wanted: beside_papers(results),
