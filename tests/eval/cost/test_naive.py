@@ -23,7 +23,8 @@ def compare(name, config):
 @pytest.mark.parametrize("heads", [None, "contribution"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fast_equals_naive(name, heads):
-    compare(name, GoCAConfig(heads=heads))
+    """Refined twice: PixArt's five times leave the naive form too few digits of float32."""
+    compare(name, GoCAConfig(heads=heads, refine_order=2))
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
