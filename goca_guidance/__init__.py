@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from goca_guidance.config import CRF as CRF
 from goca_guidance.config import Background as Background
 from goca_guidance.config import GoCAConfig as GoCAConfig
 from goca_guidance.config import SCFGConfig as SCFGConfig
@@ -26,6 +27,7 @@ TINY_SD = str(Path(__file__).parent / "models" / "tiny-sd")
 """Folder of the embedded model, a tiny Stable Diffusion trained on synthetic scenes; see its README.md."""
 
 __all__ = [
+    "CRF",
     "TINY_SD",
     "Background",
     "GoCAConfig",

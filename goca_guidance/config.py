@@ -167,6 +167,26 @@ class Background:
 
 @checked
 @dataclass(frozen=True)
+class CRF:
+    """Constants of a fully connected CRF (Krähenbühl and Koltun, NIPS 2011, equation 3), by the paper's symbols.
+
+    Args:
+        w1, theta_alpha, theta_beta: weight of the bilateral kernel; its standard deviation in pixels of a picture of 500 on
+            the longer side, as Pascal VOC's are (of others in proportion), and in grey levels (0 to 255) of each colour.
+        w2, theta_gamma: weight of the spatial kernel; its standard deviation in pixels.
+        iterations: of mean-field.
+    """
+
+    w1: Annotated[float, at_least(0)] = 4.0
+    theta_alpha: Positive = 67.0
+    theta_beta: Positive = 3.0
+    w2: Annotated[float, at_least(0)] = 3.0
+    theta_gamma: Positive = 1.0
+    iterations: Annotated[int, at_least(0)] = 10
+
+
+@checked
+@dataclass(frozen=True)
 class LayerPreset:
     """Which layers of a denoiser GoCA reads (method, presets), by full module name.
 

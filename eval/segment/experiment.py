@@ -17,9 +17,8 @@ from eval.prompts.phrases import aliases_of
 from eval.prompts.prompt_file import Written
 from eval.prompts.sources import Captions, Source, Tags, Vocabulary, read_captions, release
 from eval.prompts.tagger import Tagger
-from eval.segment.crf import CRF
 from eval.segment.methods import METHODS, BackgroundRule, Method
-from goca_guidance import TINY_SD, GoCAConfig
+from goca_guidance import CRF, TINY_SD, GoCAConfig
 from goca_guidance.schema import FILLED, Count, at_least, checked
 
 

@@ -7,9 +7,10 @@ from PIL import Image
 from torch import Tensor
 
 from eval.datasets.folders import VOID
-from eval.segment import crf
 from eval.segment.matching import match
 from eval.segment.methods import BackgroundRule, Scores
+from goca_guidance import CRF
+from goca_guidance.method.crf import labels_by_crf
 from goca_guidance.method.maps import min_max, resize
 
 
@@ -47,7 +48,7 @@ def crf_label_maps(
     rule: BackgroundRule | None,
     background: int | None,
     picture: Image.Image,
-    parameters: crf.CRF | None = None,
+    parameters: CRF,
 ) -> Int[Tensor, "v H W"]:
     """Label maps by a dense CRF on the picture, one for each value of the rule (one in all without a rule)."""
     size = picture.height, picture.width
@@ -80,6 +81,4 @@ def _class_scores(scores, size, stretched=False) -> Float[Tensor, "k Y X"]:
 
 
 def _by_crf(scores, labels, picture, parameters):
-    shares = scores.clamp(min=1e-5)
-    found = crf.refine((shares / shares.sum(0)).cpu().numpy(), np.asarray(picture), parameters)
-    return labels[torch.from_numpy(np.ascontiguousarray(found)).argmax(0)]
+    return labels[labels_by_crf(scores, torch.from_numpy(np.array(picture)), parameters)]

@@ -22,8 +22,7 @@ from torch import Tensor
 from eval.common.processes import slices
 from eval.prompts.sources import Entity, Prompt
 from eval.segment.baselines import FTTM, DiffSegmenter
-from eval.segment.crf import CRF
-from goca_guidance import Background, GoCAConfig, GoCASCFGPipeline
+from goca_guidance import CRF, Background, GoCAConfig, GoCASCFGPipeline
 from goca_guidance.schema import FILLED, checked
 
 

@@ -33,7 +33,7 @@ CHUNK = 32  # images whose counts are kept together
 RUNS = Path("runs/segmentation")
 MODULES = ("goca_guidance", "eval.datasets", "eval.prompts", "eval.scenes.scene", "eval.common.load", "eval.common.processes",
            "eval.segment.running", "eval.segment.experiment", "eval.segment.methods", "eval.segment.baselines",
-           "eval.segment.label_maps", "eval.segment.crf", "eval.segment.matching", "eval.segment.confusion")  # fmt: skip
+           "eval.segment.label_maps", "eval.segment.matching", "eval.segment.confusion")  # fmt: skip
 """What counts depend on."""
 
 

@@ -7,14 +7,17 @@ from itertools import product
 from typing import Any, get_type_hints
 from unicodedata import category
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
-from goca_guidance.config import Background, GoCAConfig
+from goca_guidance.config import CRF, Background, GoCAConfig
 from goca_guidance.denoisers.layouts import class_layout, class_prompt
 from goca_guidance.hooks.observer import check_seen
+from goca_guidance.method.crf import labels_by_crf
 from goca_guidance.method.maps import resize
 from goca_guidance.method.records import AttentionRecord
 from goca_guidance.method.segmentor import GoCASegmentor, ScoringSegmentor
@@ -31,7 +34,7 @@ class Segmentation:
     `classes`: the names, one tuple of them for each image where the call named them so; "background" is the last one where
     a background rule was given.
     `entities` b e H W: scores of the background entities, or the one that they share (`Background.merged`). `sizes`: height
-    and width of each image.
+    and width of each image. `crf` moves the label maps' borders to those of the `pictures`, which are RGB.
     """
 
     scores: Float[Tensor, "b k H W"]
@@ -39,6 +42,8 @@ class Segmentation:
     sizes: tuple[tuple[int, int], ...]
     background: Background | None
     entities: Float[Tensor, "b e H W"]
+    pictures: tuple[Image.Image, ...] = ()
+    crf: CRF | None = None
 
     def __post_init__(self):
         read("background", self.background, Background | None)
@@ -47,21 +52,27 @@ class Segmentation:
                 "Expected a `background` without entities, because none were segmented, but got "
                 f"{', '.join(self.background.entities)}: segment again, with `background`."
             )
+        if self.crf is not None and len(self.pictures) != len(self.sizes):
+            raise ValueError(f"Expected {len(self.sizes)} pictures beside a `crf`, but got {len(self.pictures)}.")
 
     @cached_property
     def label_maps(self) -> list[Int[Tensor, "_ _"]]:
         """One H W int64 tensor for each image, at that image's own size, on the CPU: an index into its classes.
 
-        Made when first asked for. `dataclasses.replace(segmentation, background=...)` applies another rule.
+        Made when first asked for. `dataclasses.replace(segmentation, background=..., crf=...)` applies others.
         """
         pairs = zip(self.scores.split(1), self.entities.split(1), strict=True)
         shared = not isinstance(self.classes[0], tuple)
         names = [self.classes] * len(self.sizes) if shared else self.classes
         counts = [len(of_image) - (self.background is not None) for of_image in names]
-        return [
-            _labels(scores[:, :count], entities, self.background, size)
+        every = [
+            _with_background(scores[:, :count], entities, self.background, size)
             for (scores, entities), count, size in zip(pairs, counts, self.sizes, strict=True)
         ]
+        if self.crf is None:
+            return [scores.argmax(0).cpu() for scores in every]
+        pictures = [torch.from_numpy(np.array(picture)) for picture in self.pictures]
+        return [labels_by_crf(*pair, self.crf) for pair in zip(every, pictures, strict=True)]
 
 
 @torch.no_grad()
@@ -81,6 +92,7 @@ def segment(
     width: Count | None = None,
     goca: GoCAConfig | None = None,
     segmentor: Callable[..., ScoringSegmentor] = GoCASegmentor,
+    crf: CRF | None = None,
     **arguments,
 ) -> Segmentation:
     """Segment real images by class names (GoCA, arXiv 2603.06178): noise at `timestep`, one forward, regions, argmax.
@@ -103,6 +115,8 @@ def segment(
         height, width: size that the image is resized to for the model, in pixels; None is the model's native size.
         goca: how attention becomes maps.
         segmentor: what makes the maps, a [`~goca_guidance.method.segmentor.ScoringSegmentor`].
+        crf: constants of a fully connected CRF on the picture, which moves borders to the picture's own (ours; the paper has
+            none); `CRF()` are those of FTTM and GoCA's re-implementation of it. On the CPU.
         arguments: further ones of the stock pipeline's call that matter to a forward, such as `max_sequence_length` (Flux
             reads 512 text tokens by default, mostly padding).
 
@@ -134,7 +148,8 @@ def segment(
     named = tuple((*names, *last) for names in each)
     sizes = tuple(picture.size[::-1] for picture in noisy.pictures)
     entity_scores, scores = scores.tensor_split([scores.shape[1] - max(map(len, each))], 1)
-    return Segmentation(scores, named[0] if shared else named, sizes, rule, entity_scores)
+    pictures = tuple(noisy.pictures)
+    return Segmentation(scores, named[0] if shared else named, sizes, rule, entity_scores, pictures, crf)
 
 
 # ---- input -----------------------------------------------------------------------------------------------------------
@@ -201,8 +216,8 @@ class ClassForwards(Forwards):
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
-def _labels(scores, entities, rule, size) -> Int[Tensor, "H W"]:
-    """Argmax at the image's size, on the CPU: the scores are resized, never the labels."""
+def _with_background(scores, entities, rule, size) -> Float[Tensor, "k H W"]:
+    """Scores at the image's size, the background's last: they are resized, never the labels."""
     scores = resize(scores, size)
     if rule is not None:
         if rule.entities:
@@ -211,4 +226,4 @@ def _labels(scores, entities, rule, size) -> Int[Tensor, "H W"]:
         else:
             background = torch.full_like(scores[:, :1], rule.threshold)
         scores = torch.cat([scores, background], 1)
-    return scores.argmax(1)[0].cpu()
+    return scores[0]

@@ -8,10 +8,9 @@ import torch
 
 from eval.datasets.benchmarks import DATASETS, Benchmark, present
 from eval.datasets.protocols import PROTOCOLS
-from eval.segment.crf import CRF
 from eval.segment.experiment import Experiment, images_of, method_of, rule_of, source_of
 from eval.segment.methods import METHODS, BackgroundRule, labels_asked
-from goca_guidance import TINY_SD, GoCAConfig
+from goca_guidance import CRF, TINY_SD, GoCAConfig
 from tests.helpers.places import ROOT
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from eval.segment.confusion import cells_of, cells_of_values
 from eval.segment.label_maps import best_classes, crf_label_maps, label_maps, matched_label_maps
 from eval.segment.methods import BackgroundRule, Scores
+from goca_guidance import CRF
 
 
 G = torch.Generator().manual_seed(0)
@@ -62,7 +63,7 @@ def test_a_crf_follows_the_picture():
     picture[:, 12:] = 255
     maps = torch.full((2, 24, 24), 0.3)
     maps[0, :, :14] = maps[1, :, 14:] = 0.7
-    (labels,) = crf_label_maps(Scores(maps, (1, 2), torch.zeros(24, 24)), None, None, Image.fromarray(picture))
+    (labels,) = crf_label_maps(Scores(maps, (1, 2), torch.zeros(24, 24)), None, None, Image.fromarray(picture), CRF())
     assert (labels[:, :12] == 1).float().mean() > 0.95
     assert (labels[:, 12:] == 2).float().mean() > 0.95
 
@@ -89,10 +90,10 @@ def test_all_values_are_counted_as_their_label_maps_are(kind):
 def test_a_crf_sees_the_background_of_each_value():
     picture = Image.fromarray(np.zeros((12, 12, 3), np.uint8))
     scores = Scores(torch.full((1, 12, 12), 0.5), (3,), torch.zeros(12, 12))
-    low, high = crf_label_maps(scores, BackgroundRule("constant", (0.1, 0.9)), 0, picture)
+    low, high = crf_label_maps(scores, BackgroundRule("constant", (0.1, 0.9)), 0, picture, CRF())
     assert (low == 3).all()
     assert (high == 0).all()
-    assert crf_label_maps(Scores(), BackgroundRule("constant", (0.1, 0.9)), 0, picture).shape == (2, 12, 12)
+    assert crf_label_maps(Scores(), BackgroundRule("constant", (0.1, 0.9)), 0, picture, CRF()).shape == (2, 12, 12)
 
 
 @pytest.mark.parametrize(
