@@ -2,6 +2,7 @@
 
     python -m eval.proof choices        # timestep, layers by hand, background offset, on validation: results/choices.json
     python -m eval.proof                # mIoU of every method on every level, on test: the rows of results/proof.json
+    python -m eval.proof defaults       # what the papers leave open, and what we add: results/defaults.json
     python -m eval.proof quality        # how well each checkpoint draws: its "quality"
 
 Over many processes on CPUs: `torchrun --nproc-per-node 2 -m eval.proof`. The models are those of eval.scenes.models: at the
@@ -30,10 +31,11 @@ from eval.scenes.levels import LEVELS
 from eval.scenes.models import MODELS, SHARES, SHIPPED, checkpoint
 from eval.segment.level_choices import choose, methods_of
 from eval.segment.level_counts import LevelRun, loaded, measure, unknown
+from eval.segment.level_defaults import defaults as candidates_of
 from eval.segment.level_rows import BASE, rows_of
 
 
-CHOICES = Path("results/choices.json")
+CHOICES, DEFAULTS = Path("results/choices.json"), Path("results/defaults.json")
 PLACE = ("model", "checkpoint", "level", "method")
 Folders = dict[tuple[str, int], Path]  # by model and share of its training
 
@@ -120,6 +122,19 @@ def runs_of(folders: Folders, levels: Sequence[str] | None, images: int | None) 
     ]
 
 
+# ---- defaults --------------------------------------------------------------------------------------------------------
+def defaults(args: Namespace, state: PartialState) -> None:
+    """Candidates of each model, with the weights that are shipped; those of other models stay. One process measures."""
+    folders = folders_of(args.models, [SHIPPED])
+    if state.is_main_process:
+        rows = [row for row in _rows(DEFAULTS) if (row["model"], SHIPPED) not in folders]
+        for (model, _), folder in folders.items():
+            timestep = chosen(model)["timestep"]
+            rows += candidates_of(model, folder, loaded(folder, args.device or state.device), timestep)
+        write_json(DEFAULTS, made() | {"rows": rows})
+        print(markdown(rows, ["model", "level", "split", "method", "base", "miou", "difference", "low", "high"]))
+
+
 # ---- quality ---------------------------------------------------------------------------------------------------------
 def quality(args: Namespace, state: PartialState) -> None:
     """Draw what is missing, the processes sharing batches; one of them judges."""
@@ -198,7 +213,7 @@ def _rows(path: Path) -> list[dict]:
     return _content(path).get("rows", [])
 
 
-PARTS = {"choices": choices, "segmentation": segmentation, "quality": quality}
+PARTS = {"choices": choices, "defaults": defaults, "segmentation": segmentation, "quality": quality}
 
 
 if __name__ == "__main__":

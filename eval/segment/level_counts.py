@@ -16,7 +16,7 @@ from eval.scenes.levels import LEVELS, VOID, question, without_borders
 from eval.scenes.models import MODELS, longest_text
 from eval.segment.confusion import Counts, as_tensor, cells_of, joined
 from eval.segment.together import labelled, segment_together
-from goca_guidance import GoCAConfig, GoCASCFGPipeline
+from goca_guidance import CRF, GoCAConfig, GoCASCFGPipeline
 
 
 CHUNK = 30  # images whose counts are kept together
@@ -30,10 +30,11 @@ MODULES = ("goca_guidance", "eval.scenes.scene", "eval.scenes.levels", "eval.sce
 
 @dataclass(frozen=True)
 class LevelMethod:
-    """A row of the comparison: how attention becomes maps, and what the background's words are raised by ("unnamed")."""
+    """A row of the comparison: how attention becomes maps, what the background's words are raised by, and a CRF."""
 
     config: GoCAConfig
     offset: float = 0.0
+    crf: CRF | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _cells(run, pipe, methods, batch, start) -> dict[str, list[np.ndarray]]:
         method: [
             np.concatenate([_of_value(value, start + place, labels, mask, level) for value, mask in enumerate(both)])
             for place, (labels, both) in enumerate(
-                zip(labelled(found[row.config], level.classes, row.offset), masks, strict=True)
+                zip(labelled(found[row.config], level.classes, row.offset, row.crf), masks, strict=True)
             )
         ]
         for method, row in run.methods.items()

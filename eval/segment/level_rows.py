@@ -56,6 +56,16 @@ def rows_of(run: LevelRun, share: int) -> list[dict]:
     return rows
 
 
+def compared(run: LevelRun, method: str, base: str) -> dict:
+    """mIoU of all classes of one method of a measured run, and how far it is from another's."""
+    names, classes = [str(index) for index in range(run.images)], len(LEVELS[run.level].classes)
+    ours, theirs = (by_image(run.counts(name), run.value, classes, names) for name in (method, base))
+    (found, *_), (known, *_) = (means(rows.sum(0).reshape(classes, classes)) for rows in (ours, theirs))
+    (low, *_), (high, *_) = bootstrap(ours, theirs)
+    numbers = {"miou": found, "difference": found - known, "low": low, "high": high}
+    return {name: round(float(number), 4) for name, number in numbers.items()}
+
+
 def miou(run: LevelRun, method: str) -> float:
     """mIoU of all classes of a measured run."""
     classes = len(LEVELS[run.level].classes)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from goca_guidance import Background, GoCAConfig, GoCASCFGPipeline, Segmentation
+from goca_guidance import CRF, Background, GoCAConfig, GoCASCFGPipeline, Segmentation
 from goca_guidance.config import LayerPreset
 from goca_guidance.method.aggregation import Aggregation
 from goca_guidance.method.records import AttentionRecord, TokenLayout
@@ -123,12 +123,13 @@ def segment_together(
 
 
 def labelled(
-    segmentation: Segmentation, classes: tuple[str, ...], offset: float | None = None
+    segmentation: Segmentation, classes: tuple[str, ...], offset: float | None = None, crf: CRF | None = None
 ) -> list[Int[Tensor, "H W"]]:
     """Label maps as indices into some classes, which have the segmentation's names and its background's.
 
-    `offset`: of the background, where there is one; None leaves the segmentation's.
+    `offset`: of the background, where there is one; None leaves the segmentation's. `crf`: behind the scores.
     """
+    segmentation = replace(segmentation, crf=crf)
     if offset is not None and segmentation.background is not None:
         segmentation = replace(segmentation, background=replace(segmentation.background, offset=offset))
     asked = [torch.tensor([classes.index(name) for name in names]) for names in segmentation.classes]

@@ -11,7 +11,7 @@ from eval import proof
 from eval.generation import checkpoint_quality
 from eval.generation.checkpoint_quality import Drawing, draw, held_out_loss, judged_size
 from eval.scenes import models
-from eval.segment import level_choices
+from eval.segment import level_choices, level_defaults
 from goca_guidance import TINY_SD
 
 
@@ -50,6 +50,27 @@ def test_choices_then_rows_and_what_stays(tmp_path):
     proof.main(arguments)
     assert [row["checkpoint"] for row in content()["rows"]] == [100] * 12 + [10] * 12
     assert absent not in content()["rows"]
+
+
+def test_candidates_are_chosen_on_validation_and_confirmed_on_test(monkeypatch):
+    monkeypatch.setattr(proof, "chosen", lambda model: {"timestep": 50})
+    monkeypatch.setattr(level_defaults, "IMAGES", {"validation": 2, "test": 3})
+    monkeypatch.setattr(level_defaults, "LEVELS", ("plain",))
+    names = {"CRF of 10 grey levels (ours)", "refined 0 times"}
+    monkeypatch.setattr(
+        level_defaults, "CANDIDATES", {name: each for name, each in level_defaults.CANDIDATES.items() if name in names}
+    )
+    proof.main(["defaults", "--models", "tiny-sd"])
+    rows = content("results/defaults.json")["rows"]
+    validation = [row for row in rows if row["split"] == "validation"]
+    assert [row["method"] for row in validation] == list(level_defaults.CANDIDATES)
+    assert {(row["images"], row["base"]) for row in validation} == {(2, "all")}
+    ahead = {(row["level"], row["method"]) for row in validation if row["difference"] > 0}
+    tested = [row for row in rows if row["split"] == "test"]
+    assert {(row["level"], row["method"]) for row in tested} == ahead
+    assert all(row["images"] == 3 and row["low"] <= row["difference"] <= row["high"] for row in tested)
+    proof.main(["defaults", "--models", "tiny-sd"])
+    assert content("results/defaults.json")["rows"] == rows
 
 
 @pytest.mark.parametrize(
