@@ -19,10 +19,10 @@ class PixArtFamily(Family):
 
     @cached_property
     def preset(self) -> LayerPreset:
-        """The papers' for 28 layers, else the generic one, refined as often."""
+        """The papers' for 28 layers, else the generic one."""
         text = self._text_layers()
         if len(text) != 28:
-            return replace(self._generic_preset(), order=5)
+            return self._generic_preset()
         beside = self_attention_beside(text)
         return LayerPreset(text, beside, text[13], beside[10:18], order=5)
 

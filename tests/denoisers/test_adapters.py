@@ -291,10 +291,6 @@ def test_generic_preset_refines_on_the_finest_grid_and_compares_on_half_the_late
     assert (preset.order, preset.timestep, preset.row_normalise) == (1, 50, True)
 
 
-def test_a_small_pixart_is_refined_as_often_as_the_papers():
-    assert family_in(stock_pipeline("pixart-sigma")).preset.order == EXPECTED["pixart"]["order"] == 5
-
-
 @pytest.mark.parametrize(
     ("levels", "reference"),
     [

@@ -84,11 +84,8 @@ def test_sampled_rows_are_near_all_rows_and_the_same_at_every_call(name):
 
 # ---- working_size ----------------------------------------------------------------------------------------------------
 def both(step: Step, side: int, working, **options) -> tuple[GoCASegmentor, NaiveSegmentor]:
-    """Ours at a working size, and the naive form, told which grid each layer's becomes.
-
-    Refined twice, whatever the preset says: five times leave the naive form too few digits of float32.
-    """
-    config = GoCAConfig(working_size=side, **{"refine_order": 2} | options)
+    """Ours at a working size, and the naive form, told which grid each layer's becomes."""
+    config = GoCAConfig(working_size=side, **options)
     naive = step.naive(config)
     naive.working = working
     return step.ours(config), naive

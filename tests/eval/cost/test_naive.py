@@ -23,8 +23,7 @@ def compare(name, config):
 @pytest.mark.parametrize("heads", [None, "contribution"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fast_equals_naive(name, heads):
-    """Refined twice: PixArt's five times leave the naive form too few digits of float32."""
-    compare(name, GoCAConfig(heads=heads, refine_order=2))
+    compare(name, GoCAConfig(heads=heads))
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
