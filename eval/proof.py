@@ -1,9 +1,10 @@
-"""Whether segmentation grows with the generative model: three trained models, four checkpoints, eight levels of scenes.
+"""Whether segmentation grows with the generative model: trained models, their checkpoints, eight levels of scenes.
 
     python -m eval.proof choices        # timestep, layers by hand, background offset, on validation: results/choices.json
     python -m eval.proof                # mIoU of every method on every level, on test: the rows of results/proof.json
     python -m eval.proof defaults       # what the papers leave open, and what we add: results/defaults.json
-    python -m eval.proof quality        # how well each checkpoint draws: its "quality"
+    python -m eval.proof loss           # of every checkpoint on validation scenes: its "quality"
+    python -m eval.proof pictures       # how well each checkpoint draws: the same
 
 Over many processes on CPUs: `torchrun --nproc-per-node 2 -m eval.proof`. The models are those of eval.scenes.models: at the
 end of their training they are in the repository, earlier checkpoints in runs/checkpoints/MODEL/PERCENT, where their training
@@ -14,28 +15,31 @@ Counts are kept under runs/proof/ chunk by chunk, pictures batch by batch: a kil
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
+from tqdm.auto import tqdm
 
 from eval.common.files import expecting, writable, write_json
 from eval.common.processes import processes, progress, share
 from eval.common.programs import at_least, command_line
 from eval.common.programs import run as run_program
-from eval.common.provenance import PACKAGES, command, commit, versions, weights_digest
+from eval.common.provenance import PACKAGES, command, commit, versions
 from eval.common.tables import markdown
 from eval.generation.checkpoint_quality import Drawing, Judges, draw, generator_of, held_out_loss
 from eval.scenes.levels import LEVELS
-from eval.scenes.models import MODELS, SHARES, SHIPPED, checkpoint
+from eval.scenes.models import MODELS, SHARES, SHIPPED, checkpoint, weights_of
 from eval.segment.level_choices import choose, methods_of
 from eval.segment.level_counts import LevelRun, loaded, measure, unknown
 from eval.segment.level_defaults import defaults as candidates_of
 from eval.segment.level_rows import BASE, rows_of
+from eval.training.specs import SPECS
 
 
 CHOICES, DEFAULTS = Path("results/choices.json"), Path("results/defaults.json")
+IMAGES, EARLIER = 100, 60  # test scenes of a level at the end of a training, and before
 PLACE = ("model", "checkpoint", "level", "method")
 Folders = dict[tuple[str, int], Path]  # by model and share of its training
 
@@ -48,7 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoints", nargs="+", type=int, help="percent of the training; all that are there by default"
     )
-    parser.add_argument("--images", type=at_least(2), help="test scenes of a level (120), or captions (200)")
+    parser.add_argument(
+        "--images",
+        type=at_least(2),
+        help=f"test scenes of a level ({IMAGES}, {EARLIER} early on), or captions",
+    )
     parser.add_argument("--device", help="cpu or cuda; the accelerator by default, if there is one")
     parser.add_argument("--result", type=Path, default=Path("results/proof.json"))
     args = parser.parse_args(arguments)
@@ -56,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     PARTS[args.what](args, processes())
 
 
-def folders_of(models: Sequence[str] | None, checkpoints: Sequence[int] | None = None) -> Folders:
-    """The checkpoints that are there, the shipped ones first; ValueError where one that was named is not, or none is."""
-    asked = [(name, each) for each in sorted(checkpoints or SHARES, reverse=True) for name in models or MODELS]
+def folders_of(models: Collection[str] | None, checkpoints: Sequence[int] | None = None) -> Folders:
+    """The checkpoints that are there; ValueError where one that was named is not, or none is."""
+    asked = [(name, each) for name in models or MODELS for each in checkpoints or SHARES[::-1]]
     found = {place: folder for place in asked if (folder := checkpoint(*place)) is not None}
     needed = [place for place in asked if place[1] in (checkpoints or [SHIPPED])] if models else asked[:0]
     missing = [f"{name} at {each} %" for name, each in needed if (name, each) not in found]
@@ -89,7 +97,7 @@ def choices(args: Namespace, state: PartialState) -> None:
 def chosen(model: str) -> dict:
     """What was chosen for a model; ValueError where that was not with the weights that are shipped."""
     rows, folder = {row["model"]: row for row in _rows(CHOICES)}, checkpoint(model)
-    if folder is not None and rows.get(model, {}).get("weights") == weights_digest(str(folder)):
+    if folder is not None and rows.get(model, {}).get("weights") == weights_of(folder):
         return rows[model]
     came = "those of other weights" if model in rows else "none"
     raise ValueError(
@@ -113,13 +121,16 @@ def segmentation(args: Namespace, state: PartialState) -> None:
 
 def runs_of(folders: Folders, levels: Sequence[str] | None, images: int | None) -> list[tuple[int, LevelRun]]:
     """Every level of every checkpoint, with the share of the training; a level that a model does not know, only if named."""
+    if strange := [level for level in levels or () if level not in LEVELS]:
+        raise ValueError(f"Expected levels among {', '.join(LEVELS)}, but got {strange[0]!r}.")
     rules = {model: chosen(model) for model, _ in folders}
-    size = {} if images is None else {"images": images}
-    return [
-        (each, LevelRun(model, folder, level, methods_of(rules[model]), timestep=rules[model]["timestep"], **size))
-        for (model, each), folder in folders.items()
-        for level in levels or [name for name in LEVELS if not unknown(model, folder, name)]
-    ]
+    found = []
+    for (model, each), folder in folders.items():
+        methods, timestep = methods_of(rules[model]), rules[model]["timestep"]
+        for level in levels or [name for name in LEVELS if not unknown(model, name)]:
+            size = images or (IMAGES if each == SHIPPED else EARLIER)
+            found.append((each, LevelRun(model, folder, level, methods, images=size, timestep=timestep)))
+    return found
 
 
 # ---- defaults --------------------------------------------------------------------------------------------------------
@@ -136,7 +147,18 @@ def defaults(args: Namespace, state: PartialState) -> None:
 
 
 # ---- quality ---------------------------------------------------------------------------------------------------------
-def quality(args: Namespace, state: PartialState) -> None:
+def loss(args: Namespace, state: PartialState) -> None:
+    """The training's loss on validation scenes, of every checkpoint."""
+    rows = []
+    if state.is_main_process:
+        for (model, each), folder in folders_of(args.models or SPECS, args.checkpoints).items():
+            pipe = generator_of(folder, args.device or state.device)
+            rows.append({**_checkpoint(model, each, folder), "loss": held_out_loss(model, pipe)})
+            tqdm.write(f"{model} {each} %: {rows[-1]['loss']}")
+        write_json(args.result, result_with(args.result, quality=rows))
+
+
+def pictures(args: Namespace, state: PartialState) -> None:
     """Draw what is missing, the processes sharing batches; one of them judges."""
     size, device = {} if args.images is None else {"captions": args.images}, args.device or state.device
     drawings = {
@@ -148,11 +170,14 @@ def quality(args: Namespace, state: PartialState) -> None:
     if state.is_main_process:
         judge, rows = Judges(state), []
         for (model, each), drawing in drawings.items():
-            facts = {"model": model, "checkpoint": each, "captions": drawing.captions, "scale": drawing.scale}
-            loss = held_out_loss(drawing, generator_of(drawing.folder, device))
-            rows.append(facts | {"weights": weights_digest(str(drawing.folder)), "loss": loss} | judge(drawing))
+            facts = {"captions": drawing.captions, "scale": drawing.scale, "steps": drawing.steps}
+            rows.append({**_checkpoint(model, each, drawing.folder), **facts, **judge(drawing)})
         write_json(args.result, result_with(args.result, quality=rows))
         print(markdown(rows))
+
+
+def _checkpoint(model, share, folder):
+    return {"model": model, "checkpoint": share, "weights": weights_of(folder)}
 
 
 # ---- work and results ------------------------------------------------------------------------------------------------
@@ -174,15 +199,16 @@ def made() -> dict:
 
 
 def result_with(path: Path, **tables: list[dict]) -> dict:
-    """The result with some tables measured anew; what was not measured now stays, unless it is of weights that are gone.
+    """The result with some tables measured anew; what was not measured now stays, unless it is of other weights.
 
     How the rows were made stands on top, how the quality was in `quality_made`.
     """
     found = {"rows": [], "quality": []} | _content(path)
     for name, rows in tables.items():
-        measured = set(map(_place, rows))
-        kept = [row for row in found[name] if _place(row) not in measured and _stands(row)]
-        found[name] = sorted([*kept, *rows], key=_order)
+        kept = {_place(row): row for row in found[name] if _stands(row)}
+        for row in rows:
+            kept[_place(row)] = (kept.get(_place(row), {}) if name == "quality" else {}) | row
+        found[name] = sorted(kept.values(), key=_order)
     how = made()
     return found | (how if "rows" in tables else {}) | ({"quality_made": how} if "quality" in tables else {})
 
@@ -194,7 +220,7 @@ def _place(row: dict) -> tuple:
 def _stands(row: dict) -> bool:
     """Whether a row is of the weights that are there, or nothing is there that could be measured again."""
     folder = checkpoint(row["model"], row["checkpoint"]) if row["model"] in MODELS else None
-    return folder is None or row["weights"] == weights_digest(str(folder))
+    return folder is None or row["weights"] == weights_of(folder)
 
 
 def _order(row):
@@ -213,7 +239,7 @@ def _rows(path: Path) -> list[dict]:
     return _content(path).get("rows", [])
 
 
-PARTS = {"choices": choices, "defaults": defaults, "segmentation": segmentation, "quality": quality}
+PARTS = {"choices": choices, "defaults": defaults, "segmentation": segmentation, "loss": loss, "pictures": pictures}
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from eval.common.files import intact, replacing
 from eval.common.intervals import interval, resamples
 from eval.common.load import load_pipeline
 from eval.common.processes import seed_of, slices
-from eval.common.provenance import digest_of, weights_digest
+from eval.common.provenance import digest_of
 from eval.generation.captions import scenes_captions
 from eval.generation.classifier import classifier, shown
 from eval.generation.metrics import accuracy, objects_named, tidy
-from eval.scenes.models import MODELS
+from eval.scenes.models import MODELS, weights_of
 from eval.scenes.scene import scene
 from eval.training.data import learned_scene, pixels
 from eval.training.specs import SPECS
@@ -29,10 +29,10 @@ from goca_guidance import GoCASCFGPipeline
 from goca_guidance.stock import exact_arguments, guidance_arguments
 
 
-BATCH = 50  # captions in a call
+BATCH = 25  # captions in a call
 SIDE = 64  # pixels, as the judges know pictures
 REAL = 1000  # validation scenes that the pictures are compared with
-HELD_OUT = 512  # validation scenes of the loss
+HELD_OUT = 256  # validation scenes of the loss
 RUNS = Path("runs/proof/pictures")
 
 
@@ -50,9 +50,9 @@ class Drawing:
 
     model: str
     folder: Path
-    captions: int = 200
+    captions: int = 50
     scale: float = 5.0
-    steps: int = 25
+    steps: int = 15
 
     @property
     def batches(self) -> list[Mapping[str, str]]:
@@ -62,7 +62,7 @@ class Drawing:
 
     def path(self, batch: Mapping[str, str]) -> Path:
         """Where the pictures of a batch are kept."""
-        facts = {"captions": dict(batch), "weights": weights_digest(str(self.folder)), "model": self.model}
+        facts = {"captions": dict(batch), "weights": weights_of(self.folder), "model": self.model}
         return RUNS / f"{digest_of(**facts, scale=self.scale, steps=self.steps)}.npz"
 
     def kept(self, batch: Mapping[str, str]) -> np.ndarray | None:
@@ -108,14 +108,14 @@ def judged_size(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(picture).resize((SIDE, SIDE), Image.BOX)
 
 
-def held_out_loss(drawing: Drawing, pipe: GoCASCFGPipeline, scenes: int = HELD_OUT) -> float:
+def held_out_loss(model: str, pipe: GoCASCFGPipeline) -> float:
     """The training's loss, no caption dropped, on validation scenes; times are spread evenly, the noise is fixed."""
-    learner, device = SPECS[drawing.model].learner(), pipe.device
+    learner, device = SPECS[model].learner(), pipe.device
     for name, part in learner.named_children():
         part.load_state_dict(getattr(pipe, name).state_dict())
     learner.to(device).eval()
-    side, found, generator = MODELS[drawing.model].home, [], torch.Generator().manual_seed(0)
-    for numbers in slices(range(scenes), 64):
+    side, found, generator = MODELS[model].home, [], torch.Generator().manual_seed(0)
+    for numbers in slices(range(HELD_OUT), 64):
         images, captions = zip(*(learned_scene("validation", side, number) for number in numbers), strict=True)
         with torch.no_grad():
             encoded = pipe.vae.encode(pixels(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)).to(device))

@@ -3,9 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from eval.common.files import file_digest
+from eval.common.provenance import digest_of
 from goca_guidance import TINY_SD
 
 
@@ -57,6 +60,13 @@ def checkpoint(name: str, share: int = SHIPPED) -> Path | None:
             "remove the folder."
         )
     return folder
+
+
+@cache
+def weights_of(folder: Path) -> str:
+    """Digest of a pipeline's parts, whatever lies beside them."""
+    files = sorted(path for path in folder.glob("*/*") if path.is_file())
+    return digest_of(parts={str(path.relative_to(folder)): file_digest(path) for path in files})
 
 
 def _missing(folder: Path) -> str:

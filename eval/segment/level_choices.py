@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eval.common.provenance import weights_digest
+from eval.scenes.models import weights_of
 from eval.segment.level_counts import LevelMethod, LevelRun, measure
 from eval.segment.level_rows import miou
 from goca_guidance import GoCAConfig, GoCASCFGPipeline
 from goca_guidance.denoisers.adapters import denoiser_of, family_of
 
 
-IMAGES = 60  # validation scenes
-TIMESTEPS = (50, 100, 150, 200)
+IMAGES = 50  # validation scenes
+TIMESTEPS = (50, 100, 200, 300)
 OFFSETS = tuple(round(0.1 * step, 1) for step in range(-4, 5))
 PARTS = {  # rows of the paper's ablation; Flux's preset has uniform heads, as released, so heads are named
     "vanilla": GoCAConfig.vanilla(),
@@ -41,7 +41,7 @@ def choose(model: str, folder: Path, pipe: GoCASCFGPipeline, images: int | None 
     validation = replace(validation, timestep=timestep)
     layers, trail = _layers(validation, pipe, preset.text)
     choice = {
-        "model": model, "weights": weights_digest(str(folder)), "timestep": timestep, "layers": layers, "offsets": {},
+        "model": model, "weights": weights_of(folder), "timestep": timestep, "layers": layers, "offsets": {},
         "preset_heads": preset.heads,
     }  # fmt: skip
     choice["offsets"], offsets = _offsets(replace(validation, level="unnamed"), pipe, methods_of(choice))

@@ -11,15 +11,15 @@ import torch
 from eval.common.files import expecting, intact
 from eval.common.load import load_pipeline
 from eval.common.processes import seed_of, slices
-from eval.common.provenance import fingerprint, weights_digest
+from eval.common.provenance import fingerprint
 from eval.scenes.levels import LEVELS, VOID, question, without_borders
-from eval.scenes.models import MODELS, longest_text
+from eval.scenes.models import MODELS, longest_text, weights_of
 from eval.segment.confusion import Counts, as_tensor, cells_of, joined
-from eval.segment.together import labelled, segment_together
+from eval.segment.together import joined_prompts, labelled, segment_together
 from goca_guidance import CRF, GoCAConfig, GoCASCFGPipeline
 
 
-CHUNK = 30  # images whose counts are kept together
+CHUNK = 20  # images whose counts are kept together
 BATCH = {"cpu": 10}  # images in a forward; on other devices a chunk
 RUNS = Path("runs/proof")
 MODULES = ("goca_guidance", "eval.scenes.scene", "eval.scenes.levels", "eval.scenes.models", "eval.common.load",
@@ -55,13 +55,13 @@ class LevelRun:
     level: str
     methods: Mapping[str, LevelMethod] = field(hash=False)
     split: str = "test"
-    images: int = 120
+    images: int = 100
     timestep: int | None = None
 
     def __post_init__(self):
         if self.level not in LEVELS:
             raise ValueError(f"Expected levels among {', '.join(LEVELS)}, but got {self.level!r}.")
-        if reason := unknown(self.model, self.folder, self.level):
+        if reason := unknown(self.model, self.level):
             raise ValueError(
                 f"Expected levels that {self.model} knows, but got {self.level!r}, {reason}: leave the level out."
             )
@@ -70,6 +70,11 @@ class LevelRun:
     def side(self) -> int:
         """Of its pictures, in pixels."""
         return MODELS[self.model].home * LEVELS[self.level].enlarged
+
+    @property
+    def prompts(self) -> int:
+        """In so many are the names given, because the text encoder reads no more of them in one."""
+        return -(-LEVELS[self.level].tokens // longest_text(self.folder))
 
     @property
     def chunks(self) -> list[Sequence[int]]:
@@ -85,7 +90,7 @@ class LevelRun:
         """Where the counts of a method on a chunk are kept; a level and its interior share them."""
         asked = asdict(replace(LEVELS[self.level], says="", interior=False))
         digest = fingerprint(
-            *MODULES, level=asked, model=self.model, weights=weights_digest(str(self.folder)), split=self.split,
+            *MODULES, level=asked, model=self.model, weights=weights_of(self.folder), split=self.split,
             timestep=self.timestep, method=asdict(self.methods[method]),
         )  # fmt: skip
         return RUNS / digest / f"{chunk[0]}-{chunk[-1]}.npz"
@@ -103,13 +108,11 @@ class LevelRun:
         return joined([Counts.load(self.path(method, chunk)) for chunk in self.chunks])
 
 
-def unknown(model: str, folder: Path, level: str) -> str:
+def unknown(model: str, level: str) -> str:
     """Why a model cannot be asked at a level; "" where it can."""
     side, sides = MODELS[model].home * LEVELS[level].enlarged, MODELS[model].sides
     if side not in sides:
         return f"whose pictures have {side} pixels on a side, and it was trained on {' and '.join(map(str, sides))}"
-    if LEVELS[level].tokens > (tokens := longest_text(folder)):
-        return f"whose prompts have {LEVELS[level].tokens} tokens, and it reads {tokens}"
     return ""
 
 
@@ -136,18 +139,24 @@ def _cells(run, pipe, methods, batch, start) -> dict[str, list[np.ndarray]]:
     """Cells of each image of a batch, the first of which has the number `start`: of all pixels, and of those inside."""
     level = replace(LEVELS[run.level], interior=False)
     asked = [question(level, run.split, index, MODELS[run.model].home) for index in batch]
-    found = segment_together(
-        pipe,
-        [each.image for each in asked],
-        [each.names for each in asked],
-        list(dict.fromkeys(run.methods[method].config for method in methods)),
-        asked[0].words,
-        timestep=run.timestep,
-        generator=[torch.Generator().manual_seed(seed_of(0, f"{run.split} {index}")) for index in batch],
-        height=run.side,
-        width=run.side,
-        **MODELS[run.model].arguments,
-    )
+    configs = list(dict.fromkeys(run.methods[method].config for method in methods))
+    parts = []
+    for prompt in range(run.prompts):
+        parts.append(
+            segment_together(
+                pipe,
+                [each.image for each in asked],
+                [each.names[prompt :: run.prompts] for each in asked],
+                configs,
+                asked[0].words,
+                timestep=run.timestep,
+                generator=[torch.Generator().manual_seed(seed_of(0, f"{run.split} {index}")) for index in batch],
+                height=run.side,
+                width=run.side,
+                **MODELS[run.model].arguments,
+            )
+        )
+    found = {config: joined_prompts([part[config] for part in parts]) for config in configs}
     masks = [(each.mask, without_borders(each.mask)) for each in asked]
     return {
         method: [

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from eval.common.provenance import weights_digest
+from eval.scenes.models import weights_of
 from eval.segment.level_counts import LevelMethod, LevelRun, measure, unknown
 from eval.segment.level_rows import compared
 from goca_guidance import CRF, GoCAConfig, GoCASCFGPipeline
@@ -38,7 +38,7 @@ def defaults(model: str, folder: Path, pipe: GoCASCFGPipeline, timestep: int) ->
     """Rows of each candidate on each level: of validation scenes, and, where it was ahead, of test scenes."""
     rows = []
     for level in LEVELS:
-        if not unknown(model, folder, level):
+        if not unknown(model, level):
             run = LevelRun(model, folder, level, {}, "validation", timestep=timestep)
             found = _measured(run, pipe, CANDIDATES)
             ahead = [row["method"] for row in found if row["difference"] > 0]
@@ -53,7 +53,7 @@ def _measured(run: LevelRun, pipe: GoCASCFGPipeline, names: Collection[str]) -> 
     for chunk in run.chunks:
         measure(run, pipe, chunk)
     place = {"model": run.model, "level": run.level, "split": run.split}
-    facts = {"images": run.images, "weights": weights_digest(str(run.folder))}
+    facts = {"images": run.images, "weights": weights_of(run.folder)}
     return [
         {**place, "method": name, "base": base, **facts, **compared(run, name, base)}
         for name, (base, _) in chosen.items()

@@ -5,8 +5,8 @@ from scipy.sparse import csr_array
 
 from eval.common.intervals import resamples
 from eval.common.processes import slices
-from eval.common.provenance import weights_digest
 from eval.scenes.levels import LEVELS
+from eval.scenes.models import weights_of
 from eval.scenes.scene import OBJECTS
 from eval.segment.confusion import by_image, iou
 from eval.segment.level_counts import LevelRun
@@ -42,7 +42,7 @@ def rows_of(run: LevelRun, share: int) -> list[dict]:
     counted = {method: by_image(run.counts(method), run.value, classes, names) for method in run.methods}
     found = {method: means(rows.sum(0).reshape(classes, classes)) for method, rows in counted.items()}
     place = {"model": run.model, "checkpoint": share, "level": run.level}
-    facts = {"images": run.images, "weights": weights_digest(str(run.folder))}
+    facts = {"images": run.images, "weights": weights_of(run.folder)}
     rows = []
     for method, values in found.items():
         row = {**place, "method": method, **facts, **dict(zip(PARTS, values.round(4).tolist(), strict=True))}

@@ -12,7 +12,7 @@ from eval.common.tables import markdown
 
 
 SHOWN = {"vanilla": "vanilla", "all": "GoCA"}  # of the methods, in the figure
-POWER = "objects_shown"  # of the quality's numbers, in the figure
+POWER = "loss"  # of the quality's numbers, in the figure
 
 
 def by_level(rows: Sequence[dict], wanted: Sequence[str]) -> str:
@@ -38,6 +38,17 @@ def cell(row: dict, number: str) -> str:
     return f"{row[number]:.3f}<br>{gap}"
 
 
+def by_timestep(rows: Sequence[dict], wanted: Sequence[str] = ()) -> str:
+    """A line for each model, a column for each timestep that was tried: mIoU of vanilla and GoCA on validation scenes."""
+    lines = []
+    for row in rows:
+        tried = {
+            f"t = {t}": "{vanilla:.3f} / {all:.3f}".format(**found) for t, found in row["tried"]["timestep"].items()
+        }
+        lines.append({"model": row["model"], **tried, "chosen": row["timestep"]})
+    return markdown(lines)
+
+
 def by_checkpoint(rows: Sequence[dict], quality: Sequence[dict], wanted: Sequence[str] = ()) -> str:
     """A line for each model and share of its training: mIoU of vanilla and GoCA, meaned over levels, and how well it draws."""
     frame = _means(rows, quality)
@@ -55,12 +66,13 @@ def _means(rows, quality) -> pd.DataFrame:
     means = means.assign(lead=means["GoCA"] - means["vanilla"]).reset_index()
     if not quality:
         return means
-    numbers = pd.DataFrame(quality).drop(columns=["weights", "captions", "scale"])
+    others = ["weights", "captions", "scale", "steps"]
+    numbers = pd.DataFrame(quality).drop(columns=others, errors="ignore")
     return means.merge(numbers, "left", place)
 
 
 def power(result: dict, path: Path) -> None:
-    """mIoU, meaned over levels, against how many of the named objects a checkpoint draws; a panel for each model.
+    """mIoU, meaned over levels, against the loss on held-out scenes, less of it to the right; a panel for each model.
 
     Against the share of the training where no quality was measured.
     """
@@ -84,6 +96,8 @@ def panel(axes: Axes, part: pd.DataFrame) -> None:
         axes.plot(x, part[name], "o-", color=colour, label=name)
     for place, share, height in zip(x, part["checkpoint"], part["GoCA"], strict=True):
         axes.annotate(f"{share} %", (place, height), (0, 7), textcoords="offset points", fontsize=8, ha="center")
-    axes.set_xlabel("named objects that its pictures show" if measured else "share of the training, %")
+    axes.set_xlabel("held-out loss (less is better)" if measured else "share of the training, %")
+    if measured:
+        axes.invert_xaxis()
     axes.grid(alpha=0.3)
     axes.margins(0.12)

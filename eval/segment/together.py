@@ -1,6 +1,6 @@
 """Several configurations of GoCA that read one forward of the network, and share what they have in common of its attention."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -120,6 +120,17 @@ def segment_together(
         config: replace(first, scores=scores[:, entities:], entities=scores[:, :entities])
         for config, scores in found.items()
     }
+
+
+def joined_prompts(parts: Sequence[Segmentation]) -> Segmentation:
+    """One segmentation of the same images by several prompts, each with as many names for all images."""
+    first, *others = parts
+    if not others:
+        return first
+    classes = tuple(
+        tuple(name for names in each for name in names) for each in zip(*(p.classes for p in parts), strict=True)
+    )
+    return replace(first, scores=torch.cat([part.scores for part in parts], 1), classes=classes)
 
 
 def labelled(

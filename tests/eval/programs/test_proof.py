@@ -9,8 +9,9 @@ import pytest
 
 from eval import proof
 from eval.generation import checkpoint_quality
-from eval.generation.checkpoint_quality import Drawing, draw, held_out_loss, judged_size
+from eval.generation.checkpoint_quality import draw, judged_size
 from eval.scenes import models
+from eval.scenes.models import FOLDER, TrainedModel
 from eval.segment import level_choices, level_defaults
 from goca_guidance import TINY_SD
 
@@ -19,7 +20,6 @@ from goca_guidance import TINY_SD
 def here(tmp_path, monkeypatch, tiny):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setattr(models, "FOLDER", tmp_path)
     monkeypatch.setattr(proof, "loaded", lambda folder, device=None: tiny)
     monkeypatch.setattr(level_choices, "TIMESTEPS", (50,))
     monkeypatch.setattr(level_choices, "IMAGES", 2)
@@ -41,14 +41,14 @@ def test_choices_then_rows_and_what_stays(tmp_path):
     rows = content()["rows"]
     assert len(rows) == 2 * 6
     assert {"command", "commit", "versions", "quality"} <= set(content())
-    absent = {**rows[0], "checkpoint": 10, "weights": "gone"}  # not there: it stays
+    absent = {**rows[0], "checkpoint": 16, "weights": "gone"}  # not there: it stays
     changed = {**rows[0], "level": "crowd", "weights": "other"}  # of other weights than those that are there
     Path("results/proof.json").write_text(json.dumps(content() | {"rows": [absent, changed, *rows]}))
     proof.main([*arguments[:-1]])
     assert content()["rows"] == [*rows, absent]
-    shutil.copytree(TINY_SD, tmp_path / "checkpoints" / "tiny-sd" / "10")
+    shutil.copytree(TINY_SD, tmp_path / "checkpoints" / "tiny-sd" / "16")
     proof.main(arguments)
-    assert [row["checkpoint"] for row in content()["rows"]] == [100] * 12 + [10] * 12
+    assert [row["checkpoint"] for row in content()["rows"]] == [100] * 12 + [16] * 12
     assert absent not in content()["rows"]
 
 
@@ -76,7 +76,7 @@ def test_candidates_are_chosen_on_validation_and_confirmed_on_test(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "huge"], "Expected models among tiny-sd, tiny-pixart, tiny-flux, but got 'huge'"),
+        (["--models", "huge"], "Expected models among tiny-sd, tiny-unet, tiny-pixart, tiny-flux, but got 'huge'"),
         (
             ["--models", "tiny-sd", "--checkpoints", "25"],
             "Expected the weights of tiny-sd at 25 %, but they are not there",
@@ -112,30 +112,27 @@ class FakeJudges:
         return {"objects_shown": np.mean([np.asarray(picture) for picture in drawing.pictures()]).item()}
 
 
-def test_quality_is_drawn_once_and_judged(monkeypatch, tiny):
-    drawn = []
+def test_quality_is_gathered_and_pictures_are_drawn_once(monkeypatch, tmp_path):
+    """Loss and judges' numbers stand in one row."""
+    folder, drawn = tmp_path / "unet", []
+    shutil.copytree(FOLDER / "tiny-unet", folder)
+    monkeypatch.setitem(models.MODELS, "tiny-unet", TrainedModel(folder, 64, (64,)))
     monkeypatch.setattr(checkpoint_quality, "BATCH", 2)
+    monkeypatch.setattr(checkpoint_quality, "HELD_OUT", 8)
     monkeypatch.setattr(proof, "Judges", FakeJudges)
-    monkeypatch.setattr(proof, "generator_of", lambda folder, device=None: tiny)
     monkeypatch.setattr(proof, "draw", lambda *job: drawn.append(job) or draw(*job))
-    monkeypatch.setattr(proof, "held_out_loss", lambda drawing, pipe: held_out_loss(drawing, pipe, 4))
-    monkeypatch.setattr(
-        Drawing,
-        "__init__",
-        lambda self, model, folder, captions: self.__dict__.update(
-            model=model, folder=folder, captions=captions, scale=5.0, steps=2
-        ),
-    )
-    proof.main(["quality", "--models", "tiny-sd", "--images", "3"])
-    first = content()
-    assert first["rows"] == []
-    assert first["quality"][0]["captions"] == 3
-    assert 0 < first["quality"][0]["loss"] < 1
-    assert 0 < first["quality"][0]["objects_shown"] < 255
+    asked = ["--models", "tiny-unet", "--images", "3"]
+    proof.main(["pictures", *asked])
+    proof.main(["loss", *asked])
+    assert content()["rows"] == []
+    (row,) = content()["quality"]
+    assert (row["model"], row["checkpoint"], row["captions"]) == ("tiny-unet", 100, 3)
+    assert 0 < row["objects_shown"] < 255
+    assert 0.02 < row["loss"] < 0.5
     assert len(drawn) == 2
-    proof.main(["quality", "--models", "tiny-sd", "--images", "3"])
+    proof.main(["pictures", *asked])
     assert len(drawn) == 2
-    assert content()["quality"] == first["quality"]
+    assert content()["quality"] == [row]
 
 
 def test_a_large_picture_is_judged_by_its_mean():

@@ -14,7 +14,7 @@ from eval.segment.confusion import Counts, mean_iou, total
 from eval.segment.level_choices import PARTS, choose, methods_of
 from eval.segment.level_counts import LevelMethod, LevelRun, measure
 from eval.segment.level_rows import bootstrap, means, rows_of
-from eval.segment.power import by_checkpoint, by_level, power
+from eval.segment.power import by_checkpoint, by_level, by_timestep, power
 from eval.segment.together import labelled, segment_together
 from goca_guidance import TINY_SD, Background, GoCAConfig
 
@@ -112,6 +112,21 @@ def test_what_a_model_does_not_know_is_refused():
         LevelRun("tiny-flux", FOLDER, "fine", SOME)
 
 
+def test_a_short_text_is_asked_in_several_prompts(tiny):
+    """Every second name each; the pixels' classes are among all names, and the scores those of the prompts."""
+    a_run = measured(run("vocabulary", images=1, methods={"all": METHODS["all"]}), tiny)
+    assert a_run.prompts == 2
+    asked = question(LEVELS["vocabulary"], "test", 0)
+    scores = []
+    for names in (asked.names[::2], asked.names[1::2]):
+        generator = [torch.Generator().manual_seed(level_counts.seed_of(0, "test 0"))]
+        scores.append(tiny.segment(asked.image, names, goca=PARTS["all"], timestep=50, generator=generator).scores)
+    first = torch.nn.functional.interpolate(torch.cat(scores, 1), (64, 64), mode="bilinear").argmax(1)[0]
+    classes = [LEVELS["vocabulary"].classes.index(name) for name in (*asked.names[::2], *asked.names[1::2])]
+    hits = (np.array(classes)[first] == asked.mask).sum()
+    assert abs(np.trace(total(a_run.counts("all"), 1, 24)[0]) - hits) <= 4
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 def test_objects_and_grounds_apart():
     """By hand: object 0 half right (its other half taken for ground 16), ground 16 then of 3 pixels 2 right."""
@@ -180,13 +195,14 @@ def test_tables(tmp_path):
     assert table[2] == "| plain | 0.500 | 0.530<br>+0.030 (+0.015 to +0.060) |"
     assert "+0.010" in by_level(rows_of_two(), ["tiny-sd", "miou", "50"])
     assert by_level(rows_of_two(), ["tiny-flux"]) == "tiny-flux was not measured."
-    quality = [
-        {"model": "tiny-sd", "checkpoint": 100, "captions": 4, "scale": 5.0, "weights": "0", "objects_shown": 0.8}
-    ]
+    quality = [{"model": "tiny-sd", "checkpoint": 100, "captions": 4, "scale": 5.0, "weights": "0", "loss": 0.8}]
     lines = by_checkpoint([*rows_of_two(), {**rows_of_two()[0], "level": "fine"}], quality).splitlines()
-    assert lines[0] == "| model | checkpoint | vanilla | GoCA | lead | objects_shown |"
+    assert lines[0] == "| model | checkpoint | vanilla | GoCA | lead | loss |"
     assert lines[2] == "| tiny-sd | 50 | 0.5 | 0.51 | 0.01 |  |"
     assert lines[3] == "| tiny-sd | 100 | 0.5 | 0.53 | 0.03 | 0.8 |"
+    tried = {"timestep": {"50": {"vanilla": 0.5, "all": 0.6}}}
+    line = by_timestep([{"model": "tiny-sd", "timestep": 50, "tried": tried}]).splitlines()[-1]
+    assert line == "| tiny-sd | 0.500 / 0.600 | 50 |"
     for name, known in {"with.png": quality, "without.png": []}.items():
         power({"rows": rows_of_two(), "quality": known}, tmp_path / name)
         assert Image.open(tmp_path / name).width > 300
