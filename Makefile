@@ -10,7 +10,7 @@ FLOOR := .venv-floor
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/pip install --quiet --no-compile --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed  ## six pictures in demo/, and mIoU of vanilla and GoCA on held-out scenes
@@ -25,7 +25,7 @@ bench: $(VENV)/installed  ## every method on Scenes with the embedded model, and
 	$(RUN)/python -m eval.report
 
 test: check  ## what CI runs, a process a core
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist worksteal
 
 test-floor:  ## the tests with the lowest supported diffusers, in an environment of their own
 	$(PYTHON) -m venv $(FLOOR)
