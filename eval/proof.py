@@ -5,6 +5,7 @@
     python -m eval.proof defaults       # what the papers leave open, and what we add: results/defaults.json
     python -m eval.proof loss           # of every checkpoint on validation scenes: its "quality"
     python -m eval.proof pictures       # how well each checkpoint draws: the same
+    python -m eval.proof show           # regions on the first test scenes: docs/models.png, at the top of the README
 
 Over many processes on CPUs: `torchrun --nproc-per-node 2 -m eval.proof`. The models are those of eval.scenes.models: at the
 end of their training they are in the repository, earlier checkpoints in runs/checkpoints/MODEL/PERCENT, where their training
@@ -34,6 +35,8 @@ from eval.scenes.models import MODELS, SHARES, SHIPPED, checkpoint, weights_of
 from eval.segment.level_choices import choose, methods_of
 from eval.segment.level_counts import LevelRun, loaded, measure, unknown
 from eval.segment.level_defaults import defaults as candidates_of
+from eval.segment.level_picture import SHOWN
+from eval.segment.level_picture import draw as draw_regions
 from eval.segment.level_rows import BASE, rows_of
 from eval.training.specs import SPECS
 
@@ -180,6 +183,15 @@ def _checkpoint(model, share, folder):
     return {"model": model, "checkpoint": share, "weights": weights_of(folder)}
 
 
+# ---- a picture -------------------------------------------------------------------------------------------------------
+def show(args: Namespace, state: PartialState) -> None:
+    """Vanilla and GoCA on the first test scenes, by models as they are shipped."""
+    if state.is_main_process:
+        device = args.device or state.device
+        models = {name: (loaded(MODELS[name].folder, device), chosen(name)["timestep"]) for name in SHOWN}
+        draw_regions(models, Path("docs/models.png"))
+
+
 # ---- work and results ------------------------------------------------------------------------------------------------
 def in_turns(work: Sequence[tuple], load: Callable, do: Callable, state: PartialState) -> None:
     """`do(what, model, part)` for this process's share of (what, part), each with `load(what.folder)`; all wait for all."""
@@ -239,7 +251,8 @@ def _rows(path: Path) -> list[dict]:
     return _content(path).get("rows", [])
 
 
-PARTS = {"choices": choices, "defaults": defaults, "segmentation": segmentation, "loss": loss, "pictures": pictures}
+PARTS = {"choices": choices, "defaults": defaults, "segmentation": segmentation, "loss": loss, "pictures": pictures,
+         "show": show}  # fmt: skip
 
 
 if __name__ == "__main__":
