@@ -36,10 +36,10 @@ from eval.scenes.models import MODELS, SHARES, SHIPPED, checkpoint
 
 
 RUNS = Path("runs/guidance")
-REFERENCE = 1000  # validation scenes from which distances are measured
-SCALES = (3.0, SCALE, 1.5, 5.0, 2.0, 10.0)  # as they are measured
+REFERENCE = 400  # validation scenes from which distances are measured
+SCALES = (SCALE, 7.5, 1.5, 5.0, 2.0, 10.0)  # as they are measured
 COARSE = SCALES[:2]
-BETWEEN = (2.5, 4.0, 6.0, 12.5)  # of cfg alone, beside which others are compared at equal mean
+BETWEEN = (4.0, 12.5)  # of cfg alone, beside which others are compared at equal mean
 WINDOWS = ("goca, late", "goca, early", "goca, conditional foreground, late")
 LAYOUTS = tuple(name for name, method in METHODS.items() if method.layout)
 PLAIN = tuple(name for name in METHODS if name not in WINDOWS + LAYOUTS)
@@ -61,17 +61,18 @@ class Measurement:
 
 
 def cells() -> list[Cell]:
-    """All, the most telling ones first."""
-    coarse = [
-        Cell(start, name, scale)
-        for scale in COARSE
-        for start, names in (("noise", PLAIN + WINDOWS), ("scene", PLAIN + LAYOUTS))
-        for name in names
+    """All, the most telling ones first: every method at one scale, the curve of cfg, the scene's own layout; then the rest."""
+    first, second = COARSE
+    order = [Cell("noise", name, first) for name in PLAIN]
+    order += [Cell("noise", "cfg", scale) for scale in (*SCALES, *BETWEEN)]
+    order += [Cell("scene", name, first) for name in ("cfg", "goca", *LAYOUTS)] + [Cell("scene", "cfg", 5.0)]
+    order += [Cell("noise", name, second) for name in PLAIN] + [Cell("noise", name, first) for name in WINDOWS]
+    order += [Cell("noise", name, scale) for scale in SCALES for name in PLAIN]
+    order += [Cell("scene", name, scale) for scale in SCALES[:4] for name in PLAIN + LAYOUTS]
+    order += [Cell("noise", name, second) for name in WINDOWS] + [
+        Cell("scene", "cfg", scale) for scale in SCALES + BETWEEN
     ]
-    finer = [Cell("noise", name, scale) for scale in SCALES for name in PLAIN]
-    between = [Cell(start, "cfg", scale) for start in ("noise", "scene") for scale in (*SCALES, *BETWEEN)]
-    scene = [Cell("scene", name, scale) for scale in SCALES[2:4] for name in PLAIN + LAYOUTS]
-    return list(dict.fromkeys([*coarse, *finer, *between, *scene]))
+    return list(dict.fromkeys(order))
 
 
 def measure(model: str, share: int, chosen: Measurement, device: str) -> None:

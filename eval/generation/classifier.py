@@ -39,9 +39,9 @@ class ClassifierSettings:
         steps, batch: of the optimiser.
     """
 
-    scenes: int = 30_000
-    steps: int = 3000
-    batch: int = 128
+    scenes: int = 15_000
+    steps: int = 700
+    batch: int = 32
 
 
 class PixelClassifier(torch.nn.Module):

@@ -18,10 +18,10 @@ from eval.generation.painting import paint_regions
 from goca_guidance import Regions
 
 
-SCALE = 7.5  # of the pairs
+SCALE = 3.0  # of the pairs
 PAIRED = ("cfg", "s-cfg", "goca", "goca, conditional foreground", "goca, equal mean")  # methods side by side
 LOOKED_AT = "goca"  # whose regions and guidance are shown
-COUNT = 12  # captions
+COUNT = 8  # captions
 CURVES = {  # methods of the figure by colour; equal mean is dashed
     "cfg": "black", "s-cfg": "C1", "goca": "C0", "goca, conditional foreground": "C2",
 }  # fmt: skip

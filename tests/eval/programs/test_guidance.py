@@ -13,7 +13,7 @@ from eval.generation.outcomes import Cell, Kept
 
 
 ASKED = ["--model", "tiny-sd", "--images", "2", "--steps", "2", "--device", "cpu"]
-CELLS = [Cell("noise", "cfg", 7.5), Cell("noise", "goca", 7.5), Cell("scene", "layout", 3.0)]
+CELLS = [Cell("noise", "cfg", 3.0), Cell("noise", "goca", 3.0), Cell("scene", "layout", 5.0)]
 
 
 class Says:
@@ -54,7 +54,7 @@ def test_it_goes_on_where_it_was_killed_and_is_written(here, monkeypatch):
     path = here / "runs" / "guidance" / "tiny-sd-100.npz"
     assert Kept(path).cells() == CELLS[:2]
     guidance.main(ASKED)
-    assert drawn == [("noise", 7.5), ("noise", 7.5), ("scene", 3.0), ("scene", 3.0)]
+    assert drawn == [("noise", 3.0), ("noise", 3.0), ("scene", 5.0), ("scene", 5.0)]
     with pytest.raises(ValueError, match="move the file away"):
         guidance.main([*ASKED, "--batch", "1"])
     guidance.main([])
@@ -77,7 +77,7 @@ def test_a_cell_that_fails_is_left_for_the_next_start(here, monkeypatch):
 
     monkeypatch.setattr(Drawing, "__call__", broken)
     monkeypatch.setattr(guidance, "draw_pairs", lambda *args: None)
-    with pytest.raises(RuntimeError, match="scene/layout/3 failed; the last one: out of memory"):
+    with pytest.raises(RuntimeError, match="scene/layout/5 failed; the last one: out of memory"):
         guidance.main(ASKED)
     assert Kept(here / "runs" / "guidance" / "tiny-sd-100.npz").cells() == CELLS[:2]
 
@@ -85,8 +85,8 @@ def test_a_cell_that_fails_is_left_for_the_next_start(here, monkeypatch):
 def test_what_is_not_there(here):
     with pytest.raises(ValueError, match="name a --model"):
         guidance.main([])
-    with pytest.raises(ValueError, match=r"tiny-flux at 10 %.*not there"):
-        guidance.main(["--model", "tiny-flux", "--checkpoint", "10"])
+    with pytest.raises(ValueError, match=r"tiny-flux at 6 %.*not there"):
+        guidance.main(["--model", "tiny-flux", "--checkpoint", "6"])
 
 
 def test_every_method_is_measured_and_cfg_beside_each():
