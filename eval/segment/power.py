@@ -72,12 +72,16 @@ def _means(rows, quality) -> pd.DataFrame:
 
 
 def power(result: dict, path: Path) -> None:
-    """mIoU, meaned over levels, against the loss on held-out scenes, less of it to the right; a panel for each model.
+    """mIoU, meaned over levels, against the loss on held-out scenes, less of it to the right; a panel for each model of which
+    several checkpoints were measured.
 
     Against the share of the training where no quality was measured.
     """
     frame = _means(result["rows"], result.get("quality", []))
+    frame = frame[frame.groupby("model")["checkpoint"].transform("nunique") > 1]
     models = frame["model"].unique()
+    if not len(models):
+        return
     figure = Figure(figsize=(4.2 * len(models), 3.8), layout="constrained")
     (row,) = figure.subplots(1, len(models), squeeze=False, sharey=True)
     for axes, model in zip(row, models, strict=True):
