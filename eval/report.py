@@ -2,9 +2,10 @@
 
 `<!-- results: NAME -->` stands for the whole table of results/NAME.json, `<!-- results: NAME column ... -->` for some of its
 columns, `<!-- scales: NAME number ... -->` for methods by guidance scales, `<!-- levels: proof MODEL -->` for methods by
-levels, `<!-- checkpoints: proof -->` for what training does, `<!-- timesteps: choices -->` for what was tried on validation
-scenes, `<!-- papers: mIoU -->` for our segmentation beside the papers'. The plots of docs/ are drawn from the results too, and
-where `make demo` left its pictures, the README's picture is made of them.
+levels, `<!-- candidates: defaults -->` for what the papers leave open, `<!-- checkpoints: proof -->` for what training does,
+`<!-- timesteps: choices -->` for what was tried on validation scenes, `<!-- papers: mIoU -->` for our segmentation beside the
+papers'. The plots of docs/ are drawn from the results too, and where `make demo` left its pictures, the README's picture is
+made of them.
 """
 
 import json
@@ -23,7 +24,7 @@ from eval.cost.growth import growth
 from eval.generation.guidance_tables import guidance_table
 from eval.generation.scales import by_scale, trade_off
 from eval.segment.papers import beside_papers
-from eval.segment.power import by_checkpoint, by_level, by_timestep, power
+from eval.segment.power import by_candidate, by_checkpoint, by_level, by_timestep, power
 
 
 DOCUMENTS = ("README.md", "docs/*.md", "goca_guidance/models/*/README.md")
@@ -55,6 +56,7 @@ TABLES = {
     "scales": of_result(by_scale),
     "guidance": of_result(guidance_table),
     "levels": of_result(by_level),
+    "candidates": of_result(by_candidate),
     "checkpoints": of_result(by_checkpoint, "rows", "quality"),
     "timesteps": of_result(by_timestep),
     "papers": lambda results, *wanted: beside_papers(results),

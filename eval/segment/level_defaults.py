@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from eval.scenes.models import weights_of
 from eval.segment.level_counts import LevelMethod, LevelRun, measure, unknown
 from eval.segment.level_rows import compared
@@ -15,7 +17,7 @@ from goca_guidance import CRF, GoCAConfig, GoCASCFGPipeline
 
 
 IMAGES = {"validation": 100, "test": 120}
-LEVELS = ("plain", "crowd")
+LEVELS = ("plain",)
 ALL = GoCAConfig(heads="contribution")
 BASES = {
     "all": LevelMethod(ALL),
@@ -50,7 +52,7 @@ def _measured(run: LevelRun, pipe: GoCASCFGPipeline, names: Collection[str]) -> 
     chosen = {name: CANDIDATES[name] for name in names}
     methods = {base: BASES[base] for base, _ in chosen.values()} | {name: ours for name, (_, ours) in chosen.items()}
     run = replace(run, images=IMAGES[run.split], methods=methods)
-    for chunk in run.chunks:
+    for chunk in tqdm(run.chunks, desc=f"{run.model}, {run.level}, {run.split}", unit="chunk"):
         measure(run, pipe, chunk)
     place = {"model": run.model, "level": run.level, "split": run.split}
     facts = {"images": run.images, "weights": weights_of(run.folder)}

@@ -49,6 +49,21 @@ def by_timestep(rows: Sequence[dict], wanted: Sequence[str] = ()) -> str:
     return markdown(lines)
 
 
+def by_candidate(rows: Sequence[dict], wanted: Sequence[str] = ()) -> str:
+    """A line for each candidate, a column for each model: how far it is from its base on validation scenes.
+
+    Where it is ahead of it there: on test scenes below, with the 95 % interval. `wanted`: the level ("plain" by default).
+    """
+    level, lines = (*wanted, "plain")[0], {}
+    for row in (row for row in rows if row["level"] == level):
+        line = lines.setdefault(row["method"], {"candidate": row["method"], "base": row["base"]})
+        if row["split"] == "validation":
+            line[row["model"]] = f"{row['difference']:+.3f}"
+        else:
+            line[row["model"]] += "<br>{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**row)
+    return markdown([*lines.values()])
+
+
 def by_checkpoint(rows: Sequence[dict], quality: Sequence[dict], wanted: Sequence[str] = ()) -> str:
     """A line for each model and share of its training: mIoU of vanilla and GoCA, meaned over levels, and how well it draws."""
     frame = _means(rows, quality)

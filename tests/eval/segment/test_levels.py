@@ -14,7 +14,7 @@ from eval.segment.confusion import Counts, mean_iou, total
 from eval.segment.level_choices import PARTS, choose, methods_of
 from eval.segment.level_counts import LevelMethod, LevelRun, measure
 from eval.segment.level_rows import bootstrap, means, rows_of
-from eval.segment.power import by_checkpoint, by_level, by_timestep, power
+from eval.segment.power import by_candidate, by_checkpoint, by_level, by_timestep, power
 from eval.segment.together import labelled, segment_together
 from goca_guidance import TINY_SD, Background, GoCAConfig
 
@@ -206,3 +206,18 @@ def test_tables(tmp_path):
     for name, known in {"with.png": quality, "without.png": []}.items():
         power({"rows": rows_of_two(), "quality": known}, tmp_path / name)
         assert Image.open(tmp_path / name).width > 300
+
+
+def test_candidates_by_model_validation_above_test():
+    facts = {"level": "plain", "method": "CRF", "base": "all", "low": 0.01, "high": 0.03}
+    rows = [
+        {**facts, "model": "tiny-sd", "split": "validation", "difference": 0.03},
+        {**facts, "model": "tiny-sd", "split": "test", "difference": 0.02},
+        {**facts, "model": "tiny-flux", "split": "validation", "difference": -0.01},
+        {**facts, "model": "tiny-sd", "split": "validation", "difference": 0.5, "level": "crowd"},
+    ]
+    assert by_candidate(rows).splitlines() == [
+        "| candidate | base | tiny-sd | tiny-flux |",
+        "| --- | --- | --- | --- |",
+        "| CRF | all | +0.030<br>+0.020 (+0.010 to +0.030) | -0.010 |",
+    ]
