@@ -46,6 +46,7 @@ INSIDE = {  # what of eval imports more of the library than its public names, an
     "eval/segment/baselines.py": {"config", "method"},
     "eval/segment/best_and_worst.py": {"pictures"},
     "eval/segment/label_maps.py": {"method"},
+    "eval/segment/level_picture.py": {"pictures"},
     "eval/segment/level_choices.py": {"denoisers"},
     "eval/segment/together.py": {"config", "method"},
 }
