@@ -1,29 +1,14 @@
 """Every loop of diffusers that mixes two predictions, tiny and whole: what stock does, and what ours changes in it."""
 
-from functools import cache
-
 import pytest
 import torch
 
-from tests.helpers.loops.every import LOOPS
-from tests.helpers.loops.tiny_loop import build, run
-from tests.helpers.loops.trace import latents, own, scale_of, traced
+from tests.helpers.loops.every import LOOPS, stock, stock_call
+from tests.helpers.loops.trace import own, scale_of
 
 
 GUIDED = sorted(name for name, loop in LOOPS.items() if loop.guided)
 every_loop = pytest.mark.parametrize("name", GUIDED)
-
-
-@cache
-def stock(name: str):
-    return build(name, LOOPS[name])
-
-
-@cache
-def stock_call(name: str) -> tuple:
-    """Latents and steps of the stock pipeline's small call."""
-    output, steps = traced(run, stock(name), LOOPS[name])
-    return latents(output), steps
 
 
 @every_loop

@@ -2,16 +2,15 @@
 
 from functools import cache
 
-import diffusers
 import pytest
 import torch
 
 from goca_guidance import GoCASCFGPipeline
 from goca_guidance.denoisers.adapters import denoiser_of, family_of
 from tests.helpers.guided import NEUTRAL, assert_clean, guided
-from tests.helpers.loops.every import LOOPS
+from tests.helpers.loops.every import LOOPS, stock, stock_call
 from tests.helpers.loops.image_places import FIRST
-from tests.helpers.loops.tiny_loop import build, run
+from tests.helpers.loops.tiny_loop import run
 from tests.helpers.loops.trace import Step, latents, own, spread, traced
 
 
@@ -24,14 +23,9 @@ every_loop = pytest.mark.parametrize("name", SERVED)
 
 
 @cache
-def both(name: str) -> tuple[diffusers.DiffusionPipeline, GoCASCFGPipeline]:
-    """The stock pipeline, and ours on its modules."""
-    stock = build(name, LOOPS[name])
-    return stock, guided(stock)
-
-
 def ours(name: str) -> GoCASCFGPipeline:
-    return both(name)[1]
+    """On the stock pipeline's modules."""
+    return guided(stock(name))
 
 
 def named(name: str) -> dict:
@@ -59,8 +53,8 @@ def assert_rated(name: str, output, steps: list[Step]) -> None:
 @every_loop
 def test_at_rate_one_it_is_stock(name):
     """Bit for bit."""
-    stock = run(both(name)[0], LOOPS[name])
-    assert torch.equal(latents(call(name, scfg=NEUTRAL)), latents(stock))
+    expected, _ = stock_call(name)
+    assert torch.equal(latents(call(name, scfg=NEUTRAL)), expected)
     assert_clean(ours(name))
 
 

@@ -15,7 +15,7 @@ from goca_guidance.denoisers.unets import UNetFamily
 from goca_guidance.method.records import Regions
 from tests.helpers import released
 from tests.helpers.guided import guided
-from tests.helpers.loops.every import LOOPS
+from tests.helpers.loops.every import LOOPS, stock
 from tests.helpers.loops.image_places import FIRST, Places, layer_of, looked, places_of
 from tests.helpers.loops.kernels import bound, copied
 from tests.helpers.loops.tiny_loop import build, run
@@ -50,7 +50,7 @@ def prompts(name: str) -> list[str]:
 @cache
 def first_call(name: str) -> tuple[Family, tuple[tuple, dict]]:
     """The adapter of the denoiser, and the first call of it in the stock loop."""
-    pipe = build(f"{name}Pipeline", loop(name))
+    pipe = stock(f"{name}Pipeline")
     denoiser = denoiser_of(pipe.components)
     with released.calls(denoiser) as seen:
         run(pipe, loop(name), prompts(name))

@@ -16,7 +16,7 @@ from goca_guidance.method.maps import nearest
 from goca_guidance.method.records import TokenLayout
 from tests.helpers import released
 from tests.helpers.guided import guided
-from tests.helpers.loops.every import LOOPS
+from tests.helpers.loops.every import LOOPS, stock
 from tests.helpers.loops.kernels import Kernels, bound, copied
 from tests.helpers.loops.tiny_loop import build, run
 from tests.helpers.loops.video_places import Places, images_of, of_text, places_of, record
@@ -73,7 +73,7 @@ def asked(name: str) -> dict[str, Any]:
 @cache
 def first_call(name: str) -> tuple[Family, tuple[tuple, dict]]:
     """The adapter of the denoiser, and the first call of it in the stock loop."""
-    pipe = build(f"{name}Pipeline", loop(name))
+    pipe = stock(f"{name}Pipeline")
     denoiser = denoiser_of(pipe.components)
     with released.calls(denoiser) as seen:
         run(pipe, loop(name), **asked(name))

@@ -10,8 +10,8 @@ import pytest
 
 from goca_guidance.denoisers.places import read_of
 from goca_guidance.denoisers.readings import told_by_rows
-from tests.helpers.loops.every import LOOPS
-from tests.helpers.loops.tiny_loop import build, run
+from tests.helpers.loops.every import LOOPS, stock
+from tests.helpers.loops.tiny_loop import run
 
 
 TEXT = ("encoder_hidden_states",)
@@ -33,9 +33,8 @@ class Stop(Exception):  # noqa: N818 (no error)
     """The denoiser is called."""
 
 
-@cache
 def pipeline(name: str):
-    return build(f"{name}Pipeline", LOOPS[f"{name}Pipeline"])
+    return stock(f"{name}Pipeline")
 
 
 def parts_of(pipe):

@@ -63,7 +63,7 @@ def beside(*works) -> list:
 @pytest.mark.parametrize("name", ["sd", "flux", "sd3"])
 def test_every_call_equals_the_call_alone(name, kinds):
     """diffusers' recipe for servers: one pipeline a thread, on shared modules."""
-    stock, seeds = stock_pipeline(name), range(3)
+    stock, seeds = stock_pipeline(name), range(2)
     images = lambda pipe: [run(pipe, name, seed=seed).images for seed in seeds]  # noqa: E731
     alone = {kind: images(twin(stock, kind)) for kind in set(kinds)}
     found = beside(*[lambda kind=kind: images(twin(stock, kind)) for kind in kinds])
@@ -214,7 +214,7 @@ def nothing_kept():
 
 
 @every_family
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_default_dtype_is_of_no_consequence(name, dtype, nothing_kept):
     """Another thread may set it while it loads a model; nothing that was made meanwhile is kept in it."""
     _, pipe = pair(name)

@@ -1,10 +1,15 @@
-"""Every tiny loop, whichever module here describes it."""
+"""Every tiny loop, whichever module here describes it, and its stock pipeline, built and run once in a process."""
 
 import importlib
 import pkgutil
+from functools import cache
+
+import diffusers
+from torch import Tensor
 
 from tests.helpers import loops
-from tests.helpers.loops.tiny_loop import TinyLoop
+from tests.helpers.loops.tiny_loop import TinyLoop, build, run
+from tests.helpers.loops.trace import Step, latents, traced
 
 
 def _found() -> dict[str, TinyLoop]:
@@ -15,3 +20,16 @@ def _found() -> dict[str, TinyLoop]:
 
 
 LOOPS: dict[str, TinyLoop] = _found()
+
+
+@cache
+def stock(name: str) -> diffusers.DiffusionPipeline:
+    """One for all who change nothing in it."""
+    return build(name, LOOPS[name])
+
+
+@cache
+def stock_call(name: str) -> tuple[Tensor, list[Step]]:
+    """Latents and steps of the stock pipeline's small call."""
+    output, steps = traced(run, stock(name), LOOPS[name])
+    return latents(output), steps

@@ -1,5 +1,6 @@
 """What a loop predicts and what it gives to its scheduler, seen from outside, stock or guided."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -66,6 +67,7 @@ def watched(pipe, loop: TinyLoop) -> Iterator[list[Step]]:
     def note(module, args, output):
         predictions.append(_first(output).detach().double())
 
+    @functools.wraps(step)  # pipelines ask its signature whether it takes their generator
     def given(self, model_output, *args, **kwargs):
         if not predictions:
             _add_frame(steps, model_output)
