@@ -1,6 +1,5 @@
 """Tiny stock pipelines of seven families: real classes, random weights, no files; their variants and adapters."""
 
-import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from PIL import Image
 
-from eval.scenes.tokenizers import clip_tokenizer
+from eval.scenes.tokenizers import CHARACTERS, clip_tokenizer, t5_tokenizer
 from goca_guidance.denoisers.adapters import denoiser_of
 from tests.helpers.tiny import WORDS, tiny_components
 
@@ -22,7 +21,6 @@ from tests.helpers.tiny import WORDS, tiny_components
 MAX_TOKENS = 24
 BERT_TOKENS, HUNYUAN_T5_TOKENS = 77, 256  # HunyuanDiTPipeline pads to these whatever its tokenizers say
 IMAGE_WIDTH = 16  # of the embedding that an IP-Adapter is shown
-CHARACTERS = string.ascii_letters + string.digits + ".,!?'-"
 SMALL_TEXT = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 37}
 
 
@@ -43,11 +41,9 @@ def _clip(encoder: type, suffix: str = "", max_length: int = MAX_TOKENS) -> dict
 
 def _t5(suffix: str = "", width: int = 32, max_length: int = MAX_TOKENS) -> dict:
     """Each of WORDS is one token; any other word is spelled."""
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    vocab += [(f"▁{word}", -3.0) for word in WORDS] + [(c, -8.0) for c in CHARACTERS]
-    tokenizer = transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=max_length)
+    tokenizer = t5_tokenizer(WORDS, max_length)
     sizes = {"d_model": width, "d_ff": 37, "d_kv": 8, "num_heads": 4, "num_layers": 2}
-    encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(vocab), **sizes))
+    encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(tokenizer), **sizes))
     return {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
 
 
