@@ -153,15 +153,21 @@ def drawn(
 def export(learner: Learner, spec: Spec, vae: Path, place: Path) -> None:
     """A folder that the stock pipeline loads: the text encoders in float32, all else in half precision."""
     parts = {name: part for name, part in learner.parts.items() if not isinstance(part, torch.nn.Module)}
-    for name, part in learner.named_children():
-        copy = type(part)(part.config) if name.startswith("text") else type(part).from_config(part.config)
+    for name, part in [*learner.named_children(), ("vae", AutoencoderKL.from_pretrained(vae))]:
+        text = name.startswith("text")
+        copy = type(part)(part.config) if text else type(part).from_config(_built(part.config))
         copy.load_state_dict(part.state_dict())
-        parts[name] = copy if name.startswith("text") else copy.half()
+        parts[name] = copy if text else copy.half()
     if spec.pipeline.__name__ == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = spec.pipeline(**parts, vae=AutoencoderKL.from_pretrained(vae).half(), scheduler=spec.scheduler())
+    pipe = spec.pipeline(**parts, scheduler=spec.scheduler())
     with replacing(place) as part:
         pipe.save_pretrained(part, safe_serialization=True)
+
+
+def _built(config):
+    """What a network is built from, without the folder that it came from."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 # ---- the finished model ----------------------------------------------------------------------------------------------

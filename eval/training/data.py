@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eval.common.files import intact, replacing
-from eval.common.provenance import digest_of, weights_digest
+from eval.common.provenance import weights_digest
 from eval.scenes.scene import caption, scene
 from eval.training.specs import FACTOR
 
@@ -70,7 +70,7 @@ def latents(run: Path, split: str, size: int, count: int, device: torch.device) 
     """Scaled latents [count 4 size/4 size/4] in half precision, and captions, of the first scenes; encoded once for each
     autoencoder."""
     weights = run / "vae" / "weights"
-    path = run / f"latents-{split}-{size}-{count}-{digest_of(weights=weights_digest(str(weights)))}.pt"
+    path = run / f"latents-{split}-{size}-{count}-{weights_digest(str(weights))}.pt"
     if (found := intact(path, torch.load)) is None:
         vae = AutoencoderKL.from_pretrained(weights).to(device, memory_format=torch.channels_last)
         encoded, captions = [], []

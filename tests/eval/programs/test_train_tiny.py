@@ -94,6 +94,7 @@ def test_learners_predict_what_the_stock_pipeline_loads(name, tmp_path):
     train_tiny.export(learner, SPECS[name], tmp_path / "vae", tmp_path / "model")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(pipe) is SPECS[name].pipeline
+    assert not [path for path in (tmp_path / "model").rglob("*.json") if str(tmp_path) in path.read_text()]
     for part, network in learner.named_children():
         loaded = getattr(pipe, part).state_dict()
         assert all(torch.allclose(loaded[key], value, atol=1e-2) for key, value in network.state_dict().items())
