@@ -174,9 +174,9 @@ class Aggregation:
 
     def _wait(self, asked, record):
         """Records that are too small for a call of their own wait for others of their shape, of which the same is asked."""
-        view, mask = record.view, getattr(record.mask, "shape", None)
+        view, given = record.view, (getattr(record.mask, "shape", None), record.lse is None)
         tokens = view.grid, *((part.start, part.stop) for part in (view.text, view.image))  # slices have no hash
-        alike = asked, record.query.shape, record.key.shape, tokens, record.scale, mask
+        alike = asked, record.query.shape, record.key.shape, tokens, record.scale, given
         waiting = self._waiting.setdefault(alike, [])
         waiting.append(record)
         size = max(record.query.numel(), record.key.numel() if record.view.video else 0)
@@ -326,7 +326,7 @@ def stacked(records: list[AttentionRecord]) -> AttentionRecord:
     if len(records) == 1:
         return records[0]
     first, tensors = records[0], {}
-    for name in ("query", "key", "output", "mask"):
+    for name in ("query", "key", "output", "mask", "lse"):
         parts = [getattr(record, name) for record in records]
         if parts[0] is not None:
             tensors[name] = torch.cat([part.expand(len(first.query), *part.shape[1:]) for part in parts])

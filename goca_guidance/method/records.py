@@ -48,7 +48,8 @@ class AttentionRecord:
     Shapes: `query` b h p d (pixel queries only), `key` and `value` b h n d, `output` b h p d (before the output
     projection), `mask` additive, broadcastable to b h p n, or None. `gram`: W W^T of the output projection W [h*d c]
     without bias, over its largest entry. `features` b h p d: the query before norm and rotary
-    embeddings, where the observer was asked for it, else None. The probabilities are never stored: they are recomputed
+    embeddings, where the observer was asked for it, else None. `lse` b h p, float32: natural logarithm of the sum over all
+    keys of exp(scale q k + mask), where the kernel told it. The probabilities are never stored: they are recomputed
     where they are needed, and their softmax runs over all keys.
     """
 
@@ -62,6 +63,7 @@ class AttentionRecord:
     mask: Float[Tensor, "..."] | None = None
     gram: Float[Tensor, "hd hd"] | None = None
     features: Float[Tensor, "b h p d"] | None = None
+    lse: Float[Tensor, "b h p"] | None = None
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -80,13 +82,13 @@ class AttentionRecord:
             return None if x is None else x.chunk(2)[branches.index(index)]
 
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else half(self.mask)
-        tensors = {name: half(getattr(self, name)) for name in ("query", "key", "value", "output", "features")}
+        tensors = {name: half(getattr(self, name)) for name in ("query", "key", "value", "output", "features", "lse")}
         return replace(self, mask=mask, **tensors)
 
     def at(self, grid: tuple[int, ...], rows: Int[Tensor, " rows"]) -> "AttentionRecord":
         """Of the queries those `rows` only, which form `grid`; the keys stay."""
         mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[:, :, rows]
-        pixels = {name: getattr(self, name) for name in ("query", "output", "features")}
+        pixels = {name: getattr(self, name) for name in ("query", "output", "features", "lse")}
         tensors: dict[str, Any] = {name: None if x is None else x[:, :, rows] for name, x in pixels.items()}
         return replace(self, mask=mask, view=replace(self.view, grid=grid), **tensors)
 
@@ -96,14 +98,15 @@ class AttentionRecord:
         return replace(self, query=self.query.float(), key=self.key.float(), mask=mask)
 
     def only(self, *needed: str) -> "AttentionRecord":
-        """Query, key, mask and what else is `needed`; everything else is let go."""
+        """Query, key, mask, log-sum-exp and what else is `needed`; everything else is let go."""
         others: dict[str, Any] = {n: None for n in ("value", "output", "gram", "features") if n not in needed}
         return replace(self, **others)
 
     def alone(self) -> "AttentionRecord":
         """For keeping: no tensor shares memory with what is let go."""
-        output = None if self.output is None else _alone(self.output)
-        return replace(self, query=_alone(self.query), key=_alone(self.key), output=output)
+        tensors = {name: getattr(self, name) for name in ("query", "key", "output", "lse")}
+        alone: dict[str, Any] = {name: None if x is None else _alone(x) for name, x in tensors.items()}
+        return replace(self, **alone)
 
 
 def _alone(x: Tensor) -> Tensor:
