@@ -1,6 +1,8 @@
 """The arguments of a stock pipeline's call, read before its loop stumbles over them."""
 
 import inspect
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -74,6 +76,13 @@ def _is_like_ours(name: str, ours: Mapping[str, Any]) -> bool:
     return bool(
         {"goca", "scfg"} & {*name.split("_")} or get_close_matches(name, {**fields_in(ours), **ours}, 1, CLOSE)
     )
+
+
+def documented(ours: str | None, stock: str | None) -> str:
+    """Our docstring of a call, with the arguments that the stock one's docstring tells before ours."""
+    told = re.search(r"^( *)Args:\n((?:\1 +\S.*\n|\s*\n)+)", stock or "", re.MULTILINE)
+    theirs = textwrap.indent(textwrap.dedent(told[2]).strip() + "\n", " " * 4) if told else ""
+    return inspect.cleandoc(ours or "").replace("Args:\n", f"Args:\n{theirs}", 1)
 
 
 def check_arguments(arguments: Mapping[str, Any], given: Iterable[str]) -> None:

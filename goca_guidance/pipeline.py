@@ -20,8 +20,8 @@ from diffusers.pipelines import pipeline_utils
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from goca_guidance.arguments import bind, check_arguments, check_latents, counts, or_plain
-from goca_guidance.config import GoCAConfig, SCFGConfig
+from goca_guidance.arguments import bind, check_arguments, check_latents, counts, documented, or_plain
+from goca_guidance.config import CRF, Background, GoCAConfig, SCFGConfig
 from goca_guidance.denoisers.adapters import denoiser_of, denoisers_of, family_of, text_encoders_of
 from goca_guidance.denoisers.layouts import named_words
 from goca_guidance.denoisers.readings import Asked, forms_of
@@ -31,6 +31,7 @@ from goca_guidance.hooks.finite import finite_pictures
 from goca_guidance.hooks.guided import GuidanceRule, GuidedCall, check_alone
 from goca_guidance.method.records import Regions, WordMaps
 from goca_guidance.method.scfg import SpatialGuidanceScale, rate_map
+from goca_guidance.method.segmentor import GoCASegmentor, ScoringSegmentor
 from goca_guidance.mixing import FURTHER, mixing_of, scales_of, unserved
 from goca_guidance.real_images.discover import discover
 from goca_guidance.real_images.forwards import check_further
@@ -107,7 +108,10 @@ class GoCASCFGPipeline(DiffusionPipeline):
         last = [p for p in stock.parameters.values() if p.kind is p.VAR_KEYWORD]
         added = [p for p in ours.parameters.values() if p.kind is p.KEYWORD_ONLY]
         first = [p for p in stock.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        hints = get_type_hints(GoCASCFGPipeline.__call__)  # without the bounds, which tell a reader nothing
+        added = [p.replace(annotation=hints[p.name]) for p in added]
         __call__.__signature__ = stock.replace(parameters=[*first, *added, *last])
+        __call__.__doc__ = documented(GoCASCFGPipeline.__call__.__doc__, stock_of(cls).__call__.__doc__)
         if "__call__" not in vars(cls):  # a subclass may have its own
             cls.__call__ = __call__
 
@@ -324,13 +328,83 @@ class GoCASCFGPipeline(DiffusionPipeline):
 
     # ---- real images, and the words of prompts ------------------------------------------------------------------------
     @checked
-    def segment(self, images, classes: Sequence[str] | Sequence[Sequence[str]], **kwargs) -> Segmentation:
-        """Segment real images by class names; see [`goca_guidance.real_images.segment.segment`] for the arguments."""
-        return segment(self, self._text_to_image_class(), images, classes, **kwargs)
+    def segment(
+        self,
+        images,
+        classes: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        prompt: str | Sequence[str] | None = None,
+        timestep: int | Sequence[int] | None = None,
+        num_noises: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        background: float | Sequence[str] | Background | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        goca: GoCAConfig | None = None,
+        segmentor: Callable[..., ScoringSegmentor] = GoCASegmentor,
+        crf: CRF | None = None,
+        **arguments,
+    ) -> Segmentation:
+        """Segment real images by class names (GoCA, arXiv 2603.06178): noise at `timestep`, one forward, regions, argmax.
 
-    def discover(self, images, **kwargs) -> list[Tensor]:
-        """Segment real images without names; see [`goca_guidance.real_images.discover.discover`] for the arguments."""
-        return discover(self, self._text_to_image_class(), images, **kwargs)
+        Args:
+            images: an image or a list: PIL, path, or H W 3 array (uint8, or float in [0, 1]). Any size; every PIL mode of 8 or
+                16 bits a channel is read as RGB, transparency over white.
+            classes: names, of one word or more, for all images, or a list of them for each image. Each pixel gets one of them
+                (or the background). A name can hold several phrases, separated by commas, as in "person, hat": its map
+                averages over the words of all.
+            prompt: what the model reads, for all images or one for each; it must hold every class (and background) name. By
+                default the names joined by commas. It is padded to the stock pipeline's default length.
+            timestep: of the scheduler's training steps; None takes the configuration's, or the preset's. Several are averaged.
+                A flow-matching schedule is shifted for the image's size, as in generation.
+            num_noises: noise samples to average.
+            generator: one, or one for each image. None is a fixed seed, 0, so that a call repeats itself.
+            background: None for no background; a number is a constant threshold; names are background entities; see
+                [`Background`].
+            height, width: size that the image is resized to for the model, in pixels; None is the model's native size.
+            goca: how attention becomes maps.
+            segmentor: what makes the maps, a [`~goca_guidance.method.segmentor.ScoringSegmentor`].
+            crf: constants of a fully connected CRF on the picture, which moves borders to the picture's own (ours; the paper
+                has none); `CRF()` are those of FTTM and GoCA's re-implementation of it. On the CPU.
+            arguments: further ones of the stock pipeline's call that matter to a forward, such as `max_sequence_length` (Flux
+                reads 512 text tokens by default, mostly padding).
+
+        Returns:
+            [`Segmentation`]: `scores` b k H W, `label_maps`, `classes`.
+        """
+        given = {name: value for name, value in locals().items() if name not in ("self", "arguments")}
+        return segment(self, self._text_to_image_class(), **given, **arguments)
+
+    def discover(
+        self,
+        images,
+        *,
+        threshold: float = 0.5,
+        alpha: float = 10.0,
+        timestep: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        size: int = 128,
+        layer: str | None = None,
+    ) -> list[Tensor]:
+        """Segment real images without names (DiffCut, arXiv 2406.02842): recursive normalised cut of dense features.
+
+        The features are what a self-attention layer of a U-Net puts out, for an empty prompt.
+
+        Args:
+            images, generator, height, width: see [`~GoCASCFGPipeline.segment`].
+            threshold: a segment is cut in two while the normalised cut costs less (the paper's tau).
+            alpha: exponent of the affinity.
+            timestep: at which the image is noised, of the scheduler's training steps; None is the paper's, 50.
+            size: side of the map on which pixels choose the nearest segment.
+            layer: name of a self-attention layer, such as "down_blocks.1.attentions.0"; None is the last one of the encoder.
+
+        Returns:
+            One H W int64 map for each image, at its own size: numbers of segments, which mean nothing beyond the image.
+        """
+        given = {name: value for name, value in locals().items() if name != "self"}
+        return discover(self, self._text_to_image_class(), **given)
 
     def _text_to_image_class(self):
         """The text-to-image class that runs these components."""

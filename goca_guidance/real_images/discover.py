@@ -39,18 +39,8 @@ def discover(
 ) -> list[Int[Tensor, "_ _"]]:
     """Segment real images without names (DiffCut, arXiv 2406.02842): recursive normalised cut of dense features.
 
-    The features are what a self-attention layer puts out, for an empty prompt: the last one of the U-Net's encoder.
-
-    Args:
-        pipe, stock, images, generator, height, width: see [`goca_guidance.real_images.segment.segment`].
-        threshold: a segment is cut in two while the normalised cut costs less (the paper's tau).
-        alpha: exponent of the affinity.
-        timestep: at which the image is noised, of the scheduler's training steps; None is the paper's, 50.
-        size: side of the map on which pixels choose the nearest segment.
-        layer: name of another self-attention layer, such as "down_blocks.1.attentions.0".
-
-    Returns:
-        One H W int64 map for each image, at its own size: numbers of segments, which mean nothing beyond the image.
+    `pipe` and `stock` as in [`goca_guidance.real_images.segment.segment`]; the other arguments are those of
+    [`goca_guidance.GoCASCFGPipeline.discover`].
     """
     noisy = noised(pipe, images, 50 if timestep is None else timestep, 1, generator, height, width)
     forwards = Features(pipe, noisy.family, layer)

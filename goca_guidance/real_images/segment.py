@@ -97,31 +97,8 @@ def segment(
 ) -> Segmentation:
     """Segment real images by class names (GoCA, arXiv 2603.06178): noise at `timestep`, one forward, regions, argmax.
 
-    Args:
-        pipe: the pipeline whose components are used; `stock` is the text-to-image class that runs them.
-        images: an image or a list: PIL, path, or H W 3 array (uint8, or float in [0, 1]). Any size; every PIL mode of 8 or
-            16 bits a channel is read as RGB, transparency over white.
-        classes: names, of one word or more, for all images, or a list of them for each image. Each pixel gets one of them
-            (or the background). A name can hold several phrases, separated by commas, as in "person, hat": its map averages
-            over the words of all.
-        prompt: what the model reads, for all images or one for each; it must hold every class (and background) name. By
-            default the names joined by commas. It is padded to the stock pipeline's default length.
-        timestep: of the scheduler's training steps; None takes the configuration's, or the preset's. Several are averaged. A
-            flow-matching schedule is shifted for the image's size, as in generation.
-        num_noises: noise samples to average.
-        generator: one, or one for each image. None is a fixed seed, 0, so that a call repeats itself.
-        background: None for no background; a number is a constant threshold; names are background entities; see
-            [`Background`].
-        height, width: size that the image is resized to for the model, in pixels; None is the model's native size.
-        goca: how attention becomes maps.
-        segmentor: what makes the maps, a [`~goca_guidance.method.segmentor.ScoringSegmentor`].
-        crf: constants of a fully connected CRF on the picture, which moves borders to the picture's own (ours; the paper has
-            none); `CRF()` are those of FTTM and GoCA's re-implementation of it. On the CPU.
-        arguments: further ones of the stock pipeline's call that matter to a forward, such as `max_sequence_length` (Flux
-            reads 512 text tokens by default, mostly padding).
-
-    Returns:
-        [`Segmentation`].
+    `pipe` is the pipeline whose components are used, `stock` the text-to-image class that runs them; the other arguments are
+    those of [`goca_guidance.GoCASCFGPipeline.segment`].
     """
     rule = None if background is None else Background.of(background)
     entities = rule.entities if rule else ()
