@@ -5,7 +5,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
 FLOOR := .venv-floor
 
-.PHONY: demo bench test test-floor fuzz check features format speed speed-gpu report clean
+.PHONY: demo bench test test-floor fuzz check features format speed gpu-budget speed-gpu report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,9 @@ format: $(VENV)/installed
 speed: $(VENV)/installed  ## what guidance costs on this machine's CPU: an hour, and a killed run goes on
 	$(RUN)/python -m eval.speed --device cpu
 	$(RUN)/python -m eval.core_cost --device cpu
+
+gpu-budget: $(VENV)/installed  ## what guidance adds on a GPU, counted without one: half an hour, and a killed run goes on
+	$(RUN)/python -m eval.gpu_budget
 
 speed-gpu: $(VENV)/installed  ## the same on a GPU, in half precision
 	$(RUN)/python -m eval.speed --device cuda

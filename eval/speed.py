@@ -11,7 +11,6 @@ Without `--families` the plan of the device is measured. Rows that the result fi
 again, so that a killed run goes on where it stopped.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -23,11 +22,12 @@ from unittest.mock import patch
 import torch
 from tqdm.auto import tqdm
 
-from eval.common.files import expecting, writable, write_json
+from eval.common.files import writable
 from eval.common.processes import now
 from eval.common.programs import at_least, command_line, positive
 from eval.common.programs import run as run_program
 from eval.common.provenance import command, fingerprint
+from eval.common.rows import Rows
 from eval.common.tables import markdown
 from eval.cost.full_size import ARCHITECTURES, arguments, build, guided_arguments
 from eval.cost.measure import PeakMemory, add_device, alone, device_name
@@ -165,19 +165,11 @@ def compare(case: Case, device: str, seconds: float) -> dict:
 def measure(cases: list[Case], device: str, seconds: float, result: Path) -> list[dict]:
     """Rows of all cases, written after each one: old ones of other code or settings are replaced, others kept."""
     run = {"code": fingerprint(*MODULES, seconds=seconds), "command": command(), "torch": torch.__version__}
-    name, found = device_name(device), {}
-    if result.exists():
-        with expecting("rows of eval.speed", result, "move it away, or name another --result"):
-            for row in json.loads(result.read_text())["rows"]:
-                found[row["device"], *(row[key] for key in Case.__dataclass_fields__)] = row
-                _ = row["run"]["command"]
+    rows = Rows(result, ("device", *Case.__dataclass_fields__), run)
     for case in cases:
-        key = name, *asdict(case).values()
-        if found.get(key, {}).get("run") != run:
-            found[key] = compare(case, device, seconds) | {"run": run}
-            commands = dict.fromkeys(row["run"]["command"] for row in found.values())
-            write_json(result, {"command": " && ".join(commands), "rows": list(found.values())})
-    return list(found.values())
+        if not rows.has(device=device_name(device), **asdict(case)):
+            rows.add(compare(case, device, seconds))
+    return list(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

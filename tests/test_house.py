@@ -34,7 +34,6 @@ EVAL = [
 INSIDE = {  # what of eval imports more of the library than its public names, and from where
     "eval/cost": {"config", "denoisers", "hooks", "method"},
     "eval/core_cost.py": {"method"},
-    "eval/step_cost.py": {"denoisers", "hooks", "method"},
     "eval/generation/painting.py": {"pictures"},
     "eval/common/configs.py": {"schema"},
     "eval/generation/drawing.py": {"denoisers", "method", "real_images", "stock"},
@@ -141,7 +140,14 @@ def test_what_lies_at_the_top_of_eval_is_a_program_and_nothing_else_is():
 
 
 @pytest.mark.parametrize(
-    "measuring", ["eval.segment.running", "eval.segment.level_counts", "eval.speed", "eval.generation.features"]
+    "measuring",
+    [
+        "eval.segment.running",
+        "eval.segment.level_counts",
+        "eval.speed",
+        "eval.cost.budget",
+        "eval.generation.features",
+    ],
 )
 def test_a_cache_knows_what_its_numbers_depend_on(measuring):
     """All that the measuring module imports is among its `MODULES`, but what reads, writes and shows."""
@@ -151,7 +157,7 @@ def test_a_cache_knows_what_its_numbers_depend_on(measuring):
         reached.add(module)
         waiting += [name for name in imports_of(FILES[module]) if name in FILES and name not in reached]
     covered = {name for name in reached if any(f"{name}.".startswith(f"{each}.") for each in named)}
-    shown = {"files", "provenance", "intervals", "configs", "tables", "programs"}
+    shown = {"files", "provenance", "intervals", "configs", "tables", "programs", "rows"}
     if measuring == "eval.generation.features":  # of the library it takes the autoencoder only, whose digest it notes
         covered |= {name for name in reached if name.startswith("goca_guidance")} | {"eval.common.processes"}
     assert reached - covered <= {"eval", "goca_guidance", "eval.segment.results"} | {f"eval.common.{n}" for n in shown}

@@ -1,14 +1,19 @@
 """One step of a full-size denoiser on a fake CUDA device: no GPU, no weights and no memory are used.
 
-Every tensor is a FakeTensor on "cuda". Counted are kernels (operations that are no views), bytes read and written, and live
-bytes after each operation, by storage, hence the memory that a step needs beyond weights and inputs.
+Every tensor is a FakeTensor on "cuda". Counted are launches (operations that are no views, and Triton kernels), bytes read and
+written, and live bytes after each operation, by storage, hence the memory that a step needs beyond weights and inputs. An
+operation that mixes devices, or waits for the device to read a number, raises in fake mode; copies between host and device
+are noted.
 """
 
 import sys
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -17,74 +22,149 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from goca_guidance.method import maps
 
 
 aten = torch.ops.aten
-FREE = ("empty", "detach", "lift_fresh", "split", "unbind", "_unsafe_view", "alias", "sym_size", "device")
+SAME = (
+    "detach",
+    "lift_fresh",
+    "split",
+    "unbind",
+    "_unsafe_view",
+    "alias",
+    "sym_size",
+    "device",
+)  # no memory of their own
+EMPTY = ("empty",)  # memory, but nothing is launched
 PICKING = ("gather", "index")  # operations that read of their source only what they pick
 
 
 @dataclass
 class Counts:
-    """Of some operations: kernels, bytes to and from memory, and the largest tensor that one of them made."""
+    """Of some operations: launches, bytes to and from memory, and the largest tensor that one of them made."""
 
-    kernels: int = 0
+    launches: int = 0
     bytes: int = 0
     largest: int = 0
 
+    def add(self, moved: Iterable[Tensor], made: Iterable[Tensor] = ()) -> None:
+        self.launches += 1
+        self.bytes += sum(min(_bytes(x), x.untyped_storage().nbytes()) for x in moved)
+        self.largest = max(self.largest, *map(_bytes, made), 0)
+
+
+@dataclass
+class Step:
+    """What one step did: the model's operations, ours by line, copies between host and device that we made, and memory."""
+
+    model: Counts = field(default_factory=Counts)
+    lines: dict[str, Counts] = field(default_factory=lambda: defaultdict(Counts))
+    copies: list[str] = field(default_factory=list)
+    peak: int = 0
+    held: Counter[str] = field(default_factory=Counter)
+    """Bytes that were live at the peak, by the line of ours that made them; "" for the model."""
+
+    @property
+    def ours(self) -> Counts:
+        """Sums over all lines."""
+        every = self.lines.values()
+        return Counts(
+            sum(line.launches for line in every),
+            sum(line.bytes for line in every),
+            max((line.largest for line in every), default=0),
+        )
+
 
 class Trace(TorchDispatchMode):
-    """Counts a step's operations, those of goca_guidance apart, and its live memory."""
+    """Counts operations, those of goca_guidance apart by line, and live memory: `step` since it was last set anew."""
 
     def __init__(self):
         super().__init__()
-        self.model, self.ours = Counts(), Counts()
-        self.live = self.peak = 0
-        self._known: dict[int, int] = {}
+        self.live, self._known = 0, {}  # bytes, and line, by storage
+        self.step = Step()
+
+    def begin(self) -> Step:
+        """Count a new step, to whose memory belongs what the last one left."""
+        self.step = Step(peak=self.live)
+        return self.step
+
+    def launch(
+        self,
+        plan,
+        read: Sequence[Tensor | None],
+        written: Sequence[Tensor | None],
+        added: Sequence[Tensor | None] = (),
+    ) -> None:
+        """In the place of `kernels.launch`: one launch, what is added to is read and written."""
+        moved = [x for x in (*read, *written, *added, *added) if x is not None]
+        self.step.lines[_line()].add(moved)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
-        if func.is_view or any(part in str(func) for part in FREE) or not made:
+        kind = _kind(func)
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if kind == "same" or not made:
             return out
+        line = _line()
         for x in made:
-            self._see(x)
-        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        moved = made * 2 if any(part in str(func) for part in PICKING) else given + made
-        counts = self.ours if _is_ours() else self.model
-        counts.kernels += 1
-        counts.bytes += sum(min(_bytes(x), x.untyped_storage().nbytes()) for x in moved)
-        counts.largest = max(counts.largest, *map(_bytes, made))
+            self._see(x, line)
+        if kind == "empty":
+            return out
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        moved = made * 2 if kind == "picking" else given + made
+        (self.step.lines[line] if line else self.step.model).add(moved, made)
+        if line and len({x.device.type for x in [*made, *(x for x in given if x.ndim)]}) > 1:
+            self.step.copies.append(f"{func} in {line}")
         return out
 
-    def _see(self, x: Tensor) -> None:
+    def _see(self, x: Tensor, line: str) -> None:
         storage = x.untyped_storage()
-        if (key := storage._cdata) in self._known:
+        if (key := storage._cdata) in self._known or x.device.type != "cuda":
             return
-        self._known[key] = storage.nbytes()
+        self._known[key] = storage.nbytes(), line
         self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
+        if self.live > self.step.peak:
+            self.step.peak, self.step.held = self.live, Counter()
+            for size, of in self._known.values():
+                self.step.held[of] += size
         weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
+        size, _ = self._known.pop(key, (0, ""))
+        self.live -= size
+
+
+@cache
+def _kind(func) -> str:
+    name = str(func)
+    if func.is_view or any(part in name for part in SAME):
+        return "same"
+    return next(
+        (kind for kind, parts in {"empty": EMPTY, "picking": PICKING}.items() if any(p in name for p in parts)), ""
+    )
 
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _is_ours() -> bool:
-    """Whether a line of goca_guidance asked, and not the kernel that it watches."""
+def _line() -> str:
+    """The innermost line of goca_guidance that asks, where the model's own does not lie further in; "" for the model's.
+
+    A kernel that is watched is the model's.
+    """
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("goca_guidance."):
-            return not frame.f_code.co_qualname.startswith("WatchedKernel")
+        room, _, name = frame.f_globals.get("__name__", "").partition(".")
+        if room == "diffusers":
+            return ""
+        if room == "goca_guidance" and not frame.f_code.co_qualname.startswith("WatchedKernel"):
+            return f"{name}:{frame.f_code.co_qualname}:{frame.f_lineno}"
         frame = frame.f_back
-    return False
+    return ""
 
 
 def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -108,33 +188,33 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
     for constant in kept:
         constant.cache_clear()
     try:
-        with patch.object(F, "scaled_dot_product_attention", fused), torch.no_grad(), mode:
+        with (
+            warnings.catch_warnings(),
+            patch.object(F, "scaled_dot_product_attention", fused),
+            torch.no_grad(),
+            mode,
+        ):
+            warnings.filterwarnings("ignore", "Accessing the data pointer")  # it is the same for all fake tensors
             yield mode
     finally:
         for constant in kept:
             constant.cache_clear()
 
 
-def build(create: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
-    """A module with fake weights, inside `fake_cuda`."""
-    with torch.device("meta"):
-        module = create().eval()
+def to_cuda(module: torch.nn.Module) -> None:
+    """Give a module on "meta" fake weights, inside `fake_cuda`."""
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for key, value in table.items():
                 if value is not None:
-                    kind = dtype if value.is_floating_point() else value.dtype
-                    fake = torch.empty(value.shape, dtype=kind, device="cuda")
+                    fake = fake_like(value)
                     table[key] = torch.nn.Parameter(fake, requires_grad=False) if table is part._parameters else fake
-    return module
 
 
-def on_cuda(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of a call, their tensors fake and floating ones of a dtype, inside `fake_cuda`."""
+def fake_like(tree: Any) -> Any:
+    """Fake tensors in the place of all tensors, inside `fake_cuda`."""
 
     def fake(x):
-        if not isinstance(x, Tensor):
-            return x
-        return torch.empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype, device="cuda")
+        return torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
 
-    return tree_map(fake, arguments)
+    return tree_map(fake, tree)
