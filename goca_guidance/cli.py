@@ -1,13 +1,14 @@
-"""`goca`: generate, segment, demo, doctor. `--model` takes any diffusers repo or folder; by default, the embedded model."""
+"""`goca`: generate, segment, demo, doctor. `--model` takes any diffusers repo or folder; by default, the embedded model.
+
+Torch is imported when a command runs: help and mistakes are told at once.
+"""
 
 import argparse
-import platform
 import re
 import sys
-from importlib import metadata
 from pathlib import Path
 
-from goca_guidance import TINY_SD, Background, SCFGConfig
+from goca_guidance import TINY_SD, __version__
 from goca_guidance.schema import Count, read
 
 
@@ -15,6 +16,8 @@ SAMPLE = Path(TINY_SD).parent / "scene.png"  # a held-out scene; its class names
 DEMO_PROMPT = "a cat and a bus on grass"
 NUMBERS = {"steps": Count, "num_noises": Count, "seed": int, "guidance_scale": float, "height": Count | None,
            "width": Count | None, "threshold": float | None}  # fmt: skip
+DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
+          "fp16": "float16"}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
                 read(f"--{name.replace('_', '-')}", value, NUMBERS[name])
         if "out" in args and args.out.exists() and not args.out.is_dir():
             raise ValueError(f"Expected --out to be a folder, but {str(args.out)!r} is a file.")
+        if "dtype" in args and args.dtype not in DTYPES:
+            raise ValueError(f"Expected --dtype to be one of {', '.join(DTYPES)}, but got {args.dtype!r}.")
         args.run(args)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"goca: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -33,48 +38,57 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the default of an option behind its help, but where there is none, or where the help tells it."""
+
+    def _get_help_string(self, action):
+        told = action.default is None or action.default is False or "default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="goca", description=__doc__)
+    parser = argparse.ArgumentParser(prog="goca", description=__doc__.partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"goca {__version__}", help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, run, help):
-        sub = commands.add_parser(name, help=help, description=help)
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=_Help)
         sub.set_defaults(run=run)
         return sub
 
     def common(sub, out):
-        sub.add_argument("--out", type=Path, default=Path(out), help="folder for the pictures")
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--out", type=Path, default=Path(out), help="folder for the results")
+        sub.add_argument("--seed", type=int, default=0, help="of the noise")
         sub.add_argument(
             "--model",
             default=TINY_SD,
-            help="diffusers repo or folder of any supported family; the embedded tiny model by default",
+            help="diffusers repo or folder of any supported family (default: the embedded tiny model)",
         )
-        sub.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
-        sub.add_argument("--dtype", help="float32, bfloat16 or float16; float32 by default")
+        sub.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+        sub.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)}")
 
     sub = command("generate", generate, "generate an image under GoCA + S-CFG, and draw the regions that steered it")
-    sub.add_argument("prompt")
+    sub.add_argument("prompt", help="what is to be seen")
     common(sub, "out")
-    sub.add_argument("--steps", type=int, default=30)
-    sub.add_argument("--guidance-scale", type=float, default=5.0)
-    sub.add_argument("--negative-prompt")
-    sub.add_argument("--height", type=int)
-    sub.add_argument("--width", type=int)
-    sub.add_argument("--no-scfg", action="store_true", help="plain classifier-free guidance")
+    sub.add_argument("--steps", type=int, default=30, help="of denoising")
+    sub.add_argument("--guidance-scale", type=float, default=5.0, help="strength of guidance")
+    sub.add_argument("--negative-prompt", help="what is not to be seen (default: nothing)")
+    sub.add_argument("--height", type=int, help="in pixels (default: the model's)")
+    sub.add_argument("--width", type=int, help="in pixels (default: the model's)")
+    sub.add_argument("--no-scfg", action="store_true", help="plain classifier-free guidance (default: by regions)")
 
     sub = command("segment", segment, "segment a real image by class names")
-    sub.add_argument("image", type=Path)
-    sub.add_argument("--classes", nargs="+", required=True, metavar="NAME")
-    sub.add_argument("--background", nargs="+", metavar="NAME", help="names of what is background")
-    sub.add_argument("--threshold", type=float, help="constant score of the background")
-    sub.add_argument("--prompt", help="what the model reads; the names joined by commas by default")
-    sub.add_argument("--timestep", type=int, nargs="+")
-    sub.add_argument("--num-noises", type=int, default=1)
+    sub.add_argument("image", type=Path, help="a picture")
+    sub.add_argument("--classes", nargs="+", required=True, metavar="NAME", help="each pixel gets one of them")
+    sub.add_argument("--background", nargs="+", metavar="NAME", help="what is background (default: there is none)")
+    sub.add_argument("--threshold", type=float, help="constant score of the background (default: there is none)")
+    sub.add_argument("--prompt", help="what the model reads (default: the names, joined by commas)")
+    sub.add_argument("--timestep", type=int, nargs="+", help="of the noise, averaged (default: the model's preset)")
+    sub.add_argument("--num-noises", type=int, default=1, help="samples of noise, averaged")
     common(sub, "out")
 
     common(command("demo", demo, "the whole method on the embedded model, in six pictures"), "demo")
-    command("doctor", doctor, "versions, devices, and which attention processors the observer sees")
+    command("doctor", _doctor, "versions, devices, and which attention processors the observer sees")
     return parser
 
 
@@ -95,7 +109,7 @@ def generate(args) -> None:
 
 def segment(args) -> None:
     """Overlay, and label map as a palette picture, of one image."""
-    from goca_guidance import pictures
+    from goca_guidance import Background, pictures
     from goca_guidance.real_images.load import load_image
 
     image = load_image(args.image)
@@ -127,7 +141,7 @@ def demo(args) -> None:
     """Three guidances with one seed; the regions that steered; a real segmentation, vanilla beside GoCA."""
     from PIL import Image
 
-    from goca_guidance import GoCAConfig, pictures
+    from goca_guidance import GoCAConfig, SCFGConfig, pictures
 
     pipe = _load(args)
     output = _generate(pipe, DEMO_PROMPT, args.seed)
@@ -142,65 +156,38 @@ def demo(args) -> None:
     _save(pictures.overlay(pictures.enlarged(image), maps, names, ["vanilla", "GoCA"]), args.out / "segmentation.png")
 
 
-def doctor(args) -> None:
-    """Print what this machine has, and try the ways of computing attention on the embedded model."""
-    import torch
+def _doctor(args) -> None:
+    from goca_guidance.doctor import doctor
 
-    print(f"python {platform.python_version()} on {platform.platform()}")
-    for package in ("goca-guidance", "torch", "diffusers", "transformers", "accelerate", "jaxtyping"):
-        print(f"{package} {metadata.version(package)}")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"devices: cpu ({torch.get_num_threads()} threads){''.join(f', cuda ({name})' for name in gpus)}")
-    print(f"embedded model: {TINY_SD}")
-    for name, outcome in _try_processors().items():
-        print(f"attention, {name}: {outcome}")
-
-
-def _try_processors() -> dict[str, str]:
-    """Which ways of computing attention the observer sees, tried for real."""
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-
-    ways = {
-        "scaled dot product (the default)": lambda unet: unet.set_attn_processor(AttnProcessor2_0()),
-        "fused projections": lambda unet: unet.fuse_qkv_projections(),
-        "legacy AttnProcessor": lambda unet: unet.set_attn_processor(AttnProcessor()),
-        "attention slicing": lambda unet: unet.set_attention_slice("max"),
-    }
-    outcomes = {}
-    for name, prepare in ways.items():
-        pipe = _pipeline(TINY_SD)
-        prepare(pipe.unet)
-        try:
-            pipe("a cat", num_inference_steps=1, output_type="latent")
-            outcomes[name] = "works"
-        except RuntimeError as error:
-            if "scaled-dot-product" not in str(error):
-                raise
-            outcomes[name] = "hidden from the observer: refused with the fix"
-    return outcomes
+    _quieten()
+    doctor()
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 def _pipeline(model, **kwargs):
-    from diffusers.utils import logging
-
     from goca_guidance import GoCASCFGPipeline
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _quieten()
     pipe = GoCASCFGPipeline.from_pretrained(model, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _quieten() -> None:
+    """No notes and bars of the libraries below: what matters to a user is told by us."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def _load(args):
     import torch
 
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype or "float32", None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"Expected --dtype to be float32, bfloat16 or float16, but got {args.dtype!r}.")
-    return _pipeline(args.model, dtype=dtype).to(args.device or best)
+    return _pipeline(args.model, dtype=getattr(torch, DTYPES[args.dtype])).to(args.device or best)
 
 
 def _note_unknown_words(pipe, prompt) -> None:

@@ -1,5 +1,9 @@
-"""What people look at: overlays with a legend, strips of regions over steps and frames, animated regions and guidance maps."""
+"""What people look at: overlays with a legend, strips of regions over steps and frames, animated regions and guidance maps.
 
+All of it shows itself in a notebook.
+"""
+
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +18,30 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
+from goca_guidance.files import inline, replacing
 from goca_guidance.method.records import Regions
-from goca_guidance.schema import FILLED, Count, checked
+from goca_guidance.schema import FILLED, Count, between, checked
 
 
 PANEL = 3.2  # inches of one panel
 DPI = 110
+LARGEST = 1000  # pixels on the longer side of a panel
+
+
+class Drawing(Figure):
+    """A figure that shows itself in a notebook, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        drawn = io.BytesIO()
+        self.savefig(drawn, format="png")
+        return drawn.getvalue()
+
+
+class Animation(list[Image.Image]):
+    """Frames that play in a notebook."""
+
+    def _repr_html_(self) -> str:
+        return inline(_gif(self), "gif")
 
 
 def colour(index: int) -> tuple[float, float, float]:
@@ -31,31 +53,35 @@ def colour(index: int) -> tuple[float, float, float]:
 @checked
 def overlay(
     image: Image.Image, labels: Sequence[Int[Tensor, "_ _"]], classes: Sequence[str], titles: Sequence[str] = ("",)
-) -> Figure:
+) -> Drawing:
     """The image, and beside it each label map painted over it, with a legend of the classes that occur.
 
-    `labels`: H W index into `classes`, at any size; `titles`: one for each label map.
+    `labels`: H W index into `classes`, at any size; `titles`: one for each label map. A large image is drawn smaller.
     """
-    figure, axes = _panels(1, 1 + len(labels), legend=True)
+    image = fitted(image, LARGEST)
+    panel = max(PANEL, max(image.size) / DPI) / max(image.size)
+    figure, axes = _panels(1, 1 + len(labels), legend=True, panel=panel * image.width, height=panel * image.height)
     axes[0].imshow(image)
     axes[0].set_title("image", fontsize=9)
     for axis, label_map, title in zip(axes[1:], labels, titles, strict=True):
-        axis.imshow(_painted(image, label_map))
+        axis.imshow(painted(image, label_map))
         axis.set_title(title, fontsize=9)
     present = sorted({int(i) for label_map in labels for i in label_map.unique()})
     _legend(figure, [(classes[i], colour(i)) for i in present])
     return figure
 
 
-def _painted(image, label_map, strength=0.6):
-    size = (image.width, image.height)
-    index = np.asarray(Image.fromarray(label_map.numpy().astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
-    palette = np.array([colour(i) for i in range(int(index.max()) + 1)])
-    return (1 - strength) * np.asarray(image) / 255 + strength * palette[index]
+@checked
+def painted(
+    image: Image.Image, label_map: Int[Tensor, "_ _"], strength: Annotated[float, between(0, 1)] = 0.6
+) -> Image.Image:
+    """The image under the colours of a label map of any size."""
+    paint = index_image(label_map).resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image, paint.convert("RGB"), strength)
 
 
 @checked
-def region_strip(regions: Annotated[Sequence[Regions], FILLED], sample: int = 0, columns: Count = 8) -> Figure:
+def region_strip(regions: Annotated[Sequence[Regions], FILLED], sample: int = 0, columns: Count = 8) -> Drawing:
     """Regions of one image over its guided steps, evenly chosen; what is not foreground is pale.
 
     Of a video a film strip for each of these steps: frames, evenly chosen too, side by side.
@@ -87,7 +113,7 @@ def painted_regions(regions: Regions, sample: int = 0) -> np.ndarray:
 
 
 @checked
-def region_frames(regions: Regions, sample: int = 0) -> list[Image.Image]:
+def region_frames(regions: Regions, sample: int = 0) -> Animation:
     """A video's regions as an animation (`save` to a GIF), with a legend; what is not foreground is pale."""
     painted, names = painted_regions(regions, sample), regions.labels[sample]
     if painted.ndim != 4:
@@ -102,11 +128,11 @@ def region_frames(regions: Regions, sample: int = 0) -> list[Image.Image]:
         axis.set_title(f"regions, frame {number + 1} of {len(painted)}", fontsize=9)
         _legend(figure, [(name, colour(i)) for i, name in enumerate(names)], columns=4)
         frames.append(_drawn(figure))
-    return frames
+    return Animation(frames)
 
 
 @checked
-def guidance_frames(maps: Float[Tensor, "steps H W"], along: str = "step") -> list[Image.Image]:
+def guidance_frames(maps: Float[Tensor, "steps H W"], along: str = "step") -> Animation:
     """One frame a guided step: guidance scale times rate, one colour scale for all steps.
 
     `along`: what the first axis is, where it is not steps: the frames of a video.
@@ -118,7 +144,7 @@ def guidance_frames(maps: Float[Tensor, "steps H W"], along: str = "step") -> li
         axis.set_title(f"guidance, {along} {number + 1} of {len(maps)}", fontsize=9)
         figure.colorbar(shown, ax=axis, shrink=0.85)
         frames.append(_drawn(figure))
-    return frames
+    return Animation(frames)
 
 
 def _drawn(figure) -> Image.Image:
@@ -128,7 +154,7 @@ def _drawn(figure) -> Image.Image:
 
 
 @checked
-def comparison(images: Annotated[Sequence[Image.Image], FILLED], titles: Sequence[str]) -> Figure:
+def comparison(images: Annotated[Sequence[Image.Image], FILLED], titles: Sequence[str]) -> Drawing:
     """Images side by side, each under its title."""
     figure, axes = _panels(1, len(images))
     for axis, image, title in zip(axes, images, titles, strict=True):
@@ -140,7 +166,7 @@ def comparison(images: Annotated[Sequence[Image.Image], FILLED], titles: Sequenc
 def _panels(rows, columns, legend=False, panel=PANEL, height=None):
     around = rows * 0.25 + (0.3 if legend else 0)
     size = columns * panel, rows * (height or panel) + around
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    figure = Drawing(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
@@ -149,7 +175,8 @@ def _panels(rows, columns, legend=False, panel=PANEL, height=None):
 
 def _legend(figure, entries, columns=8):
     handles = [Patch(color=shade, label=name) for name, shade in entries]
-    columns = min(columns, len(handles))
+    inches = 0.5 + 0.07 * max(len(name) for name, _ in entries)  # of one entry
+    columns = max(1, min(columns, len(handles), int(figure.get_figwidth() / inches)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
@@ -157,30 +184,38 @@ def _legend(figure, entries, columns=8):
 def save(picture: Figure | Image.Image | Annotated[list[Image.Image], FILLED], path: str | Path) -> Path:
     """Write a figure, an image or an animation to a temporary name, then rename: no half-written picture is left."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    try:
+    with replacing(path) as part:
         if isinstance(picture, Figure):
             picture.savefig(part, format=path.suffix[1:])
         elif isinstance(picture, list):
-            last = [picture[-1]] * 4  # rest on the last step before the animation starts again
-            picture[0].save(
-                part, format="GIF", save_all=True, append_images=[*picture[1:], *last], duration=220, loop=0
-            )
+            part.write_bytes(_gif(picture))
         else:
             picture.save(part, format=path.suffix[1:].upper())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
+
+
+def _gif(frames) -> bytes:
+    last = [frames[-1]] * 4  # rest on the last step before the animation starts again
+    drawn = io.BytesIO()
+    frames[0].save(drawn, format="GIF", save_all=True, append_images=[*frames[1:], *last], duration=220, loop=0)
+    return drawn.getvalue()
 
 
 @checked
 def index_image(label_map: Int[Tensor, "H W"]) -> Image.Image:
-    """A label map as a palette picture: the pixel value is the index of the class."""
+    """A label map as a palette picture: the pixel value is the index of the class, of 256 at most."""
+    if (highest := int(label_map.max())) > 255:
+        raise ValueError(f"Expected at most 256 classes in a palette picture, but got index {highest}: draw fewer.")
     picture = Image.fromarray(label_map.numpy().astype(np.uint8), mode="L").convert("P")
     picture.putpalette([round(255 * c) for i in range(256) for c in colour(i)])
     return picture
+
+
+@checked
+def fitted(image: Image.Image, most: Count) -> Image.Image:
+    """A large picture at most so many pixels on its longer side, for looking at."""
+    factor = most / max(image.size)
+    return image if factor >= 1 else image.resize([max(1, round(factor * side)) for side in image.size])
 
 
 @checked

@@ -14,14 +14,15 @@ from tests.helpers.places import ROOT
 
 
 LIBRARY = [  # rooms of goca_guidance by floor: one imports itself and lower floors
-    {"schema"},
+    {"schema", "files"},
     {"config"},
     {"method"},
     {"denoisers", "pictures"},
-    {"mixing"},
+    {"mixing", "formats"},
     {"arguments", "stock", "hooks"},
     {"real_images"},
     {"pipeline", "guider"},
+    {"doctor"},
     {"cli"},
 ]
 EVAL = [
@@ -36,6 +37,7 @@ INSIDE = {  # what of eval imports more of the library than its public names, an
     "eval/core_cost.py": {"method"},
     "eval/generation/painting.py": {"pictures"},
     "eval/common/configs.py": {"schema"},
+    "eval/common/files.py": {"files"},
     "eval/generation/drawing.py": {"denoisers", "method", "real_images", "stock"},
     "eval/generation/generator.py": {"denoisers", "schema", "stock"},
     "eval/prompts": {"schema"},
@@ -174,6 +176,11 @@ def test_import_is_light():
         "print(sorted(heavy & set(sys.modules)), [m for m in sys.modules if m.startswith('diffusers.pipelines.')])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[] []"
+
+
+def test_help_is_told_without_torch():
+    code = "import sys, goca_guidance.cli as cli; cli._parser().format_help(); print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "False"
 
 
 def test_every_public_name_can_be_had():

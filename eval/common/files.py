@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,43 +10,16 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from goca_guidance.files import replacing as replacing
+
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write to a temporary name and rename when whole, so that nothing half-written is ever taken for whole.
-
-    What was begun is removed where it fails. A folder is replaced by a folder only: ValueError for a file in its place.
-    """
-    part, old = path.with_name(f".part-{path.name}"), path.with_name(f".old-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(part)
-    try:
-        yield part
-        if path.is_dir() and not part.is_dir():
-            raise ValueError(f"Expected {path} to be a file, or not to be there, but it is a folder: move it away.")
-    except BaseException:
-        _remove(part)
-        raise
-    if path.is_dir():
-        path.replace(old)  # a folder is not replaced in one step: the old one steps aside until the new one is there
-    part.replace(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def recovered(path: Path) -> Path:
     """A folder that `replacing` wrote; where a kill left only the old one, that one is put back."""
     old = path.with_name(f".old-{path.name}")
     if old.is_dir() and not path.exists():
         old.replace(path)
     return path
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def writable(path: Path) -> Path:

@@ -4,18 +4,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
 from unicodedata import category
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
 from goca_guidance.config import CRF, Background, GoCAConfig
 from goca_guidance.denoisers.layouts import class_layout, class_prompt
+from goca_guidance.files import inline
+from goca_guidance.formats import Format, Segmented, write
+from goca_guidance.formats import overlay as draw
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.method.crf import labels_by_crf
 from goca_guidance.method.maps import resize
@@ -23,6 +27,10 @@ from goca_guidance.method.records import AttentionRecord
 from goca_guidance.method.segmentor import GoCASegmentor, ScoringSegmentor
 from goca_guidance.real_images.forwards import Forwards, check_further, noised
 from goca_guidance.schema import Count, checked, read
+
+
+if TYPE_CHECKING:
+    import goca_guidance.pictures
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,59 @@ class Segmentation:
             return [scores.argmax(0).cpu() for scores in every]
         pictures = [torch.from_numpy(np.array(picture)) for picture in self.pictures]
         return [labels_by_crf(*pair, self.crf) for pair in zip(every, pictures, strict=True)]
+
+    @checked
+    def mask(self, name: str, image: int = 0) -> Bool[Tensor, "_ _"]:
+        """Where a class, or "background", is: H W at the image's own size, on the CPU. `image`: which one, from 0."""
+        classes = self._of(image).classes
+        if name not in classes:
+            raise ValueError(f"Expected a class of the segmentation ({', '.join(classes)}), but got {name!r}.")
+        return self.label_maps[image] == classes.index(name)
+
+    def overlay(self, image: int = 0) -> "goca_guidance.pictures.Drawing":
+        """A figure: the picture, and beside it the classes painted over it, with a legend. `image`: which one, from 0."""
+        return draw(self._of(image))
+
+    @checked
+    def save(
+        self, folder: str | Path, formats: Sequence[Format] = ("overlay", "labels"), names: Sequence[str] = ()
+    ) -> list[Path]:
+        """Write files: of one image into the folder itself, of several into a folder of each, NAME or 1, 2, ...
+
+        Args:
+            folder: is made where it is missing; files of these names in it are replaced, each when it is whole.
+            formats: "overlay" (overlay.png, to look at), "labels" (labels.png, a palette picture of indices, and classes.txt),
+                "masks" (a black and white picture of each class), "cutouts" (each class with the rest transparent), "coco"
+                (coco.json, run lengths; needs pycocotools), "scores" (scores.npz, the maps before the decision).
+            names: of the images, one for each.
+
+        Returns:
+            The folder of each image.
+        """
+        count = len(self.sizes)
+        if names and len(names) != count:
+            raise ValueError(f"Expected one name for each of the {count} images, but got {len(names)}.")
+        folders = [Path(folder)] if count == 1 and not names else [
+            Path(folder) / name for name in names or map(str, range(1, count + 1))
+        ]  # fmt: skip
+        for image, (place, name) in enumerate(zip(folders, names or [""] * count, strict=True)):
+            write(self._of(image, name), place, formats)
+        return folders
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the first images, painted."""
+        return "".join(inline(self.overlay(image)._repr_png_(), "png") for image in range(min(4, len(self.sizes))))
+
+    def _of(self, image: int, name: str = "") -> Segmented:
+        """One image, as it is written and drawn."""
+        if not -len(self.sizes) <= image < len(self.sizes):
+            raise ValueError(f"Expected the number of an image from 0 to {len(self.sizes) - 1}, but got {image}.")
+        if len(self.pictures) != len(self.sizes):
+            raise ValueError("Expected the `pictures` beside the scores, as `segment` gives them, but got none.")
+        classes: Any = self.classes[image] if isinstance(self.classes[0], tuple) else self.classes
+        has_background = self.background is not None
+        scores = self.scores[image, : len(classes) - has_background]
+        return Segmented(self.pictures[image], self.label_maps[image], classes, scores, has_background, name)
 
 
 @torch.no_grad()
