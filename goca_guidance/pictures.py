@@ -61,10 +61,10 @@ def overlay(
     image = fitted(image, LARGEST)
     panel = max(PANEL, max(image.size) / DPI) / max(image.size)
     figure, axes = _panels(1, 1 + len(labels), legend=True, panel=panel * image.width, height=panel * image.height)
-    axes[0].imshow(image)
+    axes[0].imshow(np.asarray(image))
     axes[0].set_title("image", fontsize=9)
     for axis, label_map, title in zip(axes[1:], labels, titles, strict=True):
-        axis.imshow(painted(image, label_map))
+        axis.imshow(np.asarray(painted(image, label_map)))
         axis.set_title(title, fontsize=9)
     present = sorted({int(i) for label_map in labels for i in label_map.unique()})
     _legend(figure, [(classes[i], colour(i)) for i in present])
@@ -158,7 +158,7 @@ def comparison(images: Annotated[Sequence[Image.Image], FILLED], titles: Sequenc
     """Images side by side, each under its title."""
     figure, axes = _panels(1, len(images))
     for axis, image, title in zip(axes, images, titles, strict=True):
-        axis.imshow(image, interpolation="bicubic")
+        axis.imshow(np.asarray(image), interpolation="bicubic")
         axis.set_title(title, fontsize=9)
     return figure
 
