@@ -30,7 +30,7 @@ from eval.cost.full_size import ARCHITECTURES
 from eval.cost.measure import PeakMemory, add_device, alone, device_name
 from eval.cost.operations import added_flops
 from goca_guidance import GoCAConfig
-from goca_guidance.method import aggregation, segmentor
+from goca_guidance.method import aggregation, attention, segmentor
 
 
 SHARPER = 16  # times louder queries: of evener attention the naive form keeps mostly rounding
@@ -38,8 +38,8 @@ FORMS = {"ours": Step.ours, "naive": Step.naive}
 FAMILIES = ("sd-1.5", "sdxl", "pixart-sigma", "flux-short", "hunyuan", "sd3")
 PARTS = {  # functions that aggregation and segmentor call; what none of them does is "rest"
     "head_weights": ((aggregation, "head_weights"),),
-    "attention": ((aggregation, "probabilities"),),  # of words and pixels, which all other parts share
-    "words": ((aggregation, "pick"),),
+    "attention": ((attention, "probabilities"),),  # of words and pixels, which all other parts share
+    "words": ((attention, "some_keys"), (aggregation, "some_keys")),
     "agreement": tuple((aggregation, name) for name in ("pseudo_attention", "pull_affinity", "agreement")),
     "refinement": ((segmentor, "refine"), (aggregation, "affinity_product")),
 }

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset
-from goca_guidance.method.attention import affinity_product, joined, pick, probabilities
+from goca_guidance.method.attention import Found, affinity_product, joined, over_heads, some_keys, weighted
 from goca_guidance.method.goca import agreement, head_weights, layer_weights, pseudo_attention
 from goca_guidance.method.maps import (
     as_maps,
@@ -21,6 +21,7 @@ from goca_guidance.method.maps import (
     coarser,
     nearest_index,
     on_keys,
+    others,
     over,
     pull_affinity,
     resize,
@@ -87,6 +88,7 @@ class Aggregation:
         self._affinity: Tensor | None = None  # pseudo self-attention of the reference, at `_reference_grid`
         self._reference_grid: tuple[int, ...] = ()
         self._pulled: dict[tuple, tuple] = {}  # by grids of queries and keys: what `_pull` gives
+        self._columns_of: dict[tuple, Int[Tensor, "b m"]] = {}  # by length of the batch and first text key: `_columns`
         self._agreements: dict[str, Float[Tensor, " b"]] = {}  # by compared layer
         self._maps: list[tuple[list[str], Float[Tensor, "l b m *S"]]] = []  # of tokens, with the layers' names
         self._sum: Float[Tensor, "b p q"] | None = None  # of the refining layers' self-attention
@@ -190,61 +192,89 @@ class Aggregation:
     # ---- reductions: `stack` holds the `records` of several layers, one after another in the batch ----------------------
     def _reduce_words(self, stack, records):
         """Maps of the observed tokens."""
-        weights = self._head_weights(stack, records)
-        self._store(records, [self._words(stack, p, weights, rows) for rows, p in probabilities(stack)])
+        pick, words = self._picking(stack, self._head_weights(stack, records)), Found()
+        for block, mean, picked in over_heads(stack, None, pick, pick is None, len(self.columns)):
+            words.add(block, self._words(stack, block, mean, picked))
+        self._store(records, words.whole())
 
-    def _words(self, stack, probs, weights, rows) -> Float[Tensor, "b r m"]:
-        """In a block of rows the observed tokens; with weighted heads and a total, all; else the total beside them."""
-        text = stack.view.text
-        if self.total and weights is not None:
-            return pick(probs, text, weights, rows)
-        columns = self.columns.repeat(len(probs) // len(self.columns), 1) + text.start
-        found = pick(probs, columns, weights, rows)
+    def _picking(self, stack, weights):
+        """Of weighted heads the observed tokens; with a total, all. None where the words are read off the heads' mean."""
+        if weights is None:
+            return None
+        return weighted(stack.view.text if self.total else self._columns(stack), weights)
+
+    def _words(self, stack, block, mean, picked) -> Float[Tensor, "b r m"]:
+        """In a block of rows what was picked; without weights the observed tokens, and beside them the total."""
+        if picked is not None:
+            return picked
+        found = some_keys(mean, self._columns(stack)[block.images])
         if self.total and self.joint:
-            return torch.cat([found, probs[..., text].sum(-1).mean(1)[..., None]], -1)
+            return torch.cat([found, mean[..., stack.view.text].sum(-1, keepdim=True)], -1)
         return found
+
+    def _columns(self, stack) -> Int[Tensor, "b m"]:
+        """The observed tokens among the keys, for each image of each layer."""
+        key = len(stack.query), stack.view.text.start
+        if key not in self._columns_of:
+            self._columns_of[key] = self.columns.repeat(key[0] // len(self.columns), 1) + key[1]
+        return self._columns_of[key]
 
     def _head_weights(self, stack, records):
         return None if self.heads == "uniform" else head_weights(stack.output, [record.gram for record in records])
 
-    def _store(self, records, blocks):
+    def _store(self, records, rows: Float[Tensor, "b p m"]):
         names = [record.name for record in records]
         view = records[0].view
-        maps = as_maps(joined(blocks, 1), view.grid)
+        maps = as_maps(rows, view.grid)
         maps = average(maps, coarser(view.grid, self.working_size)) if view.video else maps
         self._maps.append((names, maps.unflatten(0, (len(records), -1))))
 
     def _reduce_pixels(self, stack, records, key_grid, compared, refining):
         """Agreement with the reference, in the rows that its grid reads; the sum that refines, and words, in all rows.
 
-        All three are taken from a block of probabilities while it is there. Where agreement reads fewer rows than the
-        others, its rows are computed a second time.
+        All three are taken from a block of probabilities while it is there. Where agreement reads some rows only, they go
+        first, and the others after them.
         """
-        layers, found, words = len(records), [], []
+        layers, images, found, words = len(records), len(self.columns), Found(), Found()
         rows, compare = self._comparison(stack, key_grid) if compared else (None, None)
         with_words = self._has_words_and_pixels(stack)
         weights = self._head_weights(stack, records) if with_words else None
-        for chosen in [rows] if rows is None or not (refining or with_words) else [rows, None]:
-            for block, probs in probabilities(stack, chosen):
-                pixels = probs[..., stack.view.image].mean(1).unflatten(0, (layers, -1))
+        passes = [rows]
+        if rows is not None and (refining or with_words):
+            passes.append(others(rows, math.prod(stack.grid)))
+        for chosen in passes:
+            of_rows = weights if weights is None or chosen is None else weights[:, :, chosen]
+            for block, mean, picked in over_heads(stack, chosen, self._picking(stack, of_rows), True, images):
+                pixels = mean[..., stack.view.image].unflatten(0, (-1, min(images, len(mean))))
                 if compared and chosen is rows:
-                    found.append(compare(block, pixels))
-                if refining and chosen is None:
-                    self._add_up(block, pixels, stack.grid, key_grid)
-                if with_words and chosen is None:
-                    words.append(self._words(stack, probs, weights, block))
-        if compared and self._affinity is None:
-            self._held.update(zip([record.name for record in records], joined(found, 2), strict=True))
-        elif compared:
-            self._agreements.update(zip([record.name for record in records], torch.stack(found).sum(0), strict=True))
+                    found.add(block, compare(block, pixels).flatten(0, 1))
+                if refining:
+                    self._add_up(block, chosen, pixels, stack.grid, key_grid)
+                if with_words:
+                    words.add(block, self._words(stack, block, mean, picked))
+        names = [record.name for record in records]
+        if compared:
+            held, of_layers = (self._held, found.whole) if self._affinity is None else (self._agreements, found.total)
+            held.update(zip(names, of_layers().unflatten(0, (layers, -1)), strict=True))
         if with_words:
-            self._store(records, words)
+            maps = words.whole()
+            self._store(records, maps if rows is None else maps[:, torch.cat(passes).argsort()])
 
-    def _add_up(self, block, pixels, grid, key_grid):
+    def _add_up(self, block, chosen, pixels, grid, key_grid):
+        """`chosen`: the rows that blocks are of, where not all are."""
         total = on_keys(resize_adjoint, pixels[0] if len(pixels) == 1 else pixels.sum(0), key_grid, grid)
         if self._sum is None:
-            self._sum = total.new_zeros(len(total), math.prod(grid), total.shape[-1])
-        self._sum[:, block] += total
+            self._sum = total.new_zeros(len(self.columns), math.prod(grid), total.shape[-1])
+        part = self._sum[self._images(block, pixels)]
+        if chosen is None:
+            part[:, block.rows] += total
+        else:
+            part.index_add_(1, chosen[block.rows], total)
+
+    def _images(self, block, pixels) -> slice:
+        """Which images a block of pixels [l b r q] is of, in each of its layers."""
+        first = block.images.start % len(self.columns)
+        return slice(first, first + pixels.shape[1])
 
     def _comparison(self, record, key_grid):
         """Which rows are compared (None for all), and how a block of them is: what it adds to the layers' agreements.
@@ -256,9 +286,12 @@ class Aggregation:
             return rows, lambda block, pixels: on_keys(resize, pixels, key_grid, record.grid)
         keys = key_grid if record.grid == key_grid else self._reference_grid
         rows, reference, mass = self._pull(record, keys)
-        return rows, lambda block, pixels: agreement(
-            on_keys(resize, pixels, key_grid, keys), reference[:, block], mass
-        )
+
+        def compare(block, pixels):
+            part = reference[self._images(block, pixels), block.rows]
+            return agreement(on_keys(resize, pixels, key_grid, keys), part, mass)
+
+        return rows, compare
 
     def _pull(self, record, key_grid):
         """The reference's affinity as a layer is compared with it: rows (None for all), affinity, row mass."""
@@ -297,14 +330,16 @@ class Aggregation:
         Layers of one grid are summed before they are resized. At a working size the maps are averaged, an image's at last.
         """
         by_name = dict(zip(self.preset.text, self.weights().unbind(1), strict=True))
-        merged: dict[Any, Tensor] = {}  # by grid
+        alike: dict[Any, list] = {}  # by grid
         for names, layers in self._maps:
-            of_layers = over(torch.stack([by_name[name] for name in names]), layers)
-            total, grid = (of_layers * layers).sum(0), tuple(layers.shape[3:])
-            merged[grid] = merged[grid] + total if grid in merged else total
+            alike.setdefault(tuple(layers.shape[3:]), []).append((names, layers))
         working = coarser(finest, self.working_size)
-        size = max(*merged, working, key=math.prod)
-        resized = [resize(total, size) for total in merged.values()]
+        size, resized = max(*alike, working, key=math.prod), []
+        for parts in alike.values():
+            layers = joined([layers for _, layers in parts], 0)
+            of_layers = torch.stack([by_name[name] for names, _ in parts for name in names], 1)[:, None]
+            total = of_layers @ layers.flatten(2).transpose(0, 1)  # b 1 l by b l m*S
+            resized.append(resize(total.view(layers.shape[1:]), size))
         whole = average(sum(resized[1:], resized[0]).clamp(min=0), working)
         if self.total and self.heads == "contribution":
             return whole.take_along_dim(over(self.columns, whole), 1), whole.sum(1, keepdim=True)

@@ -3,7 +3,8 @@
 In float32 whatever the model's dtype; every use of a map is a sum that is taken block by block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,20 @@ from goca_guidance.method.maps import over
 from goca_guidance.method.records import AttentionRecord
 
 
-CPU_BLOCK = 2**20  # probabilities of an image held at one time, over heads, query rows and keys: a CPU's cache
-BLOCK = 2**24  # on any other device, of all images (64 MB)
+CPU_BLOCK = 2**19  # probabilities held at one time, a CPU's cache: of one head, where those of all heads are more
+BLOCK = 2**24  # on any other device, of all heads (64 MB)
+IN_PLACE = ("cpu", "cuda")  # devices whose products and softmax may write into a tensor that is there
+
+
+class Block(NamedTuple):
+    """Which images, heads and query rows some probabilities are of."""
+
+    images: slice
+    heads: slice
+    rows: slice
+
+
+Pick = Callable[[Float[Tensor, "b h r n"], Block], Float[Tensor, "b r m"]]
 
 
 def token_maps(
@@ -25,22 +38,29 @@ def token_maps(
 
     `columns` count from the first text key; in joint attention the softmax runs over the pixels' keys too.
     """
-    columns = columns + record.view.text.start
-    return joined([pick(p, columns, weights, rows) for rows, p in probabilities(record)], 1)
+    columns, found = columns + record.view.text.start, Found()
+    pick = None if weights is None else weighted(columns, weights)
+    for block, mean, picked in over_heads(record, pick=pick, mean=pick is None):
+        found.add(block, some_keys(mean, columns[block.images]) if picked is None else picked)
+    return found.whole()
 
 
-def pick(
-    probs: Float[Tensor, "b h r n"],
-    columns: Int[Tensor, "b m"] | slice,
-    weights: Float[Tensor, "b h p"] | None,
-    rows: slice,
-) -> Float[Tensor, "b r m"]:
-    """Some columns of a block of query rows, summed over heads with the rows' weights, or averaged."""
+def some_keys(rows: Float[Tensor, "b *r n"], columns: Int[Tensor, "b m"] | slice) -> Float[Tensor, "b *r m"]:
+    """Of rows of attention some keys only: for each image those in its `columns`, or a slice."""
     if isinstance(columns, slice):
-        wanted = probs[..., columns]
-    else:
-        wanted = probs.gather(-1, columns[:, None, None, :].expand(-1, probs.shape[1], probs.shape[2], -1))
-    return wanted.mean(1) if weights is None else (wanted * weights[:, :, rows, None]).sum(1)
+        return rows[..., columns]
+    columns = columns.view(len(columns), *[1] * (rows.ndim - 2), -1)
+    return rows.gather(-1, columns.expand(*rows.shape[:-1], -1))
+
+
+def weighted(columns: Int[Tensor, "b m"] | slice, weights: Float[Tensor, "b h p"]) -> Pick:
+    """For `over_heads`: some keys, summed over heads with the rows' weights."""
+
+    def pick(probs, block):
+        wanted = some_keys(probs, columns if isinstance(columns, slice) else columns[block.images])
+        return (wanted * weights[block][..., None]).sum(1)
+
+    return pick
 
 
 def affinity_product(record: AttentionRecord, x: Float[Tensor, "b q k"]) -> Float[Tensor, "b p k"]:
@@ -61,23 +81,93 @@ def affinity_product(record: AttentionRecord, x: Float[Tensor, "b q k"]) -> Floa
 
 
 # ---- attention in blocks ---------------------------------------------------------------------------------------------
+def over_heads(
+    record: AttentionRecord,
+    rows: Int[Tensor, " rows"] | None = None,
+    pick: Pick | None = None,
+    mean: bool = True,
+    layer: int | None = None,
+) -> Iterator[tuple[Block, Any, Any]]:
+    """Blocks of probabilities reduced over heads: the mean b r n, and what is picked b r m; None where it is not asked for."""
+    heads, average, picked = record.query.shape[1], None, None
+    for block, probs in probabilities(record, rows, layer):
+        if mean and probs.shape[1] == heads:
+            average = probs.mean(1)
+        elif mean:
+            average = probs[:, 0] / heads if average is None else average.add_(probs[:, 0], alpha=1 / heads)
+        if pick is not None:
+            part = pick(probs, block)
+            picked = part if picked is None else picked + part
+        if block.heads.stop == heads:
+            yield block, average, picked
+            average = picked = None
+
+
 def probabilities(
-    record: AttentionRecord, rows: Int[Tensor, " rows"] | None = None
-) -> Iterator[tuple[slice, Float[Tensor, "b h r n"]]]:
-    """Recomputed float32 probabilities in blocks of query rows, few enough at a time to stay small."""
+    record: AttentionRecord, rows: Int[Tensor, " rows"] | None = None, layer: int | None = None
+) -> Iterator[tuple[Block, Float[Tensor, "b h r n"]]]:
+    """Recomputed float32 probabilities in blocks, few enough at a time to stay small; each is read before the next is asked.
+
+    `rows`: of the queries these only, in this order. `layer`: images of a layer, where several layers follow one another in
+    the batch; no block is of parts of two. All heads of a block follow one another.
+    """
     query = record.query if rows is None else record.query[:, :, rows]
-    key, mask = record.key.float().mT, None if record.mask is None else record.mask.float()
+    mask = None if record.mask is None else record.mask.float()
     if mask is not None and mask.shape[-2] > 1 and rows is not None:
         mask = mask[:, :, rows]
-    batch, heads, count, _ = query.shape
-    held = CPU_BLOCK if query.device.type == "cpu" else BLOCK // batch
-    step = max(1, held // (heads * key.shape[-1]))
-    for start in range(0, count, step):
-        block = slice(start, min(start + step, count))
-        logits = query[:, :, block].float() * record.scale @ key
+    query, key = query.float() * record.scale, record.key.float()
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    reused, buffer = query.device.type in IN_PLACE and not learns, None
+    for block in _blocks(query.device.type, query.shape[:3], key.shape[2], layer or len(query)):
+        part = query[block]
+        size = part.shape[0] * part.shape[1], part.shape[2], key.shape[2]
+        if reused and (buffer is None or buffer.shape != size):
+            buffer = query.new_empty(size)
+        logits = torch.bmm(part.flatten(0, 1), key[block[:2]].flatten(0, 1).mT, out=buffer)
+        logits = logits.unflatten(0, part.shape[:2])
         if mask is not None:
-            logits = logits + (mask if mask.shape[-2] == 1 else mask[:, :, block])
-        yield block, logits.softmax(-1)
+            logits += mask[tuple(x if n > 1 else slice(None) for x, n in zip(block, mask.shape[:3], strict=True))]
+        yield block, torch.softmax(logits, -1, out=logits if reused else None)
+
+
+def _blocks(device: str, size: torch.Size, keys: int, layer: int) -> Iterator[Block]:
+    """As many whole images as are held at one time, or rows of one: on a CPU those of one head after another."""
+    batch, heads, count = size
+    held = CPU_BLOCK if device == "cpu" else BLOCK
+    images = held // (heads * count * keys)
+    group = heads if images or device != "cpu" else 1
+    step = count if images else max(1, held // (group * keys))
+    for part in _slices(batch, layer, max(1, images)):
+        for start in range(0, count, step):
+            for head in range(0, heads, group):
+                yield Block(part, slice(head, head + group), slice(start, min(start + step, count)))
+
+
+def _slices(batch: int, layer: int, most: int) -> Iterator[slice]:
+    """Of a batch of layers: so many images at the most, of whole layers or of one."""
+    whole = layer if most < layer else batch
+    step = most if most < layer else most - most % layer
+    for first in range(0, batch, whole):
+        for start in range(first, first + whole, step):
+            yield slice(start, min(start + step, first + whole))
+
+
+class Found:
+    """What the blocks of a record gave, put together again."""
+
+    def __init__(self):
+        self._parts: dict[int, list[Tensor]] = {}  # by first image, in the order of rows
+
+    def add(self, block: Block, part: Tensor) -> None:
+        self._parts.setdefault(block.images.start, []).append(part)
+
+    def whole(self) -> Float[Tensor, "b p ..."]:
+        """One row after another."""
+        return joined([joined(parts, 1) for parts in self._parts.values()], 0)
+
+    def total(self) -> Float[Tensor, "b ..."]:
+        """Summed over blocks of rows."""
+        return joined([sum(parts[1:], parts[0]) for parts in self._parts.values()], 0)
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:

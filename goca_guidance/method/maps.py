@@ -134,15 +134,32 @@ def pull_affinity(
     queries and a reference of 2 x 2, nearest resizing reads rows and columns 0 and 2, so the query rows 0, 2, 8 and 10. Of
     1 x 1 queries it reads one row four times, which is then one row of the sum of four.
     """
-    read = [_read(a, b, affinity.device) for a, b in zip(queries, reference, strict=True)]
-    rows = _row_major([along for along, _ in read], queries)
-    pulled = resize_adjoint(affinity.unflatten(-1, reference), keys).flatten(2)
+    rows, pulled = (
+        rows_read(queries, reference, affinity.device),
+        resize_adjoint(affinity.unflatten(-1, reference), keys),
+    )
+    pulled = pulled.flatten(2)
     if len(rows) < pulled.shape[1]:  # some rows are read more than once
         ours, theirs = "zyx"[-len(queries) :], "fhw"[-len(queries) :]
         sums = ",".join(map("".join, zip(ours, theirs, strict=True))) + f",b{theirs}q->b{ours}q"
+        read = [_read(a, b, affinity.device) for a, b in zip(queries, reference, strict=True)]
         targets = [targets.to(pulled.dtype) for _, targets in read]
         pulled = torch.einsum(sums, *targets, pulled.unflatten(1, reference)).flatten(1, -2)
     return rows, pulled
+
+
+@_constant
+def rows_read(queries: tuple[int, ...], reference: tuple[int, ...], device) -> Int[Tensor, " rows"]:
+    """The query rows that nearest resizing to the `reference` grid reads, in order."""
+    return _row_major([_read(a, b, device)[0] for a, b in zip(queries, reference, strict=True)], queries)
+
+
+def others(rows: Int[Tensor, " rows"], count: int) -> Int[Tensor, " others"]:
+    """The numbers below `count` that are not among some different `rows`, in order."""
+    apart = (
+        torch.zeros(count, device=rows.device).index_fill(0, rows, 1).argsort(stable=True)
+    )  # nothing waits for a size
+    return apart[: count - len(rows)]
 
 
 def coarser(grid: tuple[int, ...], side: int | None) -> tuple[int, ...]:

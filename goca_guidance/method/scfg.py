@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset, SCFGConfig
-from goca_guidance.method.attention import affinity_product, joined, one_hot, probabilities, token_maps
+from goca_guidance.method.attention import Found, affinity_product, one_hot, over_heads, token_maps
 from goca_guidance.method.maps import (
     as_maps,
     axes,
@@ -106,8 +106,10 @@ class SCFGSegmentor:
 def _refined(words: AttentionRecord, pixels: AttentionRecord, grid: tuple[int, ...]) -> Float[Tensor, "b n *S"]:
     """(S + 3 S^2) / 4 times the maps of all tokens, on a coarser grid, on which S alone is small."""
     rows = nearest_index(words.grid, grid, words.query.device)
-    blocks = [p[..., pixels.view.image].mean(1) for _, p in probabilities(pixels.at(grid, rows))]
-    affinity = joined([on_keys(resize_adjoint, block, pixels.grid, grid) for block in blocks], 1)
+    found = Found()
+    for block, mean, _ in over_heads(pixels.at(grid, rows)):
+        found.add(block, on_keys(resize_adjoint, mean[..., pixels.view.image], pixels.grid, grid))
+    affinity = found.whole()
     text = words.view.text
     every = torch.arange(text.stop - text.start, device=rows.device).expand(len(words.query), -1)
     once = affinity @ token_maps(words.at(grid, rows), every, None)

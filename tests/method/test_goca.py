@@ -100,8 +100,10 @@ def test_joint_token_maps_divide_by_all_keys_and_read_text_only(view):
 def agreement_of(r, reference, mass=None):
     """Agreement of a layer with an affinity on a 4 x 4 grid, block by block."""
     rows, pulled = pull_affinity(reference, (4, 4), r.grid, r.grid)
-    probs = [(block, p[..., r.view.image].mean(1)) for block, p in attention.probabilities(r, rows)]
-    return sum(goca.agreement(p, pulled[:, block], mass) for block, p in probs)
+    found = attention.Found()
+    for block, mean, _ in attention.over_heads(r, rows):
+        found.add(block, goca.agreement(mean[..., r.view.image], pulled[block.images, block.rows], mass))
+    return found.total()
 
 
 @pytest.mark.parametrize("block", [1, 100, 2**21])
