@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from goca_guidance import TINY_SD, GoCASCFGPipeline
+from goca_guidance.method import kernels
 
 
 def doctor() -> None:
@@ -17,8 +18,22 @@ def doctor() -> None:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"devices: cpu ({torch.get_num_threads()} threads){''.join(f', cuda ({name})' for name in gpus)}")
     print(f"embedded model: {TINY_SD}")
+    for line in kernel_lines():
+        print(line)
     for name, outcome in _try_processors().items():
         print(f"attention, {name}: {outcome}")
+
+
+def kernel_lines() -> list[str]:
+    """Triton's version; whether the fused kernels could run, on the first GPU if there is one; whether they are on."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        version = "is not installed"
+    hindrance = kernels.hindrance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    able = "they can be used" if hindrance is None else f"they cannot be used: {hindrance}"
+    state = "on" if kernels.enabled() else "off: GOCA_TRITON=1 turns them on, which no GPU has confirmed yet"
+    return [f"triton {version}", f"fused kernels: {able}", f"fused kernels: {state}"]
 
 
 def _try_processors() -> dict[str, str]:

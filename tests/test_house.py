@@ -35,6 +35,7 @@ EVAL = [
 INSIDE = {  # what of eval imports more of the library than its public names, and from where
     "eval/cost": {"config", "denoisers", "hooks", "method"},
     "eval/core_cost.py": {"method"},
+    "eval/kernel_code.py": {"method"},
     "eval/generation/painting.py": {"pictures"},
     "eval/common/configs.py": {"schema"},
     "eval/common/files.py": {"files"},

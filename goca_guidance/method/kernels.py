@@ -8,10 +8,11 @@ Triton's interpreter (`TRITON_INTERPRET=1`) they run on the CPU too, which is ho
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,14 +21,14 @@ from torch import Tensor
 from goca_guidance.method.records import AttentionRecord
 
 
-WIDEST = 256  # channels of a head
+WIDEST = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}  # channels of a head: registers hold no more
 LEAST = (8, 0)  # compute capability: Ampere
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALL = 16  # the least width of a product on tensor cores
 FULL = 264  # tiles that fill a card: two for each of an H100's multiprocessors
 COLUMNS = 64  # words of a tile
 ADDRESSABLE = 2**31  # elements of a tensor: beyond, offsets inside an image might not fit 32 bits
 LOG2E = 1.4426950408889634
+SLOWER = "Attention is read without fused kernels, which takes longer: {}."
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # what of a tensor a launch depends on
 
 
@@ -54,14 +55,11 @@ def usable(record: AttentionRecord) -> bool:
     if not enabled():
         return False
     query, key, mask = record.query, record.key, record.mask
-    reason = hindrance(query.device)
-    if reason is None:
-        needs_grad = any(x is not None and x.requires_grad for x in (query, key, mask, record.output))
-        reason = "gradients are wanted" if needs_grad and torch.is_grad_enabled() else unknown(
-            _form(query), _form(key), None if mask is None else _form(mask)
-        )  # fmt: skip
+    reason = hindrance(query.device) or unknown(_form(query), _form(key), None if mask is None else _form(mask))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, mask, record.output)):
+        reason = reason or "gradients are wanted"
     if reason is not None and query.device.type == "cuda":
-        _warn(f"Attention is read without fused kernels, which takes longer: {reason}.")
+        _warn(SLOWER.format(reason))
     return reason is None
 
 
@@ -77,7 +75,7 @@ def hindrance(device: torch.device) -> str | None:
 def _lacking(device):
     try:
         code = _code()
-    except ImportError as error:
+    except Exception as error:  # a broken one may raise anything
         return f"Triton cannot be imported ({error})"
     if code.interpreted():
         return None if device.type == "cpu" else "Triton's interpreter runs on the CPU alone"
@@ -101,16 +99,16 @@ def unknown(query: Form, key: Form, mask: Form | None) -> str | None:
     (shape, _, dtype), (keys, _, other) = query, key
     if dtype != other:
         return f"queries are {dtype} and keys {other}"
-    if dtype not in DTYPES:
+    if dtype not in WIDEST:
         return f"queries are {dtype}"
-    if shape[3] > WIDEST:
-        return f"heads are {shape[3]} wide, more than {WIDEST}"
+    if shape[3] > WIDEST[dtype]:
+        return f"heads are {shape[3]} wide, more than {WIDEST[dtype]} in {dtype}"
     if shape[:2] != keys[:2] or not all(shape) or not all(keys):
         return f"queries are {tuple(shape)} and keys {tuple(keys)}"
     if mask is not None:
         full = (*shape[:3], keys[2])
         fits = len(mask[0]) == 4 and all(a in (1, b) for a, b in zip(mask[0], full, strict=True))
-        if not fits or mask[2] not in DTYPES or mask[0][3] != full[3]:
+        if not fits or mask[2] not in WIDEST or mask[0][3] != full[3]:
             return f"a mask is {mask[2]} of {tuple(mask[0])}, for logits of {full}"
     if max(x[0].numel() for x in (query, key, mask or query)) >= ADDRESSABLE:
         return "tensors have 2**31 elements or more"
@@ -148,20 +146,22 @@ def launch(
     Raises:
         NotLaunchedError: the first launch of a plan failed: nothing was computed.
     """
-    first: Any = read[0]
-    tensors = [first if x is None else x for x in (*read, *written, *added)]
-    key = (
-        plan,
-        first.device.index,
-        *[x.data_ptr() % 16 == 0 for x in tensors],
-    )  # Triton compiles for aligned pointers
-    with torch.cuda.device_of(first):
+    given, first = [*read, *written, *added], cast(Tensor, read[0])
+    compiled_for = [(x.dtype, x.data_ptr() % 16) for x in given if x is not None]
+    key = (plan, first.get_device(), *compiled_for)
+    tensors = [first if x is None else x for x in given]
+    with torch.cuda.device_of(first) if _several_gpus() else nullcontext():
         ready = _ready.get(key)
         if ready is None:
             _launch_first(plan, tensors, key)
         else:
             run, arguments = ready
             run(*tensors, *arguments)
+
+
+@cache
+def _several_gpus():
+    return torch.cuda.device_count() > 1
 
 
 _ready: dict[tuple, tuple[Callable, tuple]] = {}  # compiled kernels, with what follows the tensors
@@ -174,7 +174,7 @@ def _launch_first(plan, tensors, key):
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         _failed.append(f"their first launch failed ({reason})")
-        _warn(f"Attention is read without fused kernels, which takes longer: {_failed[0]}.")
+        _warn(SLOWER.format(_failed[0]))
         raise NotLaunchedError(reason) from error
     if compiled is not None:  # the interpreter has none
         constants = [plan.constants[name] for name in kernel.arg_names if name in plan.constants]
@@ -260,15 +260,12 @@ def words(
     if lse is None and m > COLUMNS:  # once, not for each block of columns
         lse = log_sum_exp(record)
     lse = None if lse is None else _side_by_side(lse)
-    z = y = None
-    if zww is not None:
-        assert record.output is not None
-        z, y = _side_by_side(record.output), zww.unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
-    strides = tuple(None if x is None else x.stride() for x in (lse, weights, z, y))
+    z = None if zww is None else _side_by_side(cast(Tensor, record.output))
+    strides = tuple(None if x is None else x.stride() for x in (lse, weights, z, zww))
     plan = _plan_words(*_forms(query, key, record.mask), record.scale, strides, text.start, m, columns is not None)
     out = query.new_empty((query.shape[0], query.shape[2], m), dtype=torch.float32)
     columns = None if columns is None else columns.contiguous()
-    launch(plan, (query, key, record.mask, lse, columns, weights, z, y), (out,))
+    launch(plan, (query, key, record.mask, lse, columns, weights, z, zww), (out,))
     return out
 
 
@@ -311,14 +308,14 @@ def _plan_pixels(query, key, mask, wide, scale, lse, first, end, some, known, ha
 @lru_cache(maxsize=1024)
 def _plan_words(query, key, mask, wide, scale, outer, first, m, listed):
     (b, h, p, d), _, dtype = query
-    lse, weights, z, y = outer
-    strides, constants = _layer(query, key, mask, wide, *(x for x in (z, y) if x is not None))
-    unit = constants["UNIT"]
+    lse, weights, z, zww = outer
+    nothing = (0, 0, 0)
+    y = nothing if zww is None else (zww[0], d, zww[1])  # a token's heads lie side by side
+    strides, constants = _layer(query, key, mask, wide, z or nothing, y)
     rows, columns, options = _tile_of_words(d, dtype)
     wanted = min(COLUMNS, max(SMALL, _power_of_two(m)))
-    nothing = (0, 0, 0)
     strides += (lse or nothing)[:2] + (weights or nothing)
-    strides += sum((tuple(s // unit for s in (x or nothing)[:3]) for x in (z, y)), ())
+    strides += tuple(s // constants["UNIT"] for x in (z or nothing, y) for s in x[:3])
     numbers = (*strides, p, first, key[0][2], m, h, scale * LOG2E)
     heads = 1 if weights is not None else 2 if z is not None else 0
     constants = {"BM": rows, "BN": columns, "M": wanted, **constants}
@@ -356,14 +353,22 @@ def _blocks(count: int, size: int) -> int:
 
 
 def _tile_of_rows(d, dtype):
-    return (128, 64, {"num_warps": 4, "num_stages": 2})
+    if dtype != torch.float32:
+        return 128, 64, _options(4)
+    return (64, 64, _options(4)) if d <= 64 else (32, 32, _options(4))
 
 
 def _tile_of_pixels(d, dtype, batch, rows, keys):
+    if dtype == torch.float32 and d > 64:
+        return 32, 32, _options(4)
     if dtype != torch.float32 and d <= 128 and batch * _blocks(rows, 128) * _blocks(keys, 128) >= FULL:
-        return 128, 128, {"num_warps": 8, "num_stages": 2}
-    return 64, 64, {"num_warps": 4, "num_stages": 2}
+        return 128, 128, _options(8)
+    return 64, 64, _options(4)
 
 
 def _tile_of_words(d, dtype):
-    return 64, 64, {"num_warps": 4, "num_stages": 2}
+    return (64, 64, _options(4)) if d <= (40 if dtype == torch.float32 else 128) else (32, 32, _options(4))
+
+
+def _options(warps):
+    return {"num_warps": warps, "num_stages": 2}

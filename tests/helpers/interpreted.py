@@ -37,10 +37,10 @@ def interpreted() -> Iterator[None]:
 
 
 @contextmanager
-def switched(value: str) -> Iterator[None]:
-    """`GOCA_TRITON` is so, and nothing is remembered of before, nor afterwards."""
+def switched(value: str | None) -> Iterator[None]:
+    """`GOCA_TRITON` is so, or not set, and nothing is remembered of before, nor afterwards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GOCA_TRITON", value)
+        patch.setenv("GOCA_TRITON", value) if value else patch.delenv("GOCA_TRITON", raising=False)
         _forget()
         try:
             yield

@@ -1,14 +1,19 @@
 """Fused kernels give what the forms in PyTorch give, in Triton's interpreter; what they do not know is left to PyTorch."""
 
+import re
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from goca_guidance.method import attention, goca, kernels
 from goca_guidance.method.maps import pull_affinity, row_mass
 from goca_guidance.method.records import AttentionRecord, AttentionView
-from tests.helpers.interpreted import interpreted
+from tests.helpers.interpreted import interpreted, switched
 
 
 pytest.importorskip("triton", reason="Triton is not installed: it has no wheels for this platform")
@@ -98,7 +103,7 @@ def test_several_tiles(in_interpreter):
 
 TEXTS = [
     {"keys": 77}, {"keys": 150, "d": 72, "mask": "by key", "dtype": BFLOAT}, {"keys": (9, 0), "d": 64},
-    {"keys": (0, 9), "d": 160, "dtype": HALF, "mask": "by row"}, {"keys": 20, "d": 256, "grid": (3, 3)},
+    {"keys": (0, 9), "d": 160, "dtype": HALF, "mask": "by row"}, {"keys": 20, "d": 256, "grid": (3, 3), "dtype": BFLOAT},
 ]  # fmt: skip
 
 
@@ -120,3 +125,136 @@ def test_a_layer_that_writes_nothing_has_uniform_heads(in_interpreter):
     r = layer(20)
     columns = torch.tensor([[1], [2]])
     close(kernels.words(r, columns, zww=torch.zeros(2, 63, 120)), attention.token_maps(r, columns, None))
+
+
+# ---- what they leave to PyTorch --------------------------------------------------------------------------------------
+UNKNOWN = {
+    "are torch.float32 and keys torch.bfloat16": lambda r: replace(r, key=r.key.bfloat16()),
+    "are torch.float64": lambda r: replace(r, query=r.query.double(), key=r.key.double()),
+    "264 wide, more than 256": lambda r: layer(d=264, grid=(1, 1), dtype=HALF),
+    "136 wide, more than 128 in torch.float32": lambda r: layer(d=136, grid=(1, 1)),
+    "a mask is torch.float64": lambda r: replace(r, mask=torch.ones(1, 1, 1, 63).double()),
+    "a mask is torch.float32 of (63, 63)": lambda r: replace(r, mask=torch.zeros(63, 63)),
+    "a mask is torch.float32 of (2, 1, 1, 1)": lambda r: replace(r, mask=torch.zeros(2, 1, 1, 1)),
+    "gradients are wanted": lambda r: replace(r, query=r.query.requires_grad_()),
+}
+
+
+@pytest.mark.parametrize(("reason", "change"), UNKNOWN.items(), ids=list(UNKNOWN))
+def test_what_no_kernel_knows_is_told_once_on_a_gpu(reason, change, monkeypatch):
+    monkeypatch.setattr(kernels, "hindrance", lambda device: None)
+    record = change(layer())
+    with switched("1"), FakeTensorMode(allow_non_fake_inputs=True):
+        assert not kernels.usable(record)  # on a CPU nothing is lost
+        record = replace(
+            record, **{name: on_gpu(getattr(record, name)) for name in ("query", "key", "output", "mask")}
+        )
+        with pytest.warns(RuntimeWarning, match=f"takes longer: .*{re.escape(reason)}"):
+            assert not kernels.usable(record)
+        assert not kernels.usable(record)  # a second warning were an error
+
+
+def on_gpu(x):
+    """A tensor alike on a fake GPU."""
+    return None if x is None else torch.empty_like(x, device="cuda", requires_grad=x.requires_grad)
+
+
+def test_gradients_that_nobody_wants_are_no_hindrance(in_interpreter):
+    r = layer()
+    with torch.no_grad():
+        assert kernels.usable(replace(r, query=r.query.requires_grad_()))
+
+
+@pytest.mark.parametrize("value", ["0", None])
+def test_off_unless_turned_on(value):
+    with interpreted(), switched(value):
+        assert not kernels.usable(layer())
+
+
+def test_the_switch_is_read(monkeypatch):
+    with switched("yes"), pytest.raises(ValueError, match="GOCA_TRITON to be 0 or 1, but got 'yes'"):
+        kernels.usable(layer())
+
+
+def test_devices_that_have_none(monkeypatch):
+    """Without an interpreter: a CPU, an old card, ROCm; and no Triton at all."""
+    compiled = SimpleNamespace(interpreted=lambda: False)
+    monkeypatch.setattr(kernels, "_code", lambda: compiled)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    with switched("1"):
+        assert "this is cpu" in kernels.hindrance(cpu)
+        assert "compute capability 8.0, and this GPU's is 7.5" in kernels.hindrance(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with switched("1"):
+        assert kernels.hindrance(gpu) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with switched("1"):
+        assert "ROCm" in kernels.hindrance(gpu)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "goca_guidance.method.triton_kernels", None)
+    kernels._code.cache_clear()
+    with switched("1"):
+        assert "cannot be imported" in kernels.hindrance(gpu)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+class Kernel:
+    """Stands for one of Triton's kernels: notes how it is launched, compiled too, and fails if it should."""
+
+    arg_names = ("q", "k", "n", "OWN")
+
+    def __init__(self):
+        self.launched, self.failing = [], False
+
+    def __getitem__(self, grid):
+        def run(*arguments, **keywords):
+            self.launched.append((grid, arguments, keywords))
+            if self.failing:
+                raise OSError("no compiler\nwas found")
+            return self
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    made = Kernel()
+    monkeypatch.setattr(kernels, "_code", lambda: SimpleNamespace(pixels=made, interpreted=lambda: True))
+    with switched("1"):
+        yield made
+
+
+PLAN = kernels.Plan("pixels", (2, 1, 1), (5,), {"OWN": 7}, {"num_warps": 4})
+
+
+def test_the_second_launch_calls_the_compiled_kernel(kernel):
+    """All arguments in the kernel's order. Another dtype, or a tensor that lies otherwise in memory, is compiled anew."""
+    q, k = torch.zeros(9), torch.zeros(4)
+    for tensors in ((q, None), (q, None), (q[1:], None), (q.half(), None), (q, k)):
+        kernels.launch(PLAN, tensors[:1], tensors[1:])
+    first = {"OWN": 7, "num_warps": 4}
+    found = [(grid, arguments[2:], keywords) for grid, arguments, keywords in kernel.launched]
+    again = ((2, 1, 1), (5, 7), {})
+    assert found == [((2, 1, 1), (5,), first), again, *[((2, 1, 1), (5,), first)] * 3]
+    assert kernel.launched[1][1][0] is q
+    assert kernel.launched[1][1][1] is q  # in the place of what it lacks
+
+
+def test_a_first_launch_that_fails_turns_kernels_off(kernel):
+    kernel.failing, r = True, layer()
+    assert kernels.usable(r)
+    launch_failed = pytest.raises(kernels.NotLaunchedError)
+    with pytest.warns(RuntimeWarning, match=r"launch failed \(OSError: no compiler was found\)"), launch_failed:
+        kernels.launch(PLAN, [torch.zeros(3)], [])
+    assert not kernels.usable(r)
+    with launch_failed:  # a second warning were an error
+        kernels.launch(PLAN, [torch.zeros(3)], [])
+
+
+def test_a_later_launch_that_fails_is_an_error(kernel):
+    x = torch.zeros(3)
+    kernels.launch(PLAN, [x], [])
+    kernel.failing = True
+    with pytest.raises(OSError, match="no compiler"):
+        kernels.launch(PLAN, [x], [])

@@ -6,7 +6,9 @@ from PIL import Image
 
 from goca_guidance import pictures
 from goca_guidance.cli import SAMPLE, main
+from goca_guidance.doctor import kernel_lines
 from tests.helpers.families import stock_pipeline
+from tests.helpers.interpreted import switched
 
 
 def names_in(folder):
@@ -69,6 +71,14 @@ def test_doctor(capsys):
     printed = capsys.readouterr().out
     assert "attention, scaled dot product (the default): works" in printed
     assert "attention slicing: hidden" in printed
+    assert "fused kernels: they can" in printed
+
+
+def test_doctor_says_whether_fused_kernels_are_on():
+    with switched(None):
+        assert "fused kernels: off: GOCA_TRITON=1 turns them on, which no GPU has confirmed yet" in kernel_lines()
+    with switched("1"):
+        assert "fused kernels: on" in kernel_lines()
 
 
 @pytest.mark.parametrize(
