@@ -56,9 +56,8 @@ speed: $(VENV)/installed  ## what guidance costs on this machine's CPU: an hour,
 gpu-budget: $(VENV)/installed  ## what guidance adds on a GPU, counted without one: half an hour, and a killed run goes on
 	$(RUN)/python -m eval.gpu_budget
 
-speed-gpu: $(VENV)/installed  ## the same on a GPU, in half precision
-	$(RUN)/python -m eval.speed --device cuda
-	$(RUN)/python -m eval.core_cost --device cuda --dtype bfloat16
+speed-gpu: $(VENV)/installed  ## all that a GPU can tell, in less than 25 minutes, and a killed run goes on
+	$(RUN)/python -m eval.speed_gpu --device cuda
 
 report: $(VENV)/installed  ## results/*.json into the documents, and the pictures of `make demo` into the README's
 	$(RUN)/python -m eval.report

@@ -36,6 +36,7 @@ INSIDE = {  # what of eval imports more of the library than its public names, an
     "eval/cost": {"config", "denoisers", "hooks", "method"},
     "eval/core_cost.py": {"method"},
     "eval/kernel_code.py": {"method"},
+    "eval/speed_gpu.py": {"method"},
     "eval/generation/painting.py": {"pictures"},
     "eval/common/configs.py": {"schema"},
     "eval/common/files.py": {"files"},

@@ -1,13 +1,13 @@
 """What regions add to one step, counted on a fake GPU (`eval.cost.fake_step`)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 from unittest.mock import patch
 
-import torch
+from torch import Tensor
 
 from eval.cost.cases import Case
 from eval.cost.fake_step import Step, Trace, fake_cuda, fake_like, to_cuda
@@ -55,18 +55,7 @@ def cost(case: Case, batch: int = 1, with_kernels: bool = False, segmentor: Lite
     denoiser, *inputs = case.create(batch)
     with fake_cuda():
         to_cuda(denoiser)
-        args, kwargs = fake_like(inputs)
-        call = GuidedCall(
-            denoiser, [], GoCAConfig(), SCFGConfig(segmentor=segmentor), images=batch, prompts=batch,
-            separate=not case.batched, region_tokens=case.words,
-        )  # fmt: skip
-
-        def step(scale) -> torch.Tensor:
-            """What a stock loop does between two steps of its scheduler."""
-            made = [denoiser(*args, **{**kwargs, "return_dict": False})[0] for _ in range(1 if case.batched else 2)]
-            u, c = made[0].chunk(2) if case.batched else reversed(made)
-            return u + scale * (c - u)
-
+        call, step = a_step(case, denoiser, *fake_like(inputs), batch, segmentor)
         with Trace() as trace, _host_reads(trace, case), _switched(with_kernels, trace):
             stock = trace.begin()
             step(5.0)
@@ -76,6 +65,23 @@ def cost(case: Case, batch: int = 1, with_kernels: bool = False, segmentor: Lite
                 second = trace.begin()
                 step(SpatialGuidanceScale(5.0, call.rate))
     return Cost(stock, first, second)
+
+
+def a_step(
+    case: Case, denoiser, args: tuple, kwargs: dict, batch: int, segmentor: Literal["goca", "s-cfg"] = "goca"
+) -> tuple[GuidedCall, Callable[[Any], Tensor]]:
+    """A guided call, and what a stock loop does, by a guidance scale, between two steps of its scheduler."""
+    call = GuidedCall(
+        denoiser, [], GoCAConfig(), SCFGConfig(segmentor=segmentor), images=batch, prompts=batch,
+        separate=not case.batched, region_tokens=case.words,
+    )  # fmt: skip
+
+    def step(scale):
+        made = [denoiser(*args, **{**kwargs, "return_dict": False})[0] for _ in range(1 if case.batched else 2)]
+        u, c = made[0].chunk(2) if case.batched else reversed(made)
+        return u + scale * (c - u)
+
+    return call, step
 
 
 @contextmanager

@@ -39,6 +39,7 @@ SAME = (
     "device",
 )  # no memory of their own
 EMPTY = ("empty",)  # memory, but nothing is launched
+ADDING = ("index_add", "index_put", "index_copy")  # to some places, which are read and written; the rest is not
 PICKING = ("gather", "index")  # operations that read of their source only what they pick
 
 
@@ -113,8 +114,8 @@ class Trace(TorchDispatchMode):
             self._see(x, line)
         if kind == "empty":
             return out
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        moved = made * 2 if kind == "picking" else given + made
+        given = [x for x in tree_leaves((args, {**(kwargs or {}), "out": None})) if isinstance(x, Tensor)]
+        moved = made * 2 if kind == "picking" else given[-1:] * 3 if kind == "adding" else given + made
         (self.step.lines[line] if line else self.step.model).add(moved, made)
         if line and len({x.device.type for x in [*made, *(x for x in given if x.ndim)]}) > 1:
             self.step.copies.append(f"{func} in {line}")
@@ -142,9 +143,8 @@ def _kind(func) -> str:
     name = str(func)
     if func.is_view or any(part in name for part in SAME):
         return "same"
-    return next(
-        (kind for kind, parts in {"empty": EMPTY, "picking": PICKING}.items() if any(p in name for p in parts)), ""
-    )
+    kinds = {"empty": EMPTY, "adding": ADDING, "picking": PICKING}
+    return next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), "")
 
 
 def _bytes(x: Tensor) -> int:

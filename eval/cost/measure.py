@@ -4,7 +4,8 @@ import argparse
 import multiprocessing
 import platform
 import threading
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from multiprocessing.connection import Connection
 
 import psutil
 import torch
@@ -37,10 +38,41 @@ class PeakMemory:
             self.peak = torch.cuda.max_memory_allocated()
 
 
-def alone(function, *args):
-    """What a function returns in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *args).result()
+def alone(function, *args, seconds: float | None = None):
+    """What a function returns in a process of its own, which is ended after so many seconds.
+
+    Raises:
+        TimeoutError: it took longer.
+        RuntimeError: the process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, function, args))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            raise TimeoutError(f"it took longer than {seconds:.0f} seconds")
+        found, error = ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"its process died, with exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    if error is not None:
+        raise error
+    return found
+
+
+def _send(to: Connection, function, args) -> None:
+    try:
+        answer = function(*args), None
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        answer = None, error
+    to.send(answer)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -51,6 +51,16 @@ def test_a_kernel_reads_and_writes_its_tensors(trace):
     assert step.ours == Counts(1, 4 * MB, 0)
 
 
+def test_what_is_made_elsewhere_and_what_is_added_to(trace):
+    """A product into a buffer does not read it; rows that are added are read, and their places read and written."""
+    x, buffer = torch.empty(512, 512, device="cuda"), torch.empty(512, 512, device="cuda")
+    step = trace.begin()
+    torch.mm(x, x, out=buffer)
+    assert step.model == Counts(1, 3 * MB, MB)
+    buffer.index_add_(0, torch.empty(2, dtype=torch.long, device="cuda"), x[:2])
+    assert step.model.bytes == 3 * MB + 3 * 2 * 512 * 4
+
+
 def test_copies_to_the_device_are_noted(trace):
     step, there = trace.begin(), layout("cpu")
     there.to("cuda")
