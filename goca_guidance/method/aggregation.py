@@ -61,6 +61,7 @@ class Aggregation:
         preset: which layers are on which list.
         columns: positions of the observed tokens in the text, [b m].
         refining: keep what refines maps (`attend`).
+        refined: images whose attention it is, where others stand beside them.
         total: give the sum of all the text's tokens too. It is one but where a negative head weight makes a merged map
             negative, which is clamped, and in joint attention, where pixels have a share: so with weighted heads every
             token's map is merged.
@@ -73,8 +74,11 @@ class Aggregation:
         columns: Int[Tensor, "b m"],
         refining: bool = False,
         total: bool = False,
+        refined: slice | None = None,
     ):
         self.config, self.preset, self.columns, self.total = config, preset, columns, total
+        self._all = slice(0, len(columns))
+        self._refined = refined or self._all
         self.heads = config.heads or preset.heads
         self.row_normalise = preset.row_normalise if config.row_normalise is None else config.row_normalise
         self.working_size = config.working_size or preset.working_size
@@ -169,7 +173,7 @@ class Aggregation:
             self._refining_keys = key_grid if large else record.grid
             self.finest = max(self.finest, key_grid, key=math.prod)
             if large:
-                self._large.append(record.only().alone())
+                self._large.append(of_images(record, len(self.columns), self._refined).only().alone())
                 refining = False
         if compared or refining:
             self._wait(("pixels", key_grid, compared, refining), record.only(*needed))
@@ -235,21 +239,24 @@ class Aggregation:
         All three are taken from a block of probabilities while it is there. Where agreement reads some rows only, they go
         first, and the others after them.
         """
-        layers, images, found, words = len(records), len(self.columns), Found(), Found()
+        layers, found, words = len(records), Found(), Found()
         rows, compare = self._comparison(stack, key_grid) if compared else (None, None)
         with_words = self._has_words_and_pixels(stack)
         weights = self._head_weights(stack, records) if with_words else None
-        passes = [rows]
+        passes = [(rows, self._all if compared or with_words else self._refined)]
         if rows is not None and (refining or with_words):
-            passes.append(others(rows, math.prod(stack.grid)))
-        for chosen in passes:
+            passes.append((others(rows, math.prod(stack.grid)), self._all if with_words else self._refined))
+        for chosen, images in passes:
+            part, count = of_images(stack, len(self.columns), images), images.stop - images.start
             of_rows = weights if weights is None or chosen is None else weights[:, :, chosen]
-            for block, mean, picked in over_heads(stack, chosen, self._picking(stack, of_rows), True, images):
-                pixels = mean[..., stack.view.image].unflatten(0, (-1, min(images, len(mean))))
+            for block, mean, picked in over_heads(part, chosen, self._picking(stack, of_rows), True, count):
+                pixels = mean[..., stack.view.image].unflatten(0, (-1, min(count, len(mean))))
+                first = images.start + block.images.start % count
+                place = slice(first, first + pixels.shape[1]), block.rows
                 if compared and chosen is rows:
-                    found.add(block, compare(block, pixels).flatten(0, 1))
+                    found.add(block, compare(place, pixels).flatten(0, 1))
                 if refining:
-                    self._add_up(block, chosen, pixels, stack.grid, key_grid)
+                    self._add_up(place, chosen, pixels, stack.grid, key_grid)
                 if with_words:
                     words.add(block, self._words(stack, block, mean, picked))
         names = [record.name for record in records]
@@ -258,23 +265,25 @@ class Aggregation:
             held.update(zip(names, of_layers().unflatten(0, (layers, -1)), strict=True))
         if with_words:
             maps = words.whole()
-            self._store(records, maps if rows is None else maps[:, torch.cat(passes).argsort()])
+            self._store(
+                records, maps if rows is None else maps[:, torch.cat([chosen for chosen, _ in passes]).argsort()]
+            )
 
-    def _add_up(self, block, chosen, pixels, grid, key_grid):
-        """`chosen`: the rows that blocks are of, where not all are."""
+    def _add_up(self, place, chosen, pixels, grid, key_grid):
+        """Pixels [l b r q] of some images and rows, which count among those `chosen` where not all are."""
+        (images, rows), first = place, self._refined.start
+        start, stop = max(images.start, first), min(images.stop, self._refined.stop)
+        if start >= stop:
+            return
+        pixels = pixels[:, start - images.start : stop - images.start]
         total = on_keys(resize_adjoint, pixels[0] if len(pixels) == 1 else pixels.sum(0), key_grid, grid)
         if self._sum is None:
-            self._sum = total.new_zeros(len(self.columns), math.prod(grid), total.shape[-1])
-        part = self._sum[self._images(block, pixels)]
+            self._sum = total.new_zeros(self._refined.stop - first, math.prod(grid), total.shape[-1])
+        part = self._sum[start - first : stop - first]
         if chosen is None:
-            part[:, block.rows] += total
+            part[:, rows] += total
         else:
-            part.index_add_(1, chosen[block.rows], total)
-
-    def _images(self, block, pixels) -> slice:
-        """Which images a block of pixels [l b r q] is of, in each of its layers."""
-        first = block.images.start % len(self.columns)
-        return slice(first, first + pixels.shape[1])
+            part.index_add_(1, chosen[rows], total)
 
     def _comparison(self, record, key_grid):
         """Which rows are compared (None for all), and how a block of them is: what it adds to the layers' agreements.
@@ -283,15 +292,10 @@ class Aggregation:
         """
         if self._affinity is None:
             rows = self._some(record, math.prod(record.grid))
-            return rows, lambda block, pixels: on_keys(resize, pixels, key_grid, record.grid)
+            return rows, lambda place, pixels: on_keys(resize, pixels, key_grid, record.grid)
         keys = key_grid if record.grid == key_grid else self._reference_grid
         rows, reference, mass = self._pull(record, keys)
-
-        def compare(block, pixels):
-            part = reference[self._images(block, pixels), block.rows]
-            return agreement(on_keys(resize, pixels, key_grid, keys), part, mass)
-
-        return rows, compare
+        return rows, lambda place, pixels: agreement(on_keys(resize, pixels, key_grid, keys), reference[place], mass)
 
     def _pull(self, record, key_grid):
         """The reference's affinity as a layer is compared with it: rows (None for all), affinity, row mass."""
@@ -367,3 +371,16 @@ def stacked(records: list[AttentionRecord]) -> AttentionRecord:
             tensors[name] = torch.cat([part.expand(len(first.query), *part.shape[1:]) for part in parts])
     changes: dict[str, Any] = tensors
     return replace(first, **changes)
+
+
+def of_images(stack: AttentionRecord, layer: int, images: slice) -> AttentionRecord:
+    """Some images of each layer, of which `layer` images follow one another."""
+    if images == slice(0, layer):
+        return stack
+
+    def some(x):
+        return None if x is None else x.unflatten(0, (-1, layer))[:, images].flatten(0, 1)
+
+    mask = stack.mask if stack.mask is None or stack.mask.shape[0] == 1 else some(stack.mask)
+    changes: dict[str, Any] = {name: some(getattr(stack, name)) for name in ("query", "key", "output", "lse")}
+    return replace(stack, value=None, mask=mask, **changes)

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -101,6 +102,8 @@ class GoCASegmentor:
         columns = (layout if unconditional_sink else layout.with_sink_as_region).columns
         shared = layout.sink.shape[1] > 0 and not (unconditional_sink or rescaled_sink)
         total = shared or not config.rescale or layout.alone  # where rescaling divides every map, it cancels
+        self._made = config, preset
+        self._both: tuple[int, ...] = ()  # the predictions, where they are halves of a batch and read as one
         self._conditional = Aggregation(config, preset, columns, refining=self.order > 0, total=total)
         self._unconditional = Aggregation(config, preset, layout.sink, total=True) if unconditional_sink else None
 
@@ -119,33 +122,56 @@ class GoCASegmentor:
         """Take a record of the conditional prediction (1), of the unconditional one (0), or of both, the latter first."""
         if record.name not in self.layers:
             return
-        if 1 in branches:
+        if self._unconditional is not None and len(branches) == 2:
+            self._read_together(branches)
+            self._conditional.keep(record)
+        elif 1 in branches:
             self._conditional.keep(record.branch(1, branches))
-        if 0 in branches and self._unconditional is not None:
-            self._unconditional.keep(record.branch(0, branches))
+        elif self._unconditional is not None:
+            self._unconditional.keep(record)
+
+    def _read_together(self, branches):
+        """Both predictions are read as one, of twice the images: half as many operations. The conditional one refines."""
+        if self._both:
+            return
+        self._both, words = branches, self.layout.columns
+        images, most = len(words), words.shape[1]
+        sink = F.pad(self.layout.sink, (0, most - self.layout.sink.shape[1]))
+        columns = torch.cat([(sink, words)[branch] for branch in branches])
+        first = branches.index(1) * images
+        self._conditional = Aggregation(
+            *self._made, columns, refining=self.order > 0, total=True, refined=slice(first, first + images)
+        )
 
     def weights(self) -> Float[Tensor, "b l"]:
         """Weight of each text layer in the conditional prediction, in the preset's order."""
-        return self._conditional.weights()
+        weights = self._conditional.weights()
+        return weights.chunk(2)[self._both.index(1)] if self._both else weights
 
     def scores(self) -> Float[Tensor, "b k *S"]:
         """One map in [0, 1] for each region of the layout, at the finest text layer's grid; background entities are one."""
-        return self._scores(self._shares(self._conditional)[:, : self.layout.columns.shape[1]], self.layout)
+        return self._scores(self._shares(1)[1][:, : self.layout.columns.shape[1]], self.layout)
 
     def regions(self, size: tuple[int, ...]) -> Regions:
         """The argmax over regions, and the foreground, at `size`."""
-        layout, tokens = self.layout, self._shares(self._conditional)
-        words, sink = tokens.split([layout.columns.shape[1], tokens.shape[1] - layout.columns.shape[1]], 1)
+        layout, shares = self.layout, self._shares(1, 0)
+        words, sink = shares[1].tensor_split([layout.columns.shape[1]], 1)
         if self.rescaled_sink:
-            scores, sink = self._scores(tokens, layout.with_sink_as_region).tensor_split([-1], 1)
+            scores, sink = self._scores(shares[1], layout.with_sink_as_region).tensor_split([-1], 1)
         else:
             scores = self._scores(words, layout)
-            sink = self._shares(self._unconditional) if self._unconditional else sink
+            sink = shares[0][:, : layout.sink.shape[1]] if 0 in shares else sink
             sink = normalise(self._refined(sink), self.config)
         return Regions(nearest(one_hot(scores, layout.present), size), nearest(sink < 0.5, size), layout.labels)
 
-    def _shares(self, aggregation):
-        """Of all the text's tokens, where the total was asked for."""
+    def _shares(self, *branches: int) -> dict[int, Float[Tensor, "b m *S"]]:
+        """By prediction, the observed tokens; of all the text's tokens, where the total was asked for."""
+        if self._both:
+            return dict(zip(self._both, self._shares_of(self._conditional).chunk(2), strict=True))
+        read = {1: self._conditional, 0: self._unconditional}
+        return {branch: self._shares_of(read[branch]) for branch in branches if read[branch] is not None}
+
+    def _shares_of(self, aggregation):
         tokens, total = aggregation.merged(self._conditional.finest)
         return tokens / total.clamp(min=torch.finfo(total.dtype).tiny)
 
