@@ -7,7 +7,7 @@ only while an observed module runs. Hooks and wrappers are seen by the whole pro
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import Attention, MochiAttention
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from goca_guidance.hooks.log_sum_exp import LogSumExp, wanted
 from goca_guidance.hooks.shared import Wrapper, hook_here, release, wrap
 from goca_guidance.method.records import AttentionRecord, AttentionView
 
@@ -57,7 +58,7 @@ class AttentionObserver:
         segmented: bool = False,
     ):
         self.modules, self.receive, self.view, self.project, self.raw = modules, receive, view, project, raw
-        self.segmented = segmented
+        self.segmented, self.lse = segmented, wanted()
         self.projected: frozenset[str] = frozenset()
         self.paused = False
         self.images: int | None = None
@@ -153,6 +154,7 @@ class AttentionObserver:
             mask=mask,
             gram=self._gram(name, query) if name in self.projected else None,
             features=None if call.raw is None else _pixels_of(call.raw, query, pixels),
+            lse=None if arguments["lse"] is None else arguments["lse"][:, :, pixels],
         )
 
     def _found(self, name, call) -> tuple[dict, Tensor, AttentionView] | None:
@@ -188,6 +190,8 @@ def laid_out(arguments: dict, output: Tensor, order: Int[Tensor, "b n"]) -> tupl
     changed = {
         name: arguments[name].take_along_dim(columns, 2) for name in ("key", "value", *(["query"] if own else []))
     }
+    if own and arguments["lse"] is not None:
+        changed["lse"] = arguments["lse"].take_along_dim(order[:, None], 2)
     if mask is not None:
         mask = mask.expand(len(order), *mask.shape[1:]).take_along_dim(order[:, None, None], 3)
         changed["attn_mask"] = mask.take_along_dim(columns, 2) if own and mask.shape[2] > 1 else mask
@@ -280,8 +284,10 @@ class WatchedKernel(Wrapper):
         observer = self.observer
         if observer is None or (call := observer.running()) is None:
             return self.kernel(*args, **kwargs)
-        since, output = len(call.calls), self.kernel(*args, **kwargs)
-        call.note(since, self.name, args, kwargs, output)
+        since = len(call.calls)
+        with LogSumExp() if observer.lse and self.name == TORCH_KERNEL else nullcontext() as told:
+            output = self.kernel(*args, **kwargs)
+        call.note(since, self.name, args, kwargs, output, told and told.found)
         return output
 
 
@@ -297,12 +303,12 @@ class _Call:
         self.calls: list[tuple[dict, Tensor]] = []  # arguments and output
         self.raw: Tensor | None = None
 
-    def note(self, since: int, name: str, args: tuple, kwargs: dict, output) -> None:
+    def note(self, since: int, name: str, args: tuple, kwargs: dict, output, lse: Tensor | None) -> None:
         """A kernel was called: torch's own, or one of diffusers' table, whose tokens come before its heads.
 
         Calls from `since` on were made within this one, which puts them together; a single one of its sizes is the same call.
         """
-        arguments = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs, "lse": lse}
         if name != TORCH_KERNEL:
             arguments |= {k: arguments[k].transpose(1, 2) for k in ("query", "key", "value")}
             output = (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
@@ -345,7 +351,7 @@ def _together(calls: list[tuple[dict, Tensor]], tokens: int) -> tuple[dict, Tens
     made = {name: torch.cat([filled(arguments[name]) for arguments, _ in calls]) for name in ("query", "key", "value")}
     masks = [x["key"].new_zeros(1, 1, 1, x["key"].shape[2]) for x, _ in calls]
     made["attn_mask"] = torch.cat([F.pad(m, (0, tokens - m.shape[3]), value=-torch.inf) for m in masks])
-    return calls[0][0] | made, torch.cat([filled(output) for _, output in calls])
+    return calls[0][0] | made | {"lse": None}, torch.cat([filled(output) for _, output in calls])
 
 
 def _sizes(arguments: dict) -> tuple[torch.Size, torch.Size]:

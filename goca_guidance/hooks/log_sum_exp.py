@@ -1,0 +1,51 @@
+"""The log-sum-exp of a stock attention call, which most of torch's kernels compute beside their output and drop.
+
+The call is not changed: a mode sees the operation that torch itself has chosen, and keeps its second output.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+SWITCH = "GOCA_LSE"
+aten = torch.ops.aten
+WHOLE = aten.scaled_dot_product_attention.default
+KERNELS = (  # whose second output it is, b h p
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
+
+
+def wanted() -> bool:
+    """Whether `GOCA_LSE=1` asks for it; off unless it is, as on no card it was confirmed, and on a CPU it saves nothing.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    value = os.environ.get(SWITCH, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"Expected {SWITCH} to be 0 or 1, but got {value!r}: set it to one of them, or unset it.")
+    return value == "1"
+
+
+class LogSumExp(TorchDispatchMode):
+    """Inside, `found` becomes the log-sum-exp b h p, float32, of the last attention that was computed, or None."""
+
+    found: Tensor | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is WHOLE:  # in inference mode it is not yet taken apart
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in KERNELS:
+            lse, asked = out[1], args[0].shape[2]
+            known = lse.ndim == 3 and lse.shape[2] >= asked  # none where a kernel was not asked; rows may be padded
+            self.found = lse[:, :, :asked] if known else None
+        return out
