@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from goca_guidance.config import Background as Background
     from goca_guidance.config import GoCAConfig as GoCAConfig
     from goca_guidance.config import SCFGConfig as SCFGConfig
+    from goca_guidance.explanation import explain as explain
     from goca_guidance.guider import GoCAGuidance as GoCAGuidance
     from goca_guidance.method.records import Regions as Regions
     from goca_guidance.method.records import WordMaps as WordMaps
@@ -36,6 +37,7 @@ _ROOMS = {
     "SCFGConfig": "config",
     "Segmentation": "real_images.segment",
     "WordMaps": "method.records",
+    "explain": "explanation",
 }
 __all__ = [
     "CRF",
@@ -49,6 +51,7 @@ __all__ = [
     "SCFGConfig",
     "Segmentation",
     "WordMaps",
+    "explain",
 ]
 
 

@@ -1,4 +1,4 @@
-"""`goca`: generate, segment, demo, doctor. `--model` takes any diffusers repo or folder; by default, the embedded model.
+"""`goca`: generate, segment, explain, demo, doctor. `--model` takes any diffusers repo or folder; else the embedded model.
 
 Torch is imported when a command runs: help and mistakes are told at once.
 """
@@ -87,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-noises", type=int, default=1, help="samples of noise, averaged")
     common(sub, "out")
 
+    sub = command("explain", explain, "draw what each stage of GoCA does to one image, or to the image of a prompt")
+    sub.add_argument(
+        "source", metavar="PROMPT_OR_IMAGE", help="a picture's path, else a prompt, whose image is generated first"
+    )
+    sub.add_argument("--classes", nargs="+", metavar="NAME", help="words to look for; by default those of the prompt")
+    common(sub, "explained")
+
     common(command("demo", demo, "the whole method on the embedded model, in six pictures"), "demo")
     command("doctor", _doctor, "versions, devices, and which attention processors the observer sees")
     return parser
@@ -135,6 +142,26 @@ def segment(args) -> None:
     _save(pictures.index_image(result.label_maps[0]), args.out / "labels.png")
     for index, name in enumerate(result.classes):
         print(f"  {index}  {name}: {100 * (result.label_maps[0] == index).float().mean():.1f} % of the pixels")
+
+
+def explain(args) -> None:
+    """One picture for each stage of the segmentation, and the weights of heads and layers."""
+    from goca_guidance.explanation import explain as explained
+    from goca_guidance.real_images.load import load_image
+
+    is_file, prompt, classes = Path(args.source).is_file(), None, args.classes
+    if is_file and not classes:
+        raise ValueError(f"Expected --classes beside a picture, but got {args.source!r} alone: name what it shows.")
+    pipe = _load(args)
+    if is_file:
+        image = load_image(args.source)
+    else:
+        output, prompt = _generate(pipe, args.source, args.seed), args.source
+        image, words = output.images[0], output.regions[-1].labels[0]
+        classes = classes or [word for word in words if not word.startswith("<")]
+    found = explained(pipe, image, classes, prompt=prompt, generator=_generator(args.seed))
+    for path in found.save(args.out):
+        print(f"wrote {path}")
 
 
 def demo(args) -> None:

@@ -5,6 +5,7 @@ All of it shows itself in a notebook.
 
 import io
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -161,6 +162,59 @@ def comparison(images: Annotated[Sequence[Image.Image], FILLED], titles: Sequenc
         axis.imshow(np.asarray(image), interpolation="bicubic")
         axis.set_title(title, fontsize=9)
     return figure
+
+
+@checked
+def map_grid(
+    maps: Sequence[Float[Tensor, "k _ _"]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    bounds: tuple[float, float] | None = None,
+    most: Count = 8,
+) -> Drawing:
+    """Maps as a grid of pictures: a column for each of `maps`, evenly chosen if there are more than `most`, a row for each k.
+
+    `bounds`: lowest and highest value of the colours; None takes each map's own.
+    """
+    shown = _chosen(len(maps), most)
+    figure, axes = _panels(len(rows), len(shown), panel=PANEL / 2, height=PANEL / 2 - 0.22)
+    low, high = bounds or (None, None)
+    for axis, (row, column) in zip(axes, product(range(len(rows)), shown), strict=True):
+        axis.imshow(maps[column][row], vmin=low, vmax=high, cmap="viridis")
+        axis.set_title(columns[column] if row == 0 else "", fontsize=7)
+        if column == shown[0]:
+            axis.text(
+                -0.06, 0.5, rows[row], rotation=90, ha="right", va="center", transform=axis.transAxes, fontsize=8
+            )
+    return figure
+
+
+@checked
+def weights(heads: Float[Tensor, "l h"], layers: Float[Tensor, " l"], names: Sequence[str]) -> Drawing:
+    """Weights of the heads of each layer as coloured numbers, and of the layers as bars."""
+    height = 0.26 * len(names) + 0.8
+    figure = Drawing(figsize=(2 * PANEL, height), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.imshow(heads, cmap="viridis", aspect="auto")
+    left.set_title("weight of each head in its layer", fontsize=8)
+    left.set_yticks(range(len(names)), names, fontsize=6)
+    left.set_xticks(range(heads.shape[1]), [str(n + 1) for n in range(heads.shape[1])], fontsize=6)
+    middle = (heads.max() + heads.min()).item() / 2
+    for (row, column), value in np.ndenumerate(heads.numpy()) if heads.shape[1] <= 12 else ():
+        shade = "white" if value < middle else "black"
+        left.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=shade)
+    right.barh(range(len(names)), layers, color=colour(0))
+    right.set_title("weight of each layer", fontsize=8)
+    right.tick_params(labelsize=6)
+    return figure
+
+
+def without_common_end(names: Sequence[str]) -> list[str]:
+    """Dotted names without the parts at their end that all of them have: "down_blocks.0.attn2" is "down_blocks.0"."""
+    parts = [name.split(".")[::-1] for name in names]
+    alike = [len(set(position)) == 1 for position in zip(*parts, strict=False)]
+    common = [*alike, False].index(False) if len(parts) > 1 else 0
+    return [".".join(each[common:][::-1]) for each in parts]
 
 
 def _panels(rows, columns, legend=False, panel=PANEL, height=None):
