@@ -5,7 +5,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
 FLOOR := .venv-floor
 
-.PHONY: demo bench test test-floor fuzz check features format speed gpu-budget speed-gpu report clean
+.PHONY: demo bench test test-floor fuzz check docs features format speed gpu-budget speed-gpu report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ features: $(VENV)/installed  ## docs/features.md, docs/families.md and results/p
 	$(RUN)/python -m tests.features
 	$(RUN)/python -m tests.loops
 
+docs: $(VENV)/installed  ## the documents as a site, site/index.html; a broken link fails
+	$(VENV)/bin/mkdocs build --strict --quiet
+
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -63,4 +66,4 @@ report: $(VENV)/installed  ## results/*.json into the documents, and the picture
 	$(RUN)/python -m eval.report
 
 clean:
-	rm -rf $(VENV) $(FLOOR) demo build dist
+	rm -rf $(VENV) $(FLOOR) demo site build dist
