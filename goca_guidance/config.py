@@ -33,8 +33,8 @@ class GoCAConfig:
         refine_order: applications of the self-attention to the maps; None takes the family's preset.
         blur_size, blur_sigma: the Gaussian before min-max; sigma in pixels of a 64 x 64 map, as the paper's maps are.
         agreement_rows: compare layers in so many rows of the self-attention, the same random ones at every call; None
-            takes the family's preset: 1024 for videos, else all. No effect on joint attention of images, whose rows are needed
-            for the words. Error: docs/speed.md.
+            takes the family's preset: 1024 for videos, else all. In joint attention of images all rows are needed for
+            the words, and it saves time with fused kernels only. Error: docs/speed.md.
         working_size: longer side, in pixel tokens, of the grid to which maps are averaged before they are rescaled and
             refined, and at whose pixels alone self-attention is asked; a video keeps half as many frames at the most. None
             takes the family's preset: 24 for videos, else the finest grid. Error: docs/speed.md.

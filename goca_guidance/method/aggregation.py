@@ -5,6 +5,7 @@ the same numbers without storing them.
 """
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset
+from goca_guidance.method import kernels
 from goca_guidance.method.attention import Found, affinity_product, joined, over_heads, some_keys, weighted
-from goca_guidance.method.goca import agreement, head_weights, layer_weights, pseudo_attention
+from goca_guidance.method.goca import AT_A_TIME, agreement, head_weights, layer_weights, pseudo_attention
 from goca_guidance.method.maps import (
     as_maps,
     average,
@@ -23,6 +25,7 @@ from goca_guidance.method.maps import (
     on_keys,
     others,
     over,
+    places_of_rows,
     pull_affinity,
     resize,
     resize_adjoint,
@@ -33,7 +36,7 @@ from goca_guidance.method.records import AttentionRecord
 
 
 BATCH = {"cpu": 2**18}  # elements of queries that are worth a call of their own: fewer wait for others of their shape
-LARGE_BATCH = 2**22  # on any other device
+LARGE_BATCH = 2**22  # on any other device, where no kernels are used: they need no company
 STORED = 10_000  # pixels up to which the refining layers' sum is stored (400 MB an image), those of the working size
 
 
@@ -186,12 +189,62 @@ class Aggregation:
         waiting = self._waiting.setdefault(alike, [])
         waiting.append(record)
         size = max(record.query.numel(), record.key.numel() if record.view.video else 0)
-        if len(waiting) * size >= BATCH.get(record.query.device.type, LARGE_BATCH):
+        enough = 0 if self._by_kernels(record, *asked) else BATCH.get(record.query.device.type, LARGE_BATCH)
+        if len(waiting) * size >= enough:
             self._reduce(alike)
 
     def _reduce(self, alike):
         (kind, *asked), records = alike[0], self._waiting.pop(alike)
+        if len(records) == 1 and self._by_kernels(records[0], kind, *asked):
+            with suppress(kernels.NotLaunchedError):
+                return (self._fused_words if kind == "words" else self._fused_pixels)(records[0], *asked)
         (self._reduce_words if kind == "words" else self._reduce_pixels)(stacked(records), records, *asked)
+
+    # ---- reductions by kernels: of one record ------------------------------------------------------------------------
+    def _by_kernels(self, record, kind, key_grid=None, *_):
+        """Whether kernels do what is asked of a record: its pixels must be on the grid of its keys."""
+        return (kind == "words" or (key_grid == record.grid and not record.view.video)) and kernels.usable(record)
+
+    def _fused_words(self, record):
+        self._store([record], self._words_by_kernels(record, record.lse))
+
+    def _fused_pixels(self, record, key_grid, compared, refining):
+        """What `_reduce_pixels` does, in one pass over all rows; or over those that are compared, where no more is asked."""
+        grid, with_words = record.grid, self._has_words_and_pixels(record)
+        rows, reference, mass = self._pull(record, grid) if compared else (None, None, None)
+        places, add = None, self._sum is not None
+        if refining and rows is not None:
+            rows, places = None, places_of_rows(grid, self._reference_grid, self.agreement_rows, rows.device)
+        lse = record.lse
+        if lse is None:
+            lse = kernels.log_sum_exp(record, None if with_words else rows)
+        words = self._words_by_kernels(record, lse) if with_words else None
+        pixels, total = math.prod(grid), self._sum if refining else None
+        if refining and total is None:
+            total = lse.new_empty(len(lse), pixels, pixels)
+        found = kernels.pixels(record, lse, rows, places, reference, mass, total, add)
+        if refining:
+            self._sum = total
+        if compared:
+            self._agreements[record.name] = found
+        if with_words:
+            self._store([record], words)
+
+    def _words_by_kernels(self, record, lse) -> Float[Tensor, "b p m"]:
+        """What `_reduce_words` stores. The shares of heads are found on the way, where z W W^T is no larger than a layer."""
+        weights = zww = total = None
+        if self.heads == "contribution":
+            output = record.output
+            if output.shape == record.query.shape and output[0].numel() <= AT_A_TIME:
+                zww = output.transpose(1, 2).flatten(2) @ record.gram.to(output.dtype)
+            else:
+                weights = self._head_weights(record, [record])
+        elif self.total and self.joint:
+            lse = kernels.log_sum_exp(record) if lse is None else lse
+            total = (kernels.log_sum_exp(record, keys=record.view.text) - lse).exp().mean(1)
+        every = self.total and self.heads == "contribution"
+        found = kernels.words(record, None if every else self.columns, weights, zww, lse)
+        return found if total is None else torch.cat([found, total[..., None]], -1)
 
     # ---- reductions: `stack` holds the `records` of several layers, one after another in the batch ----------------------
     def _reduce_words(self, stack, records):
@@ -306,13 +359,14 @@ class Aggregation:
             if chosen is not None:
                 rows, affinity = rows[chosen], affinity[:, chosen] * (len(rows) / len(chosen))
             mass = row_mass(self._reference_grid, key_grid, rows.device) if self.row_normalise else None
-            self._pulled[grids] = None if len(rows) == record.query.shape[2] else rows, affinity, mass
+            every = len(rows) == record.query.shape[2]
+            self._pulled[grids] = None if every else rows, affinity.contiguous(), mass
         return self._pulled[grids]
 
     def _some(self, record, count):
-        """Which of the rows are compared, where not all are: of an image's joint attention all are computed anyway."""
+        """Which of the rows are compared, where not all are."""
         wanted = self.agreement_rows
-        if wanted is None or wanted >= count or (record.view.joint and not record.view.video):
+        if wanted is None or wanted >= count:
             return None
         return sample(count, wanted, record.query.device)
 

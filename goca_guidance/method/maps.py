@@ -3,6 +3,7 @@
 A grid `*S` is H W, an image, or F H W, a video; its tokens are row-major. What smooths does so in space, frame by frame.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -152,6 +153,17 @@ def pull_affinity(
 def rows_read(queries: tuple[int, ...], reference: tuple[int, ...], device) -> Int[Tensor, " rows"]:
     """The query rows that nearest resizing to the `reference` grid reads, in order."""
     return _row_major([_read(a, b, device)[0] for a, b in zip(queries, reference, strict=True)], queries)
+
+
+@_constant
+def places_of_rows(
+    queries: tuple[int, ...], reference: tuple[int, ...], wanted: int | None, device
+) -> Int[Tensor, " p"]:
+    """For each query row its place among those of `rows_read`, or among so many of them as are `wanted`; or else -1."""
+    rows = rows_read(queries, reference, device)
+    rows = rows if wanted is None or wanted >= len(rows) else rows[sample(len(rows), wanted, device)]
+    places = torch.full((math.prod(queries),), -1, device=device)
+    return places.index_copy(0, rows, torch.arange(len(rows), device=device))
 
 
 def others(rows: Int[Tensor, " rows"], count: int) -> Int[Tensor, " others"]:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from goca_guidance.method import attention, goca, kernels
+from goca_guidance.config import GoCAConfig
+from goca_guidance.method import aggregation, attention, goca, kernels
 from goca_guidance.method.maps import pull_affinity, row_mass
 from goca_guidance.method.records import AttentionRecord, AttentionView
+from tests.helpers.attention import same, step
 from tests.helpers.interpreted import interpreted, switched
 
 
@@ -125,6 +127,67 @@ def test_a_layer_that_writes_nothing_has_uniform_heads(in_interpreter):
     r = layer(20)
     columns = torch.tensor([[1], [2]])
     close(kernels.words(r, columns, zww=torch.zeros(2, 63, 120)), attention.token_maps(r, columns, None))
+
+
+# ---- in the aggregation of layers ------------------------------------------------------------------------------------
+def answers(name, **options):
+    """Layer weights, scores and regions of a step of a family's tiny model."""
+    reader = step(name).ours(GoCAConfig(**options))
+    return reader.weights(), reader.scores(), reader.regions((32, 32))
+
+
+def assert_alike(found, wanted):
+    assert torch.allclose(found[0], wanted[0], rtol=0, atol=1e-4)
+    assert torch.allclose(found[1], wanted[1], rtol=0, atol=1e-4)
+    assert same(found[2], wanted[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sd", {}),
+        ("flux", {"rescale": False}),
+        ("flux", {"heads": "contribution", "agreement_rows": 20}),
+    ],
+    ids=str,
+)
+def test_layers_by_kernels_are_those_by_pytorch(name, options, monkeypatch):
+    """Cross- and joint attention, all reductions by kernels: weights, scores and regions."""
+    wanted, launched, launch = answers(name, **options), [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda plan, *rest: launched.append(plan.kernel) or launch(plan, *rest))
+    with interpreted():
+        monkeypatch.setattr(aggregation, "over_heads", None)  # not called
+        found = answers(name, **options)
+    assert set(launched) == {"log_sum_exp", "pixels", "words"}
+    assert_alike(found, wanted)
+
+
+def test_a_known_log_sum_exp_is_not_found_again(monkeypatch):
+    """In a comparison of fewer rows, normalised, with the heads' mean."""
+    launched, launch = [], kernels.launch
+    config = GoCAConfig(heads="uniform", agreement_rows=20, row_normalise=True)
+    known = replace(step("sd"), calls=[[replace(r, lse=lse_of(r)) for r in call] for call in step("sd").calls])
+    wanted = step("sd").ours(config).scores()
+    monkeypatch.setattr(kernels, "launch", lambda plan, *rest: launched.append(plan.kernel) or launch(plan, *rest))
+    with interpreted():
+        assert torch.allclose(known.ours(config).scores(), wanted, rtol=0, atol=1e-4)
+    assert set(launched) == {"pixels", "words"}
+
+
+def lse_of(record):
+    logits = record.query @ record.key.mT * record.scale
+    return (logits if record.mask is None else logits + record.mask).logsumexp(-1)
+
+
+def test_a_kernel_that_cannot_be_launched_leaves_the_rest_to_pytorch(monkeypatch):
+    """Whatever was computed before."""
+    failing, wanted = Kernel(), answers("sd")
+    failing.failing = True
+    with interpreted():
+        monkeypatch.setattr(kernels._code(), "pixels", failing)
+        with pytest.warns(RuntimeWarning, match="no compiler was found"):
+            assert_alike(answers("sd"), wanted)
+        assert len(failing.launched) == 1
 
 
 # ---- what they leave to PyTorch --------------------------------------------------------------------------------------
