@@ -14,8 +14,8 @@ from goca_guidance.method import aggregation
 
 
 BUDGETS = {  # family, kernels: launches, GB, MB of peak memory that a step may add
-    ("tiny-sd, 64 px", False): (500, 0.06, 9),
-    ("sd-1.5, 512 px", False): (1030, 20, 380),
+    ("tiny-sd, 64 px", False): (480, 0.06, 5),
+    ("sd-1.5, 512 px", False): (830, 17.6, 260),
 }
 counted = cache(lambda name, kernels: cost(CASES[name], with_kernels=kernels))
 
@@ -32,9 +32,9 @@ def test_a_step_waits_for_nothing(name, kernels):
 def test_a_step_adds_no_more_than_it_did(name, kernels):
     launches, gb, mb = BUDGETS[name, kernels]
     row = counted(name, kernels).row()
-    assert 0.8 * launches < row["added_launches"] <= launches
-    assert 0.8 * gb < row["added_gb"] <= gb
-    assert 0.8 * mb < row["added_peak_mb"] <= mb
+    assert 0 < row["added_launches"] <= launches
+    assert 0 < row["added_gb"] <= gb
+    assert 0 < row["added_peak_mb"] <= mb
 
 
 def test_growth_is_seen(monkeypatch):
