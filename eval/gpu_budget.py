@@ -38,11 +38,13 @@ def lines(found: Cost, count: int) -> str:
     return f"{markdown(moved)}\n\n{markdown(held)}"
 
 
-def measure(names: Sequence[str], batches: Sequence[int], result: Path, shown: int = 0) -> list[dict]:
+def measure(
+    names: Sequence[str], batches: Sequence[int], switch: Sequence[str], result: Path, shown: int = 0
+) -> list[dict]:
     """Rows of the table, written after each one."""
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     rows = Rows(result, ("family", "batch", "kernels"), {"code": fingerprint(*MODULES), "command": "make gpu-budget"})
-    for name, batch, kernels in tqdm(list(product(names, batches, ("off", "on")))):
+    for name, batch, kernels in tqdm(list(product(names, batches, switch))):
         key = {"family": name, "batch": batch, "kernels": kernels}
         if shown or not rows.has(**key):
             found = cost(CASES[name], batch, with_kernels=kernels == "on")
@@ -56,13 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {'; '.join(CASES)}")
     parser.add_argument("--batch", type=at_least(1), nargs="+", default=[1, 4])
+    parser.add_argument(
+        "--kernels", nargs="+", default=["off", "on"], choices=("off", "on"), help="the Triton kernels"
+    )
     parser.add_argument("--lines", type=at_least(1), default=0, help="how many lines of code to show")
     parser.add_argument("--result", type=Path, default=Path("results/gpu-budget.json"))
     args = parser.parse_args(arguments)
     names = args.names or list(CASES)
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"expected names among {'; '.join(CASES)}, but got {', '.join(unknown)}")
-    print(markdown(measure(names, args.batch, writable(args.result), args.lines)))
+    print(markdown(measure(names, args.batch, args.kernels, writable(args.result), args.lines)))
 
 
 if __name__ == "__main__":

@@ -16,22 +16,13 @@ from eval.cost.full_size import ARCHITECTURES
 from eval.cost.operations import added, stock_step, total
 
 
-# An H100, assumed and not measured: dense half-precision products as reached in practice, memory, and exponentials (132
-# multiprocessors, 16 a clock, 1.755 GHz).
-FLOP_PER_SECOND, BYTES_PER_SECOND, EXPONENTIALS_PER_SECOND = 800e12, 3.35e12, 132 * 16 * 1.755e9
-
-
 # ---- the table -------------------------------------------------------------------------------------------------------
 def row(name: str) -> dict:
-    """A row of the table. Milliseconds are what the assumed H100 needs at the least: the step for the longer of products and
-    weights, what is added for products and exponentials one after the other (or for its bytes, where that is longer)."""
+    """A row of the table."""
     step = stock_step(name)
     parts = added(step)
     alternative = parts.pop("recomputed")
     cost = total(parts.values())
-    step_ms = 1e3 * max(step.flops / FLOP_PER_SECOND, step.weights / BYTES_PER_SECOND)
-    compute = cost.flops / FLOP_PER_SECOND + cost.exponentials / EXPONENTIALS_PER_SECOND
-    added_ms = 1e3 * max(compute, cost.bytes / BYTES_PER_SECOND)
     return {
         "family": name,
         "size": ARCHITECTURES[name].size,
@@ -44,9 +35,6 @@ def row(name: str) -> dict:
         "gexp": _round(cost.exponentials / 1e9),
         "recomputed_gexp": _round(alternative.exponentials / 1e9),
         "added_gb": _round(cost.bytes / 1e9),
-        "h100_step_ms": _round(step_ms),
-        "h100_added_ms": _round(added_ms),
-        "h100_percent": _round(100 * added_ms / step_ms),
     }
 
 
@@ -62,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     result = writable(args.result)
     rows = [row(name) for name in args.families]
-    h100 = {"flop": FLOP_PER_SECOND, "bytes": BYTES_PER_SECOND, "exponentials": EXPONENTIALS_PER_SECOND}
-    write_json(result, {"command": command(), "assumed_h100_per_second": h100, "rows": rows})
+    write_json(result, {"command": command(), "rows": rows})
     print(markdown(rows))
 
 

@@ -1,6 +1,6 @@
 """What regions add to one step, counted on a fake GPU (`eval.cost.fake_step`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +55,8 @@ def cost(case: Case, batch: int = 1, with_kernels: bool = False, segmentor: Lite
     denoiser, *inputs = case.create(batch)
     with fake_cuda():
         to_cuda(denoiser)
-        call, step = a_step(case, denoiser, *fake_like(inputs), batch, segmentor)
+        halves = [fake_like(inputs) for _ in range(1 if case.batched else 2)]
+        call, step = a_step(case, denoiser, halves, batch, segmentor)
         with Trace() as trace, _host_reads(trace, case), _switched(with_kernels, trace):
             stock = trace.begin()
             step(5.0)
@@ -68,16 +69,23 @@ def cost(case: Case, batch: int = 1, with_kernels: bool = False, segmentor: Lite
 
 
 def a_step(
-    case: Case, denoiser, args: tuple, kwargs: dict, batch: int, segmentor: Literal["goca", "s-cfg"] = "goca"
+    case: Case,
+    denoiser,
+    inputs: Sequence[tuple[tuple, dict]],
+    batch: int,
+    segmentor: Literal["goca", "s-cfg"] = "goca",
 ) -> tuple[GuidedCall, Callable[[Any], Tensor]]:
-    """A guided call, and what a stock loop does, by a guidance scale, between two steps of its scheduler."""
+    """A guided call, and what a stock loop does, by a guidance scale, between two steps of its scheduler.
+
+    `inputs`: arguments of the denoiser's calls in a step: one, or the conditional and then the unconditional prediction.
+    """
     call = GuidedCall(
         denoiser, [], GoCAConfig(), SCFGConfig(segmentor=segmentor), images=batch, prompts=batch,
-        separate=not case.batched, region_tokens=case.words,
+        separate=None, region_tokens=case.words,
     )  # fmt: skip
 
     def step(scale):
-        made = [denoiser(*args, **{**kwargs, "return_dict": False})[0] for _ in range(1 if case.batched else 2)]
+        made = [denoiser(*args, **{**kwargs, "return_dict": False})[0] for args, kwargs in inputs]
         u, c = made[0].chunk(2) if case.batched else reversed(made)
         return u + scale * (c - u)
 

@@ -128,7 +128,7 @@ def _graph(case: Case, device: str) -> bool:
     """Whether a guided step, captured after two, gives at its replay what it gave before."""
     pipe = build(case.family, device, DTYPES[case.dtype])
     given = denoiser_inputs(pipe, arguments(case.family, pipe, case.size, 1, 3))
-    call, step = a_step(CASES[f"{case.family}, {case.size} px"], denoiser_of(pipe.components), *given, 1)
+    call, step = a_step(CASES[f"{case.family}, {case.size} px"], denoiser_of(pipe.components), [given], 1)
     with call.installed():
         for _ in range(2):
             before = step(SpatialGuidanceScale(5.0, call.rate))

@@ -7,10 +7,11 @@ counted by `make gpu-budget`.
 from functools import cache
 
 import pytest
+import torch
 
 from eval.cost.budget import cost
 from eval.cost.cases import CASES
-from goca_guidance.method import aggregation
+from goca_guidance.method.aggregation import Aggregation
 
 
 BUDGETS = {  # family, kernels: launches, GB, MB of peak memory that a step may add
@@ -38,14 +39,15 @@ def test_a_step_adds_no_more_than_it_did(name, kernels):
 
 
 def test_growth_is_seen(monkeypatch):
-    """One more copy of the probabilities in every block, and one more number read, would fail."""
-    found, probabilities = counted("tiny-sd, 64 px", False), aggregation.probabilities
+    """One launch more for each layer, and a number that the host puts on the device."""
+    found, keep, layers = counted("tiny-sd, 64 px", False).second, Aggregation.keep, []
 
-    def copied(*args):
-        for rows, probs in probabilities(*args):
-            yield rows, probs.clone()
+    def with_more(aggregation, record):
+        layers.append(torch.zeros(64).to("cuda") + 1)
+        keep(aggregation, record)
 
-    monkeypatch.setattr(aggregation, "probabilities", copied)
-    more = cost(CASES["tiny-sd, 64 px"]).second.ours
-    assert more.launches > 1.02 * found.second.ours.launches
-    assert more.bytes > 1.1 * found.second.ours.bytes
+    monkeypatch.setattr(Aggregation, "keep", with_more)
+    more = cost(CASES["tiny-sd, 64 px"]).second
+    assert len(more.copies) == len(layers) // 2 > 0
+    assert more.ours.launches == found.ours.launches + 3 * len(more.copies)
+    assert more.ours.bytes == found.ours.bytes + (1 + 2 + 2) * 256 * len(more.copies)
