@@ -1,5 +1,6 @@
 """What regions add to one step, counted on a fake GPU (`eval.cost.fake_step`)."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def _host_reads(trace: Trace, case: Case) -> Iterator[None]:
 def _switched(on: bool, trace: Trace) -> Iterator[None]:
     """Kernels are on or off, whatever this machine has; those that would be launched are counted."""
     with (
+        patch.dict(os.environ, {"GOCA_LSE": "0"}),
         patch.object(kernels, "enabled", lambda: on),
         patch.object(kernels, "hindrance", lambda device: None),
         patch.object(kernels, "launch", trace.launch),

@@ -15,8 +15,8 @@ from goca_guidance.method.aggregation import Aggregation
 
 
 BUDGETS = {  # family, kernels: launches, GB, MB of peak memory that a step may add
-    ("tiny-sd, 64 px", False): (480, 0.06, 5),
-    ("sd-1.5, 512 px", False): (830, 17.6, 260),
+    ("tiny-sd, 64 px", False): (285, 0.06, 5),
+    ("sd-1.5, 512 px", False): (640, 17.7, 270),
 }
 counted = cache(lambda name, kernels: cost(CASES[name], with_kernels=kernels))
 
