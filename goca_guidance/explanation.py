@@ -93,7 +93,7 @@ def explain(
         raise ValueError(
             f"Expected one image and one noise to explain, but got {len(seg.pictures)} and {len(made)}: take one of them."
         )
-    return Explanation(seg.pictures[0], tuple(classes), *made[0].found(), seg.label_maps[0])
+    return Explanation(image=seg.pictures[0], classes=tuple(classes), labels=seg.label_maps[0], **made[0].found())
 
 
 class Stages:
@@ -140,13 +140,16 @@ class Stages:
         self._scores = {name: segmentor.scores() for name, segmentor in self.stages.items()}
         return self._scores["refined"]
 
-    def found(self) -> tuple:
-        """Layers, their maps, weights of heads and of layers, scores by stage: of the first image."""
+    def found(self) -> dict[str, Any]:
+        """Fields of an `Explanation`, of the first image."""
         maps = []
         for aggregation in self.by_layer.values():
             tokens, _ = aggregation.merged(aggregation.finest)
             maps.append(torch.einsum("m...,mk->k...", tokens[0], self.layout.groups[0]).cpu())
-        heads = torch.stack([self._heads[name] for name in self.preset.text])
-        weights = self.stages["refined"].weights()[0].cpu()
-        stages = {name: scores[0].cpu() for name, scores in self._scores.items()}
-        return tuple(self.preset.text), tuple(maps), heads, weights, stages
+        return {
+            "layers": tuple(self.preset.text),
+            "layer_maps": tuple(maps),
+            "heads": torch.stack([self._heads[name] for name in self.preset.text]),
+            "weights": self.stages["refined"].weights()[0].cpu(),
+            "stages": {name: scores[0].cpu() for name, scores in self._scores.items()},
+        }
