@@ -1,6 +1,7 @@
 """S-CFG (arXiv 2404.05384): its own segmentor, regions to a guidance map, and the scale that carries it into a pipeline."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,9 @@ from goca_guidance.method.maps import (
     resize_adjoint,
 )
 from goca_guidance.method.records import AttentionRecord, Regions, TokenLayout
+
+
+STORED = 4096  # pixels up to which a layer's map is stored (64 MB an image, one layer at a time)
 
 
 class SCFGSegmentor:
@@ -75,20 +79,22 @@ class SCFGSegmentor:
 
     def regions(self, size: tuple[int, ...]) -> Regions:
         """The argmax over tokens, and the foreground, at `size`."""
-        tokens = self._maps(1, self.layout.columns)
-        masks = one_hot(
-            torch.einsum("bm...,bmk->bk...", _mean_of_relative(tokens), self.layout.groups), self.layout.present
-        )
-        if self.unconditional_sink or any(len(names) < self._text for names in self.layout.labels):
-            every = torch.arange(self._text, device=self.layout.sink.device).expand(len(self.layout.sink), -1)
-            tokens = self._maps(0 if self.unconditional_sink else 1, every)
-        sinks = [maps.take_along_dim(over(self.layout.sink, maps), 1) for maps in tokens]
+        layout, tokens = self.layout, self._maps(0 if self.unconditional_sink else 1)
+        if self.unconditional_sink:
+            words = self._maps(1, layout.columns)
+        else:
+            words = [maps.take_along_dim(over(layout.columns, maps), 1) for maps in tokens]
+        scores = torch.einsum("bm...,bmk->bk...", _mean_of_relative(words), layout.groups)
+        masks = one_hot(scores, layout.present)
+        sinks = [maps.take_along_dim(over(layout.sink, maps), 1) for maps in tokens]
         others = [maps.sum(1, keepdim=True) - sink for maps, sink in zip(tokens, sinks, strict=True)]
         foreground = _mean_of_relative(sinks) < _mean_of_relative(others)
-        return Regions(nearest(masks, size), nearest(foreground, size), self.layout.labels)
+        return Regions(nearest(masks, size), nearest(foreground, size), layout.labels)
 
-    def _maps(self, branch, columns) -> list[Float[Tensor, "b m *S"]]:
-        """Refined, resized and smoothed maps of each layer read."""
+    def _maps(self, branch, columns=None) -> list[Float[Tensor, "b m *S"]]:
+        """Refined, resized and smoothed maps of each layer read, of all tokens where none are named."""
+        if columns is None:
+            columns = torch.arange(self._text, device=self.layout.sink.device).expand(len(self.layout.sink), -1)
         if self._refined:
             every = [self._refined[branch, name] for name in self.preset.text]
             return [blur(maps.take_along_dim(over(columns, maps), 1), 3, 0.5**0.5) for maps in every]
@@ -97,10 +103,25 @@ class SCFGSegmentor:
         maps = []
         for name, beside in zip(self.preset.text, self.preset.self_attention, strict=True):
             if (record := records[name]).grid in grids:
-                once = affinity_product(records[beside], token_maps(record, columns, None))
-                refined = (once + 3 * affinity_product(records[beside], once)) / 4
+                refined = _twice(_attending(records[beside]), token_maps(record, columns, None))
                 maps.append(blur(resize(as_maps(refined, record.grid), grids[-1]), 3, 0.5**0.5))
         return maps
+
+
+def _twice(attend: Callable[[Tensor], Tensor], x: Float[Tensor, "b p m"]) -> Float[Tensor, "b p m"]:
+    """(S + 3 S^2) / 4 times x."""
+    once = attend(x)
+    return (once + 3 * attend(once)) / 4
+
+
+def _attending(record: AttentionRecord) -> Callable[[Float[Tensor, "b p m"]], Float[Tensor, "b p m"]]:
+    """S x of a layer's attention S: the mean over heads is stored where it is small, and else computed every time."""
+    if record.query.shape[2] > STORED:
+        return partial(affinity_product, record)
+    found = Found()
+    for block, mean, _ in over_heads(record):
+        found.add(block, mean[..., record.view.image])
+    return partial(torch.matmul, found.whole())
 
 
 def _refined(words: AttentionRecord, pixels: AttentionRecord, grid: tuple[int, ...]) -> Float[Tensor, "b n *S"]:
@@ -112,8 +133,8 @@ def _refined(words: AttentionRecord, pixels: AttentionRecord, grid: tuple[int, .
     affinity = found.whole()
     text = words.view.text
     every = torch.arange(text.stop - text.start, device=rows.device).expand(len(words.query), -1)
-    once = affinity @ token_maps(words.at(grid, rows), every, None)
-    return as_maps((once + 3 * affinity @ once) / 4, grid)
+    refined = _twice(partial(torch.matmul, affinity), token_maps(words.at(grid, rows), every, None))
+    return as_maps(refined, grid)
 
 
 def _mean_of_relative(maps: list[Tensor]) -> Tensor:
