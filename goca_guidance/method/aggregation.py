@@ -209,26 +209,37 @@ class Aggregation:
         self._store([record], self._words_by_kernels(record, record.lse))
 
     def _fused_pixels(self, record, key_grid, compared, refining):
-        """What `_reduce_pixels` does, in one pass over all rows; or over those that are compared, where no more is asked."""
-        grid, with_words = record.grid, self._has_words_and_pixels(record)
-        rows, reference, mass = self._pull(record, grid) if compared else (None, None, None)
-        places, add = None, self._sum is not None
-        if refining and rows is not None:
-            rows, places = None, places_of_rows(grid, self._reference_grid, self.agreement_rows, rows.device)
-        lse = record.lse
-        if lse is None:
-            lse = kernels.log_sum_exp(record, None if with_words else rows)
-        words = self._words_by_kernels(record, lse) if with_words else None
-        pixels, total = math.prod(grid), self._sum if refining else None
-        if refining and total is None:
-            total = lse.new_empty(len(lse), pixels, pixels)
-        found = kernels.pixels(record, lse, rows, places, reference, mass, total, add)
-        if refining:
-            self._sum = total
+        """What `_reduce_pixels` does. Images that refine are read in all rows at once, others in those that are compared."""
+        with_words = self._has_words_and_pixels(record)
+        if with_words and record.lse is None:
+            record = replace(record, lse=kernels.log_sum_exp(record))
+        words = self._words_by_kernels(record, record.lse) if with_words else None
+        refined = self._refined if refining else slice(0, 0)
+        rest = [slice(0, refined.start), slice(refined.stop, self._all.stop)] if compared else []
+        found = {}  # by first image; the sum is changed last, when all else was launched
+        for images in (*rest, refined):
+            if images.start < images.stop:
+                part = of_images(record, self._all.stop, images)
+                found[images.start] = self._pixels_by_kernels(part, images, compared, images is refined)
         if compared:
-            self._agreements[record.name] = found
+            self._agreements[record.name] = joined([found[first] for first in sorted(found)], 0)
         if with_words:
             self._store([record], words)
+
+    def _pixels_by_kernels(self, part, images, compared, refining):
+        """Agreements of some images, where they are compared; their self-attention is added to the sum where it refines."""
+        grid, places, total = part.grid, None, self._sum if refining else None
+        rows, reference, mass = self._pull(part, grid) if compared else (None, None, None)
+        if refining and rows is not None:
+            rows, places = None, places_of_rows(grid, self._reference_grid, self.agreement_rows, rows.device)
+        lse = kernels.log_sum_exp(part, rows) if part.lse is None else part.lse
+        if refining and total is None:
+            total = lse.new_empty(len(lse), math.prod(grid), math.prod(grid))
+        reference = None if reference is None else reference[images]
+        found = kernels.pixels(part, lse, rows, places, reference, mass, total, self._sum is not None)
+        if refining:
+            self._sum = total
+        return found
 
     def _words_by_kernels(self, record, lse) -> Float[Tensor, "b p m"]:
         """What `_reduce_words` stores. The shares of heads are found on the way, where z W W^T is no larger than a layer."""

@@ -257,7 +257,7 @@ def words(
     query, key = _side_by_side(record.query), _side_by_side(record.key)
     text = record.view.text
     m = text.stop - text.start if columns is None else columns.shape[1]
-    if lse is None and m > COLUMNS:  # once, not for each block of columns
+    if lse is None and m > 2 * COLUMNS:  # once, not for each block of columns
         lse = log_sum_exp(record)
     lse = None if lse is None else _side_by_side(lse)
     z = None if zww is None else _side_by_side(cast(Tensor, record.output))
