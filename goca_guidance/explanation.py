@@ -39,10 +39,10 @@ class Explanation:
     image: Image.Image
     classes: tuple[str, ...]
     layers: tuple[str, ...]
-    layer_maps: tuple[Float[Tensor, "k H W"], ...]
+    layer_maps: tuple[Float[Tensor, "k _ _"], ...]
     heads: Float[Tensor, "l h"]
     weights: Float[Tensor, " l"]
-    stages: dict[str, Float[Tensor, "k H W"]]
+    stages: dict[str, Float[Tensor, "k y x"]]
     labels: Int[Tensor, "H W"]
 
     def figures(self) -> dict[str, Figure]:

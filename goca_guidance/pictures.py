@@ -180,7 +180,7 @@ def map_grid(
     figure, axes = _panels(len(rows), len(shown), panel=PANEL / 2, height=PANEL / 2 - 0.22)
     low, high = bounds or (None, None)
     for axis, (row, column) in zip(axes, product(range(len(rows)), shown), strict=True):
-        axis.imshow(maps[column][row], vmin=low, vmax=high, cmap="viridis")
+        axis.imshow(maps[column][row].numpy(), vmin=low, vmax=high, cmap="viridis")
         axis.set_title(columns[column] if row == 0 else "", fontsize=7)
         if column == shown[0]:
             axis.text(
@@ -195,7 +195,7 @@ def weights(heads: Float[Tensor, "l h"], layers: Float[Tensor, " l"], names: Seq
     height = 0.26 * len(names) + 0.8
     figure = Drawing(figsize=(2 * PANEL, height), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    left.imshow(heads, cmap="viridis", aspect="auto")
+    left.imshow(heads.numpy(), cmap="viridis", aspect="auto")
     left.set_title("weight of each head in its layer", fontsize=8)
     left.set_yticks(range(len(names)), names, fontsize=6)
     left.set_xticks(range(heads.shape[1]), [str(n + 1) for n in range(heads.shape[1])], fontsize=6)
@@ -203,7 +203,7 @@ def weights(heads: Float[Tensor, "l h"], layers: Float[Tensor, " l"], names: Seq
     for (row, column), value in np.ndenumerate(heads.numpy()) if heads.shape[1] <= 12 else ():
         shade = "white" if value < middle else "black"
         left.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=shade)
-    right.barh(range(len(names)), layers, color=colour(0))
+    right.barh(range(len(names)), layers.numpy(), color=colour(0))
     right.set_title("weight of each layer", fontsize=8)
     right.tick_params(labelsize=6)
     return figure
