@@ -87,6 +87,26 @@ def test_mask_is_respected():
     assert attention.token_maps(masked, torch.tensor([[4, 5]] * 2), None).abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("width", "products"), [(64, 1), (128, 1), (72, 0)])
+def test_products_of_half_precision_lose_nothing(width, products, dtype, monkeypatch):
+    """A scale of 1/8 goes to the query, another one to the logits; in place of the matrix units: exact products on the CPU."""
+    exact, seen = torch.bmm, []
+
+    def bmm(query, key, out, out_dtype=None):
+        seen.append(out_dtype)
+        return exact(query.float(), key.float(), out=out)
+
+    monkeypatch.setattr(attention, "HALF_PRODUCTS", ("cpu",))
+    monkeypatch.setattr(torch, "bmm", bmm)
+    r = record(d=width, keys=6)
+    r = replace(r, query=r.query.to(dtype), key=r.key.to(dtype))
+    ((_, found),) = attention.probabilities(r)
+    assert seen == [torch.float32 if products else None]
+    expected = (r.query.double() @ r.key.double().mT * r.scale).softmax(-1)
+    assert torch.allclose(found.double(), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("view", [TEXT_FIRST, IMAGE_FIRST])
 def test_joint_token_maps_divide_by_all_keys_and_read_text_only(view):
     r, columns = joint_record(view), torch.tensor([[0, 5], [1, 2]])
