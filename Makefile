@@ -62,7 +62,7 @@ gpu-budget: $(VENV)/installed  ## what guidance adds on a GPU, counted without o
 speed-gpu: $(VENV)/installed  ## all that a GPU can tell, in less than 25 minutes, and a killed run goes on
 	$(RUN)/python -m eval.speed_gpu --device cuda
 
-report: $(VENV)/installed  ## results/*.json into the documents, and the pictures of `make demo` into the README's
+report: $(VENV)/installed  ## results/*.json into the documents, and the pictures of `make demo` into docs/picture.png
 	$(RUN)/python -m eval.report
 
 clean:

@@ -4,8 +4,8 @@
 columns, `<!-- scales: NAME number ... -->` for methods by guidance scales, `<!-- levels: proof MODEL -->` for methods by
 levels, `<!-- candidates: defaults -->` for what the papers leave open, `<!-- checkpoints: proof -->` for what training does,
 `<!-- timesteps: choices -->` for what was tried on validation scenes, `<!-- papers: mIoU -->` for our segmentation beside the
-papers'. The plots of docs/ are drawn from the results too, and where `make demo` left its pictures, the README's picture is
-made of them.
+papers'. The plots of docs/ are drawn from the results too, and where `make demo` left its pictures, that of docs/generate.md
+is made of them.
 """
 
 import json
