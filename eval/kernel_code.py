@@ -73,7 +73,7 @@ LAYERS = {
     "flux, 64": Layer(24, 128, 64, 512, joint=True),
     "widest, 64": Layer(8, 256, 64),
     "widest, 64, words": Layer(8, 256, 64, 77),
-    "widest, 64, float32": Layer(8, 256, 64, dtype=torch.float32),
+    "flux, 64, float32": Layer(24, 128, 64, 512, joint=True, dtype=torch.float32),
 }
 
 
