@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor
@@ -51,13 +51,13 @@ class Cost:
         }
 
 
-def cost(case: Case, batch: int = 1, with_kernels: bool = False, segmentor: Literal["goca", "s-cfg"] = "goca") -> Cost:
+def cost(case: Case, batch: int = 1, with_kernels: bool = False) -> Cost:
     """Three steps of a case. What mixes devices, or makes the host wait for the device, raises."""
     denoiser, *inputs = case.create(batch)
     with fake_cuda():
         to_cuda(denoiser)
         halves = [fake_like(inputs) for _ in range(1 if case.batched else 2)]
-        call, step = a_step(case, denoiser, halves, batch, segmentor)
+        call, step = a_step(case, denoiser, halves, batch)
         with Trace() as trace, _host_reads(trace, case), _switched(with_kernels, trace):
             stock = trace.begin()
             step(5.0)
@@ -74,14 +74,13 @@ def a_step(
     denoiser,
     inputs: Sequence[tuple[tuple, dict]],
     batch: int,
-    segmentor: Literal["goca", "s-cfg"] = "goca",
 ) -> tuple[GuidedCall, Callable[[Any], Tensor]]:
     """A guided call, and what a stock loop does, by a guidance scale, between two steps of its scheduler.
 
     `inputs`: arguments of the denoiser's calls in a step: one, or the conditional and then the unconditional prediction.
     """
     call = GuidedCall(
-        denoiser, [], GoCAConfig(), SCFGConfig(segmentor=segmentor), images=batch, prompts=batch,
+        denoiser, [], GoCAConfig(), SCFGConfig(segmentor=case.segmentor), images=batch, prompts=batch,
         separate=None, region_tokens=case.words,
     )  # fmt: skip
 

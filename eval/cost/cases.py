@@ -7,7 +7,7 @@ arguments written here.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -29,13 +29,15 @@ class Case:
         create: the denoiser on "meta", and positional and keyword arguments of its call for so many images or videos.
         tokens: of pixels along each axis, at the finest layer.
         batched: both predictions are one batch; else each is a call.
-        words: regions by token positions; None where the prompt is not named, for which any will do.
+        words: regions by token positions.
+        segmentor: of `SCFGConfig`.
     """
 
     create: Callable[[int], tuple[torch.nn.Module, tuple, dict[str, Any]]]
     tokens: tuple[int, ...]
     batched: bool = True
     words: dict[str, list[int]] | None = None
+    segmentor: Literal["goca", "s-cfg"] = "goca"
 
 
 def _from_pipeline(name: str, images: int):
@@ -96,6 +98,7 @@ def _cogvideox(b: int) -> dict[str, Any]:
 CASES = {
     "tiny-sd, 64 px": _stock("tiny-sd", 16),
     "sd-1.5, 512 px": _stock("sd-1.5", 64),
+    "sd-1.5, 512 px, S-CFG's segmentor": _stock("sd-1.5", 64, segmentor="s-cfg"),
     "sdxl, 1024 px": _stock("sdxl", 64),
     "pixart-sigma, 1024 px": _stock("pixart-sigma", 64),
     "hunyuan, 1024 px": _stock("hunyuan", 64),
