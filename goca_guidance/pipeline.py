@@ -430,7 +430,8 @@ class GoCASCFGPipeline(DiffusionPipeline):
         """The text that the stock pipeline gives to its tokenizer: cleaned (PixArt), textual inversions spelled out."""
         if hasattr(self, "_text_preprocessing"):
             prompt = self._text_preprocessing(prompt, clean_caption=True)[0]
-        return self.maybe_convert_prompt(prompt, tokenizer) if hasattr(self, "maybe_convert_prompt") else prompt
+        converts = tokenizer is not None and hasattr(self, "maybe_convert_prompt")
+        return self.maybe_convert_prompt(prompt, tokenizer) if converts else prompt
 
     # ---- loading and saving ------------------------------------------------------------------------------------------
     @classmethod
