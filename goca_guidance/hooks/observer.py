@@ -71,7 +71,7 @@ class AttentionObserver:
         try:  # `__exit__` is not called where this is interrupted
             for name, module in self.modules.items():
                 self._install(module.register_forward_pre_hook, self._enter_module, with_kwargs=True)
-                self._install(module.register_forward_hook, self._leave_module(name), always_call=True)
+                self._install(module.register_forward_hook, self._leave_module(name))
                 if name in self.raw and getattr(module, "norm_q", None) is not None:
                     self._install(module.norm_q.register_forward_pre_hook, self._before_norm)
             kernels: list[Wrapper] = []
@@ -111,11 +111,25 @@ class AttentionObserver:
             self._open.pop()
             record = None if output is None or self.paused else self._record(name, call)
             if record is not None:
-                self.seen.add(name)
-                with torch.autocast(record.query.device.type, enabled=False):
-                    self.receive(record)
+                self._hand(record)
 
         return leave
+
+    def _hand(self, record: AttentionRecord) -> None:
+        self.seen.add(record.name)
+        with torch.autocast(record.query.device.type, enabled=False):
+            self.receive(record)
+
+    def tell(self, calls: Mapping[str, "TracedCall"]) -> bool:
+        """Hand over what modules computed in a graph; False, and none of it, where one's attention is not known."""
+        if not self.paused:
+            found = [self._record(name, call) for name, call in calls.items()]
+            records = [record for record in found if record is not None]
+            if len(records) < len(found):
+                return False
+            for record in records:
+                self._hand(record)
+        return True
 
     def watch(self, table: dict, names: list, wrappers: list[Wrapper]) -> None:
         """Let kernels of a table tell what they compute; `wrappers` is filled with what is to be released."""
@@ -187,9 +201,8 @@ def laid_out(arguments: dict, output: Tensor, order: Int[Tensor, "b n"]) -> tupl
     """A kernel's tokens b h n d in another order for each image; queries too, unless they are the pixels alone."""
     own = output.shape[2] == order.shape[1]
     columns, mask = order[:, None, :, None], arguments.get("attn_mask")
-    changed = {
-        name: arguments[name].take_along_dim(columns, 2) for name in ("key", "value", *(["query"] if own else []))
-    }
+    there = [name for name in ("key", "value", *(["query"] if own else [])) if arguments[name] is not None]
+    changed = {name: arguments[name].take_along_dim(columns, 2) for name in there}
     if own and arguments["lse"] is not None:
         changed["lse"] = arguments["lse"].take_along_dim(order[:, None], 2)
     if mask is not None:
@@ -340,6 +353,25 @@ class _Call:
 
     def close(self) -> None:
         release(vars(F), self.kernels)
+
+
+class TracedCall(_Call):
+    """The kernel calls of an attention module in a graph, which does not show what the module was asked for.
+
+    One that a view knows is all of its tokens, if it is of all images and heads, and none is like it.
+    """
+
+    def __init__(self, module: Any):
+        self._unseen = Asked(0, getattr(module, "heads", getattr(module, "num_heads", None)), 0, 0)
+        super().__init__(self._unseen)
+
+    def whole(self, images: int | None) -> Iterator[tuple[dict, Tensor]]:
+        sizes = [_sizes(arguments) for arguments, _ in self.calls]
+        for arguments, output in self.calls:
+            query, key = arguments["query"], arguments["key"]
+            asked = replace(self._unseen, images=images or len(query), own=query.shape[2], other=key.shape[2])
+            if sizes.count(_sizes(arguments)) == 1 and asked.answered(query, key, output):
+                yield arguments, output
 
 
 def _together(calls: list[tuple[dict, Tensor]], tokens: int) -> tuple[dict, Tensor]:

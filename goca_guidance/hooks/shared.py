@@ -1,8 +1,10 @@
 """Hooks and wrappers on what several threads share: modules, kernels, compiled calls. Each heeds its own thread alone."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ def hook_here(register: Callable, hook: Callable, **options):
         if not torch.compiler.is_dynamo_compiling() and threading.get_ident() == thread:
             return hook(*args)
 
+    if dynamo := sys.modules.get("torch._dynamo"):  # a thread that runs graphs compiles what is called between them
+        dynamo.eval_frame.skip_code(here.__code__)
     return register(here, **options)
 
 
@@ -51,20 +55,34 @@ class EagerHere(Wrapper):
 
     def __call__(self, *args, **kwargs):
         if not torch.compiler.is_dynamo_compiling() and threading.get_ident() == self.thread:
-            return self._torchdynamo_orig_callable(*args, **kwargs)
+            return self.here(*args, **kwargs)
         return self.kernel(*args, **kwargs)
+
+    def here(self, *args, **kwargs):
+        """The call in this thread."""
+        return self._torchdynamo_orig_callable(*args, **kwargs)
+
+
+def compiled_names(module: torch.nn.Module) -> list[str]:
+    """Where a module keeps what was compiled of itself."""
+    return [name for name in COMPILED if hasattr(vars(module).get(name), "_torchdynamo_orig_callable")]
 
 
 @contextmanager
+def compiled_calls(modules: Iterable[torch.nn.Module], make: Callable[[torch.nn.Module, str, Any], EagerHere]):
+    """What is compiled of the modules is replaced in this thread; `make` is given a module, a name and the compiled call."""
+    with ExitStack() as stack:
+        for module in modules:
+            wrappers: list[Wrapper] = []
+            stack.callback(release, vars(module), wrappers)
+            wrap(vars(module), compiled_names(module), partial(make, module), wrappers)
+        yield
+
+
 def eager_here(modules: Iterable[torch.nn.Module]):
     """What of the modules is compiled, or inside them, runs eagerly in this thread, and in the others as it would."""
-    with ExitStack() as stack:
-        for table in {id(m): vars(m) for module in modules for m in module.modules()}.values():
-            names = [n for n in COMPILED if hasattr(table.get(n), "_torchdynamo_orig_callable")]
-            wrappers: list[Wrapper] = []
-            stack.callback(release, table, wrappers)
-            wrap(table, names, EagerHere, wrappers)
-        yield
+    inside = {id(m): m for module in modules for m in module.modules()}
+    return compiled_calls(inside.values(), lambda _, name, kernel: EagerHere(name, kernel))
 
 
 def wrap(table: dict, names: list, make: Callable[[Any, Callable], Wrapper], wrappers: list[Wrapper]) -> None:

@@ -14,6 +14,7 @@ from goca_guidance.denoisers.places import Read, read_of
 from goca_guidance.denoisers.readings import told_by_rows
 from goca_guidance.denoisers.unknown import UnknownFamily
 from goca_guidance.denoisers.words import Encoded, bare, has_marks
+from goca_guidance.hooks.compiled import guided_here
 from goca_guidance.hooks.observer import AttentionObserver
 from goca_guidance.hooks.probe import probe
 from goca_guidance.hooks.shared import eager_here, hook_here
@@ -89,13 +90,14 @@ class Watch:
 
     @contextmanager
     def installed(self):
-        """All hooks, gone afterwards, whatever happens. What is compiled runs eagerly in this thread: it would ignore them."""
+        """All hooks, gone afterwards, whatever happens. Graphs would ignore them: compiled text encoders run eagerly."""
         self._observers = [self._observer(family) for family in self.families]
         self.observer = self._observers[0]
         hooked = [(family.denoiser, self._before_denoiser(i)) for i, family in enumerate(self.families)]
-        compiled = [family.compiled for family in self.families if family.compiled is not None]
         with ExitStack() as stack:
-            stack.enter_context(eager_here([*compiled, *(module for module, _ in (*hooked, *self.text_encoders))]))
+            stack.enter_context(eager_here(module for module, _ in self.text_encoders))
+            for family, observer in zip(self.families, self._observers, strict=True):
+                stack.enter_context(guided_here(family, observer))
             for module, hook in hooked:
                 stack.callback(hook_here(module.register_forward_pre_hook, hook, with_kwargs=True).remove)
             for i, (module, _) in enumerate(self.text_encoders):

@@ -175,33 +175,35 @@ def test_a_half_precision_autoencoder_stays_as_it_is():
 
 
 def test_another_threads_graphs_are_run():
-    """A guided call runs a compiled denoiser eagerly; stock beside it does not."""
+    """A guided call runs graphs of its own; stock beside it runs those of stock, and compiles nothing."""
     runs: list[int] = []
 
     def backend(graph, inputs):
         return lambda *args: runs.append(threading.get_ident()) or graph(*args)
 
     torch.compiler.reset()
-    stock = stock_pipeline("sd")
-    stock.unet = torch.compile(stock.unet, backend=backend)
+    stock = stock_pipeline("sd3")
+    stock.transformer = torch.compile(stock.transformer, backend=backend)
     plain, ours = twin(stock, False), twin(stock, True)
-    expected = run(plain, "sd").images, run(ours, "sd").images
+    expected = run(plain, "sd3").images, run(ours, "sd3").images
     runs.clear()
-    run(plain, "sd")
+    run(plain, "sd3")
     graphs = len(runs)
     runs.clear()
 
     def other(*_):
         """In the middle of a guided call."""
-        found.append(beside(lambda: run(plain, "sd").images)[0])
+        found.append(beside(lambda: run(plain, "sd3").images)[0])
         return {}
 
     found: list = []
-    assert torch.equal(run(ours, "sd", callback_on_step_end=other).images, expected[1])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(run(ours, "sd3", callback_on_step_end=other).images, expected[1])
     assert len(found) == 2
     assert all(torch.equal(images, expected[0]) for images in found)
-    assert len(runs) == 2 * graphs > 0
-    assert threading.get_ident() not in runs
+    mine = runs.count(threading.get_ident())
+    assert len(runs) - mine == 2 * graphs > 0
+    assert mine > 0
     torch.compiler.reset()
 
 
