@@ -36,7 +36,7 @@ from goca_guidance.method import kernels
 MODULES = ("eval.cost", "eval.common.processes", "goca_guidance")
 """What a row depends on."""
 
-FAMILIES = tuple(name for name in ARCHITECTURES if name != "flux-short")
+FAMILIES = tuple(name for name in ARCHITECTURES if name not in ("flux-short", "sd-1.5-quarter"))
 SHARES = {
     "questions": 0.2,
     "ratios": 0.55,

@@ -20,7 +20,7 @@ PUBLISHED = {  # attention layers that the method reads, parameters of the denoi
 
 
 def test_every_architecture_is_tested():
-    assert set(PUBLISHED) | {"tiny-sd", "flux-short"} == set(ARCHITECTURES)
+    assert set(PUBLISHED) | {"tiny-sd", "flux-short", "sd-1.5-quarter"} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
