@@ -138,7 +138,7 @@ def probabilities(
         logits = logits.unflatten(0, part.shape[:2])
         if mask is not None:
             logits += mask[tuple(x if n > 1 else slice(None) for x, n in zip(block, mask.shape[:3], strict=True))]
-        yield block, torch.softmax(logits, -1, out=logits if reused else None)
+        yield block, softmax(logits)
 
 
 def _in_half(query: Tensor, key: Tensor, scale: float) -> bool:
@@ -194,6 +194,14 @@ class Found:
     def total(self) -> Float[Tensor, "b ..."]:
         """Summed over blocks of rows."""
         return joined([sum(parts[1:], parts[0]) for parts in self._parts.values()], 0)
+
+
+def softmax(logits: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+    """Over the last axis, in the place of the logits, which nobody else may need."""
+    place = (
+        logits if logits.device.type in IN_PLACE and not (logits.requires_grad and torch.is_grad_enabled()) else None
+    )
+    return torch.softmax(logits, -1, out=place)
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:

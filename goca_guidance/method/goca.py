@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from goca_guidance.config import GoCAConfig
-from goca_guidance.method.attention import joined
+from goca_guidance.method.attention import joined, softmax
 from goca_guidance.method.maps import as_maps, blur, min_max, over
 
 
@@ -48,7 +48,9 @@ def shares(values: Tensor, dim: int) -> Tensor:
 def pseudo_attention(features: Float[Tensor, "b p c"], channels: int | None = None) -> Float[Tensor, "b p p"]:
     """A_p = softmax(F F^T / sqrt(c)) of dense features F (GoCA, layers). `channels` keeps the first few only."""
     features = features.float()[..., :channels]
-    return (features @ features.mT * features.shape[-1] ** -0.5).softmax(-1)
+    logits = features @ features.mT
+    logits *= features.shape[-1] ** -0.5
+    return softmax(logits)
 
 
 def agreement(
