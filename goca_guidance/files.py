@@ -3,16 +3,20 @@
 import base64
 import glob
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split())
 SETTINGS = "settings.json"
+Format = Literal[
+    "overlay", "labels", "masks", "cutouts", "coco", "scores"
+]  # of a segmentation, see goca_guidance.formats
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -83,15 +87,16 @@ class Results:
     """A folder with one folder of results for each item, and a settings.json that says whose results they are.
 
     `names`: of each item the name of its folder. The settings are written with the first result: a mistake leaves nothing.
+    Without settings it holds the results of one item, which replace whatever was there.
     """
 
     folder: Path
-    settings: Mapping[str, Any]
     names: Mapping[str, str]
+    settings: Mapping[str, Any] | None = None
     _are_settings_written: bool = False
 
     @classmethod
-    def of(cls, folder: Path, settings: Mapping[str, Any], wanted: Mapping[str, str]) -> "Results":
+    def of_several(cls, folder: Path, settings: Mapping[str, Any], wanted: Mapping[str, str]) -> "Results":
         """Results of items by the names wanted for their folders, or by those that an earlier run gave them.
 
         ValueError where the folder holds results of other settings.
@@ -100,20 +105,27 @@ class Results:
         names = _names_in(folder / SETTINGS, settings)
         for item, name in wanted.items():
             if item not in names:
-                names[item] = _free(folder, name, set(names.values()))
-        return cls(folder, settings, names)
+                names[item] = _free(folder, name, names.values())
+        return cls(folder, names, settings)
+
+    def place(self, item: str) -> Path:
+        return self.folder / self.names[item]
 
     def is_finished(self, item: str) -> bool:
-        return (self.folder / self.names[item]).is_dir()
+        return self.settings is not None and self.place(item).is_dir()
 
     @contextmanager
     def writing(self, item: str) -> Iterator[Path]:
-        """A folder to write an item's results into, which is there under its name once they are whole."""
+        """A folder to write an item's results into; one of several is there under its name once they are whole."""
+        if self.settings is None:
+            self.place(item).mkdir(parents=True, exist_ok=True)
+            yield self.place(item)
+            return
         if not self._are_settings_written:
             with replacing(self.folder / SETTINGS) as part:
                 part.write_text(json.dumps({"settings": self.settings, "names": self.names}, indent=1) + "\n")
             self._are_settings_written = True
-        with replacing(self.folder / self.names[item]) as part:
+        with replacing(self.place(item)) as part:
             part.mkdir()
             yield part
 
@@ -140,9 +152,15 @@ def _names_in(file: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _free(folder: Path, name: str, taken: Iterable[str]) -> str:
-    """The name, or the first one with a number behind it that is not taken, nor there."""
+    """The name, or the first one with a number behind it that is not taken, whatever its case, nor there."""
+    used = {SETTINGS, *(each.casefold() for each in taken)}
     tried, number = name, 1
-    while tried in taken or (folder / tried).exists():
+    while tried.casefold() in used or (folder / tried).exists():
         number += 1
         tried = f"{name}-{number}"
     return tried
+
+
+def slug(text: str, longest: int = 40) -> str:
+    """Letters and digits of a text, joined by hyphens, for the name of a file or a folder."""
+    return re.sub(r"[\W_]+", "-", text)[:longest].strip("-") or "unnamed"

@@ -1,25 +1,22 @@
 """What a segmentation is written as: a picture to look at, label maps, masks, cut-outs, COCO's run lengths, scores."""
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from goca_guidance.files import replacing
+from goca_guidance.files import Format, replacing, slug
 
 
 if TYPE_CHECKING:
     import goca_guidance.pictures
-
-Format = Literal["overlay", "labels", "masks", "cutouts", "coco", "scores"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def _coco(one, folder):
     named = one.classes[: len(one.classes) - one.has_background]
     image = {"id": 1, "file_name": one.name, "width": width, "height": height}
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(named)]
-    write_coco({"images": [image], "categories": categories, "annotations": annotations}, folder / "coco.json")
+    write_json({"images": [image], "categories": categories, "annotations": annotations}, folder / "coco.json")
 
 
 def _scores(one, folder):
@@ -132,6 +129,11 @@ WRITERS: dict[Format, Callable[[Segmented, Path], None]] = {
 }
 
 
+def write_json(value, path: Path) -> None:
+    with replacing(path) as part:
+        part.write_text(json.dumps(value), encoding="utf-8")
+
+
 def _save(picture, path):
     from goca_guidance import pictures
 
@@ -147,17 +149,7 @@ def _file(index: int, name: str) -> str:
     return f"{index}-{slug(name)}.png"
 
 
-def slug(text: str, longest: int = 40) -> str:
-    """Letters and digits of a text, joined by hyphens, for the name of a file or a folder."""
-    return re.sub(r"[\W_]+", "-", text)[:longest].strip("-") or "unnamed"
-
-
 # ---- COCO ------------------------------------------------------------------------------------------------------------
-def write_coco(dataset: dict[str, Any], path: Path) -> None:
-    with replacing(path) as part:
-        part.write_text(json.dumps(dataset), encoding="utf-8")
-
-
 def joined_coco(datasets: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """COCO data sets of one image and the same categories as one."""
     images: list[dict] = []

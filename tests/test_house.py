@@ -23,6 +23,7 @@ LIBRARY = [  # rooms of goca_guidance by floor: one imports itself and lower flo
     {"real_images"},
     {"pipeline", "guider", "explanation"},
     {"doctor"},
+    {"commands"},
     {"cli"},
 ]
 EVAL = [

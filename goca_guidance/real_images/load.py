@@ -1,5 +1,6 @@
 """Reading real images: a path, a PIL picture or an array to RGB."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,7 @@ SMALLEST = 8  # pixels on a side
 def load_image(image) -> Image.Image:
     """An RGB picture from a path, PIL image or array; transparency is laid over white, and the camera's rotation applied."""
     if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as file:
-                file.load()
-                image = file.copy()
-        except Exception as error:  # of many kinds: of files, of each format, of decompression
-            reason = " ".join(str(error).split())
-            raise ValueError(f"Expected a readable image file, but {str(image)!r} is not one: {reason}.") from error
+        image = _read(image)
     if isinstance(image, np.ndarray):
         image = _from_array(image)
     if not isinstance(image, Image.Image):
@@ -36,6 +31,24 @@ def load_image(image) -> Image.Image:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
+
+
+def _read(path) -> Image.Image:
+    """A picture file of no more pixels than Pillow finds safe: maps at an image's own size take as much memory."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                file.load()
+                return file.copy()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"Expected an image file of at most {Image.MAX_IMAGE_PIXELS:,} pixels, but {str(path)!r} has more: make it "
+            "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
+    except Exception as error:  # of many kinds: of files, of each format
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected a readable image file, but {str(path)!r} is not one: {reason}.") from error
 
 
 def _from_array(array):

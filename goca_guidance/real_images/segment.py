@@ -17,8 +17,8 @@ from torch import Tensor
 
 from goca_guidance.config import CRF, Background, GoCAConfig
 from goca_guidance.denoisers.layouts import class_layout, class_prompt
-from goca_guidance.files import inline
-from goca_guidance.formats import Format, Segmented, write
+from goca_guidance.files import Format, inline
+from goca_guidance.formats import Segmented, write
 from goca_guidance.formats import overlay as draw
 from goca_guidance.hooks.observer import check_seen
 from goca_guidance.method.crf import labels_by_crf
@@ -85,14 +85,14 @@ class Segmentation:
     @checked
     def mask(self, name: str, image: int = 0) -> Bool[Tensor, "_ _"]:
         """Where a class, or "background", is: H W at the image's own size, on the CPU. `image`: which one, from 0."""
-        classes = self._of(image).classes
+        classes = self.segmented(image).classes
         if name not in classes:
             raise ValueError(f"Expected a class of the segmentation ({', '.join(classes)}), but got {name!r}.")
         return self.label_maps[image] == classes.index(name)
 
     def overlay(self, image: int = 0) -> "goca_guidance.pictures.Drawing":
         """A figure: the picture, and beside it the classes painted over it, with a legend. `image`: which one, from 0."""
-        return draw(self._of(image))
+        return draw(self.segmented(image))
 
     @checked
     def save(
@@ -117,15 +117,15 @@ class Segmentation:
             Path(folder) / name for name in names or map(str, range(1, count + 1))
         ]  # fmt: skip
         for image, (place, name) in enumerate(zip(folders, names or [""] * count, strict=True)):
-            write(self._of(image, name), place, formats)
+            write(self.segmented(image, name), place, formats)
         return folders
 
     def _repr_html_(self) -> str:
         """In a notebook: the first images, painted."""
         return "".join(inline(self.overlay(image)._repr_png_(), "png") for image in range(min(4, len(self.sizes))))
 
-    def _of(self, image: int, name: str = "") -> Segmented:
-        """One image, as it is written and drawn."""
+    def segmented(self, image: int, name: str = "") -> Segmented:
+        """One image, as it is written and drawn; `name`: of its file."""
         if not -len(self.sizes) <= image < len(self.sizes):
             raise ValueError(f"Expected the number of an image from 0 to {len(self.sizes) - 1}, but got {image}.")
         if len(self.pictures) != len(self.sizes):

@@ -1,11 +1,17 @@
 """The commands, on the embedded model: what they write, what they print, how they fail."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from goca_guidance import pictures
-from goca_guidance.cli import SAMPLE, main
+import goca_guidance
+from goca_guidance import cli, pictures
+from goca_guidance.cli import main
+from goca_guidance.commands import SAMPLE
 from goca_guidance.doctor import kernel_lines
 from tests.helpers.families import stock_pipeline
 from tests.helpers.interpreted import switched
@@ -60,6 +66,80 @@ def test_segment(tmp_path, capsys):
     assert "background" in capsys.readouterr().out
 
 
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Three pictures that can be read, and three that cannot."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    with Image.open(SAMPLE) as sample:
+        for turned in range(3):
+            sample.convert("RGB").transpose(Image.Transpose(turned)).save(folder / f"{turned}.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:900])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    Image.new("RGB", (80, 64)).save(folder / "huge.png")
+    return folder
+
+
+def test_a_folder_goes_on_after_a_kill_and_over_what_is_broken(photos, tmp_path, capsys, monkeypatch):
+    out, replace = tmp_path / "out", Path.replace
+    command = ["segment", str(photos), "--classes", "sheep", "water", "--out", str(out), "--batch-size", "2"]
+    command += ["--formats", "labels", "coco"]
+
+    def killed(self, target):
+        if self.name == ".part-1":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        assert main(command) == 130
+    assert names_in(out) == {"0", "settings.json"}
+    before = (out / "0").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(command) == 1
+    said = capsys.readouterr()
+    told = [line for line in re.split(r"[\r\n]+", said.err) if line.strip().startswith("goca: error")]
+    assert [re.search(r"(\w+).png", line)[1] for line in told] == ["broken", "empty", "huge"]
+    assert "at most 4,096 pixels" in told[2]
+    assert re.findall(r"^wrote .*/(\d): sheep", said.out, re.M) == ["1", "2"]
+    assert (out / "0").stat().st_mtime_ns == before
+    assert names_in(out) == {"0", "1", "2", "settings.json", "coco.json"}
+    assert len(json.loads((out / "coco.json").read_text())["images"]) == 3
+    alone = tmp_path / "alone"  # equals what the picture is without any beside it
+    assert main(["segment", str(photos / "2.png"), "--classes", "sheep", "water", "--out", str(alone)]) == 0
+    assert (alone / "labels.png").read_bytes() == (out / "2" / "labels.png").read_bytes()
+    assert main([*command, "--seed", "1"]) == 2
+    assert "seed was 0 and is 1" in capsys.readouterr().err
+
+
+def test_several_prompts(tmp_path, capsys):
+    file, out = tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text("a bus\n\na cat\n")
+    command = ["generate", "a cat", "--prompts-file", str(file), "--out", str(out), "--steps", "1", "--no-scfg"]
+    assert main(command) == 0
+    assert names_in(out) == {"a-cat", "a-bus", "settings.json"}
+    assert names_in(out / "a-bus") == {"image.png"}
+    assert main(command) == 0
+    assert "2 of 2 are finished" in capsys.readouterr().err
+
+
+def test_every_option_tells_its_default():
+    parser = cli._parser()
+    commands = next(action for action in parser._actions if action.dest == "COMMAND" or action.choices)
+    for name, sub in commands.choices.items():
+        for action in sub._actions:
+            if action.option_strings and action.dest != "help" and not action.required:
+                assert "default" in sub._get_formatter()._get_help_string(action), (name, action.dest)
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == f"goca {goca_guidance.__version__}"
+
+
 def test_demo_draws_six_pictures(tmp_path):
     assert main(["demo", "--out", str(tmp_path)]) == 0
     expected = {"image.png", "regions.png", "strip.png", "guidance.gif", "comparison.png", "segmentation.png"}
@@ -87,7 +167,12 @@ def test_doctor_says_whether_fused_kernels_are_on():
         (["generate", ""], "at least one word"),
         (["generate", "a cat", "--height", "33", "--width", "64"], "divisible by 8"),
         (["generate", "a cat", "--height", "64"], "both --height and --width"),
-        (["generate", "a cat", "--dtype", "float99"], "--dtype"),
+        (["generate", "a cat", "--dtype", "float99"], "Expected `--dtype` to be one of 'float32', 'fp32'"),
+        (["generate"], "Expected a prompt, or a file of them"),
+        (["generate", "--prompts-file", "nowhere.txt"], "nowhere.txt"),
+        (["segment", str(SAMPLE), "--classes", "cat", "--formats", "png"], "Expected `--formats[0]` to be one of"),
+        (["segment", str(SAMPLE), "--classes", "cat", "--batch-size", "0"], "Expected `--batch-size` to be a whole"),
+        (["segment", "*.nothing", "--classes", "cat"], "Expected pictures in '*.nothing'"),
         (["generate", "a cat", "--steps", "0"], "Expected `--steps` to be a whole number of at least 1"),
         (["generate", "a cat", "--steps", "0", "--no-scfg"], "Expected `--steps` to be a whole number of at least 1"),
         (["generate", "a cat", "--guidance-scale", "nan"], "Expected `--guidance-scale` to be a finite number"),
