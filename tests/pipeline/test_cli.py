@@ -94,7 +94,7 @@ def test_a_folder_goes_on_after_a_kill_and_over_what_is_broken(photos, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", killed)
         assert main(command) == 130
-    assert names_in(out) == {"0", "settings.json"}
+    assert names_in(out) == {"0", ".part-1", "settings.json"}
     before = (out / "0").stat().st_mtime_ns
     capsys.readouterr()
     assert main(command) == 1
