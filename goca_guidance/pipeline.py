@@ -44,6 +44,7 @@ from goca_guidance.stock import (
     is_text_to_image,
     join_auto_pipelines,
     named_pipeline,
+    single_file_class,
     stock_class,
 )
 
@@ -447,6 +448,24 @@ class GoCASCFGPipeline(DiffusionPipeline):
             stock: Any = stock_class(pretrained_model_name_or_path, **kwargs) if cls is GoCASCFGPipeline else cls
             loaded = super(GoCASCFGPipeline, guided(stock)).from_pretrained(pretrained_model_name_or_path, **kwargs)
         return loaded if isinstance(loaded, GoCASCFGPipeline) else GoCASCFGPipeline.from_pipe(loaded)
+
+    @classmethod
+    @checked
+    def from_single_file(cls, pretrained_model_link_or_path: str | PathLike, **kwargs):
+        """Load a checkpoint that is one file, as the stock class's `from_single_file` does.
+
+        Args:
+            pretrained_model_link_or_path: a file, or its address on the hub.
+            kwargs: those of stock; `config`, a repository or folder in diffusers' form, says which pipeline it is. Without it
+                the weights say, and their configuration is downloaded.
+        """
+        stock: Any = single_file_class(pretrained_model_link_or_path, **kwargs) if cls is GoCASCFGPipeline else cls
+        if not hasattr(stock_of(guided(stock)), "from_single_file"):
+            raise ValueError(
+                f"Expected a pipeline that diffusers loads from one file, but {stock.__name__} is none: convert the "
+                "checkpoint to a folder, and use `from_pretrained`."
+            )
+        return super(GoCASCFGPipeline, guided(stock)).from_single_file(pretrained_model_link_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import diffusers
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from safetensors import SafetensorError, safe_open
 
 from goca_guidance.denoisers.base import Family
@@ -35,6 +36,26 @@ def stock_class(repository: str | PathLike, **kwargs) -> type[DiffusionPipeline]
             "as you do without us, and pass it to `GoCASCFGPipeline.from_pipe`."
         )
     return found
+
+
+def single_file_class(file: str | PathLike, **kwargs) -> type[DiffusionPipeline]:
+    """The pipeline class of a checkpoint that is one file: its `config` names it, or diffusers tells it by the weights."""
+    if kwargs.get("custom_pipeline") is not None:
+        raise ValueError(
+            "Expected no `custom_pipeline` beside a single file, because diffusers takes none there: load the file without, "
+            "and pass its components to your class, then that to `GoCASCFGPipeline.from_pipe`."
+        )
+    is_link = str(file).startswith(("http://", "https://"))
+    if not is_link and not Path(file).is_file():
+        raise ValueError(f"Expected a checkpoint's file, or its address on the hub, but got {str(file)!r}.")
+    if not is_link and Path(file).suffix == ".safetensors" and (fault := _fault(Path(file))):
+        raise ValueError(f"Expected a whole checkpoint, but {str(file)!r} is none ({fault}): download it again.")
+    config = kwargs.pop("config", None)
+    if config is None:
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        weights = load_single_file_checkpoint(file, **hub, disable_mmap=kwargs.get("disable_mmap", False))
+        config = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+    return stock_class(config, **kwargs)
 
 
 def check_folder(repository: str | PathLike, given) -> None:

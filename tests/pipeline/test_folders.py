@@ -1,10 +1,15 @@
-"""Damaged checkpoint folders: what is wrong is named, in one line, before anything is loaded."""
+"""Checkpoint folders and files: what is wrong with a damaged one is named, in one line, before anything is loaded."""
 
 import json
 
+import diffusers
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from goca_guidance import GoCASCFGPipeline
+from goca_guidance import GoCASCFGPipeline, stock
+from goca_guidance.pipeline import guided
+from tests.helpers.tiny import generate
 
 
 def cut(path):
@@ -67,3 +72,46 @@ def test_weights_that_are_not_asked_for_may_be_damaged(pipe, tmp_path):
     assert GoCASCFGPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks a whole unet/diffusion_pytorch_model.fp16.safetensors"):
         GoCASCFGPipeline.from_pretrained(tmp_path, variant="fp16")
+
+
+# ---- checkpoints of one file -----------------------------------------------------------------------------------------
+@pytest.fixture
+def single_file(pipe, tmp_path):
+    """The U-Net's weights in a file, as most fine-tunes come, and a folder with the rest."""
+    pipe.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    save_file(pipe.unet.state_dict(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("door", [lambda pipe: GoCASCFGPipeline, type])
+def test_a_single_file(pipe, single_file, door):
+    parts = {"vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    loaded = door(pipe).from_single_file(single_file, config=str(single_file.parent / "folder"), **parts)
+    assert type(loaded) is type(pipe)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(loaded).images, generate(pipe).images)
+
+
+def test_the_weights_say_which_pipeline_it_is(single_file, monkeypatch):
+    """Diffusers tells it by them, and the configuration that it names by its class."""
+    config = {"pretrained_model_name_or_path": str(single_file.parent / "folder")}
+    monkeypatch.setattr(
+        stock, "fetch_diffusers_config", lambda weights: config if "conv_in.weight" in weights else None
+    )
+    assert stock.single_file_class(single_file) is diffusers.StableDiffusionPipeline
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda file: GoCASCFGPipeline.from_single_file("nowhere.safetensors"), "but got 'nowhere.safetensors'"),
+        (lambda file: cut(file) or GoCASCFGPipeline.from_single_file(file), "Expected a whole checkpoint"),
+        (lambda file: GoCASCFGPipeline.from_single_file(file, custom_pipeline="x"), "Expected no `custom_pipeline`"),
+        (lambda file: guided(diffusers.PixArtSigmaPipeline).from_single_file(file), "loads from one file, but"),
+    ],
+)  # fmt: skip
+def test_mistakes_with_a_single_file(single_file, call, message):
+    with pytest.raises(ValueError, match=message) as told:
+        call(single_file)
+    assert "\n" not in str(told.value)
