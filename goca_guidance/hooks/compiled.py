@@ -173,9 +173,9 @@ class Watched:
     def warn(self, reason: object) -> None:
         if self.family.denoiser not in _WARNED:
             _WARNED.add(self.family.denoiser)
+            first = str(reason).strip().partition("\n")[0].rstrip(".")
             logger.warning(
-                f"The compiled {type(self.family.denoiser).__name__} runs eagerly while it is guided: "
-                f"{str(reason).strip().partition(chr(10))[0]}."
+                f"The compiled {type(self.family.denoiser).__name__} runs eagerly while it is guided: {first}."
             )
 
     def graphs(self, kernel: Any, where: str) -> Graphs:
