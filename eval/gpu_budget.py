@@ -43,7 +43,8 @@ def measure(
 ) -> list[dict]:
     """Rows of the table, written after each one."""
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    rows = Rows(result, ("family", "batch", "kernels"), {"code": fingerprint(*MODULES), "command": "make gpu-budget"})
+    run = {"code": fingerprint(*MODULES), "command": "make gpu-budget"}
+    rows = Rows(result, ("family", "batch", "kernels"), run, _place)
     for name, batch, kernels in tqdm(list(product(names, batches, switch))):
         key = {"family": name, "batch": batch, "kernels": kernels}
         if shown or not rows.has(**key):
@@ -52,6 +53,11 @@ def measure(
             if shown:
                 tqdm.write(f"\n{name}, batch {batch}, kernels {kernels}\n{lines(found, shown)}")
     return list(rows)
+
+
+def _place(row: dict) -> tuple:
+    """The order of rows: that of the cases."""
+    return list(CASES).index(row["family"]), row["batch"], row["kernels"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

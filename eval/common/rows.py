@@ -1,8 +1,9 @@
 """The rows of a result that a program measures one after another; each is kept as soon as it is there."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from eval.common.files import expecting, write_json
 
@@ -14,10 +15,11 @@ class Rows:
         path: the file; what it already holds is kept.
         key: those columns.
         run: what the rows that are now measured depend on, which is written into each: others of that name are old.
+        order: of the rows, by what it makes of one; as they came by default.
     """
 
-    def __init__(self, path: Path, key: Sequence[str], run: dict):
-        self.path, self.key, self.run = path, key, run
+    def __init__(self, path: Path, key: Sequence[str], run: dict, order: Callable[[dict], Any] = lambda row: 0):
+        self.path, self.key, self.run, self.order = path, key, run, order
         self._rows: dict[tuple, dict] = {}
         if path.exists():
             with expecting("rows of this program", path, "move it away, or name another --result"):
@@ -38,5 +40,5 @@ class Rows:
         commands = dict.fromkeys(row["run"]["command"] for row in self)
         write_json(self.path, {"command": " && ".join(commands), **facts, "rows": list(self)})
 
-    def __iter__(self):
-        return iter(self._rows.values())
+    def __iter__(self) -> Iterator[dict]:
+        return iter(sorted(self._rows.values(), key=self.order))
