@@ -1,4 +1,4 @@
-"""`goca`: generate, segment, explain, demo, doctor. `--model` takes any diffusers repo or folder; else the embedded model.
+"""`goca`: generate, segment, explain, app, demo, doctor. `--model` is any diffusers repo or folder, or the embedded model.
 
 Torch is imported with the commands, when one runs: help, and what is wrong with the command line, are told at once.
 """
@@ -8,17 +8,17 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from goca_guidance import TINY_SD, __version__
 from goca_guidance.files import Format
-from goca_guidance.schema import Count, read
+from goca_guidance.schema import Count, between, read
 
 
 Dtype = Literal["float32", "fp32", "bfloat16", "bf16", "float16", "fp16"]
 OPTIONS = {"steps": Count, "num_noises": Count, "batch_size": Count, "seed": int, "guidance_scale": float,
            "height": Count | None, "width": Count | None, "threshold": float | None, "dtype": Dtype,
-           "formats": Sequence[Format]}  # fmt: skip
+           "formats": Sequence[Format], "port": Annotated[int, between(1, 65535)] | None}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     def common(sub, out):
         sub.add_argument("--out", type=Path, default=Path(out), help="folder for the results")
         sub.add_argument("--seed", type=int, default=0, help="of the noise")
+        loaded(sub)
+
+    def loaded(sub):
         sub.add_argument(
             "--model",
             default=TINY_SD,
@@ -110,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--classes", nargs="+", metavar="NAME", help="words to look for; by default those of the prompt")
     common(sub, "explained")
+
+    sub = command("app", "a page in the browser: guidances side by side, step by step, and photos segmented by words")
+    sub.add_argument("--port", type=int, help="of this machine (default: the first free one from 7860)")
+    loaded(sub)
 
     common(command("demo", "the whole method on the embedded model, in six pictures"), "demo")
     command("doctor", "versions, devices, and which attention processors the observer sees")

@@ -1,10 +1,10 @@
 """What the commands of `goca` do, each with its parsed arguments; `goca_guidance.cli` is their command line."""
 
 import json
-import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from goca_guidance.doctor import doctor as report
 from goca_guidance.explanation import explain as explain_stages
 from goca_guidance.files import Results, pictures_in, slug
 from goca_guidance.formats import check, joined_coco, write, write_json
+from goca_guidance.models import unknown_words
 from goca_guidance.real_images.load import load_image
 from goca_guidance.stock import guidance_arguments
 
@@ -174,6 +175,15 @@ def explain(args) -> None:
     print(f"wrote {args.out}: {', '.join(path.name for path in found.save(args.out))}")
 
 
+def app(args) -> None:
+    """The page, until it is interrupted."""
+    if find_spec("gradio") is None:
+        raise ValueError('Expected gradio for the page, but it is not installed: pip install "goca-guidance[app]".')
+    from goca_guidance.app.page import serve
+
+    serve(_load(args), args.model, args.port)
+
+
 def demo(args) -> None:
     """Three guidances with one seed; the regions that steered; a real segmentation, vanilla beside GoCA."""
     pipe = _load(args)
@@ -232,15 +242,12 @@ def _quieten() -> None:
 
 
 def _note_unknown_words(pipe, prompt) -> None:
-    """The embedded model spells what it does not know: each word of its captions is one token, and no letter alone but "a"."""
-    end = "</w>"
-    known = {word.removesuffix(end) for word in pipe.tokenizer.get_vocab() if word.endswith(end)}
-    known = {word for word in known if len(word) > 1 and word.isalpha()} | {"a"}
-    words = re.findall(r"[^\W_]+", prompt.lower())
-    if unknown := [word for word in dict.fromkeys(words) if word not in known]:
+    """The embedded model spells what it does not know."""
+    unknown, known = unknown_words(pipe.tokenizer, prompt)
+    if unknown:
         _note(
             f"the embedded model does not know {', '.join(unknown)}, and draws something else: it knows "
-            f"{', '.join(sorted(known))}; pass --model for another one"
+            f"{', '.join(known)}; pass --model for another one"
         )
 
 
