@@ -376,6 +376,7 @@ class GoCASCFGPipeline(DiffusionPipeline):
         given = {name: value for name, value in locals().items() if name not in ("self", "arguments")}
         return segment(self, self._text_to_image_class(), **given, **arguments)
 
+    @checked
     def discover(
         self,
         images,
