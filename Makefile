@@ -5,7 +5,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
 FLOOR := .venv-floor
 
-.PHONY: demo bench test test-floor fuzz check docs features format speed gpu-budget speed-gpu report clean
+.PHONY: demo bench test test-floor fuzz check docs notebooks features format speed gpu-budget speed-gpu report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ fuzz: $(VENV)/installed  ## random calls, faults and kills: `make fuzz CALLS=200
 features: $(VENV)/installed  ## docs/features.md, docs/families.md and results/pipelines.json, every cell tried
 	$(RUN)/python -m tests.features
 	$(RUN)/python -m tests.loops
+
+notebooks: $(VENV)/installed  ## the two notebooks from the first cell to the last, which `make test` leaves out for time
+	$(VENV)/bin/pip install --quiet --no-compile --editable ".[notebooks]"
+	$(RUN)/python -m pytest tests/test_docs.py
 
 docs: $(VENV)/installed  ## the documents as a site, site/index.html; a broken link fails
 	$(VENV)/bin/mkdocs build --strict --quiet
