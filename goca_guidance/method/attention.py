@@ -16,7 +16,7 @@ from goca_guidance.method.maps import over
 from goca_guidance.method.records import AttentionRecord
 
 
-CPU_BLOCK = 2**19  # probabilities held at one time, a CPU's cache: of one head, where those of all heads are more
+CPU_BLOCK = 2**21  # probabilities held at one time, a CPU's caches: of one head, where those of all heads are more
 BLOCK = 2**24  # on any other device, of all heads (64 MB)
 IN_PLACE = ("cpu", "cuda")  # devices whose products and softmax may write into a tensor that is there
 HALF = (torch.float16, torch.bfloat16)
