@@ -6,6 +6,7 @@ frozen fields nor bounds.
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -127,6 +128,14 @@ def read(name: str, value: Any, hint: Any) -> Any:
         return _read((name,), value, hint)
     except _MisfitError as misfit:
         raise misfit.error() from None
+
+
+def switched_on(name: str) -> bool:
+    """Whether a variable of the environment is 1; it is off unless it is set. ValueError where it is neither 0 nor 1."""
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"Expected {name} to be 0 or 1, but got {value!r}: set it to one of them, or unset it.")
+    return value == "1"
 
 
 def shown(value: Any, longest: int = 80) -> str:

@@ -3,14 +3,13 @@
 The call is not changed: a mode sees the operation that torch itself has chosen, and keeps its second output.
 """
 
-import os
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from goca_guidance.schema import switched_on
 
-SWITCH = "GOCA_LSE"
+
 aten = torch.ops.aten
 WHOLE = aten.scaled_dot_product_attention.default
 KERNELS = (  # whose second output it is, b h p
@@ -27,10 +26,7 @@ def wanted() -> bool:
     Raises:
         ValueError: it is neither 0 nor 1.
     """
-    value = os.environ.get(SWITCH, "0")
-    if value not in ("0", "1"):
-        raise ValueError(f"Expected {SWITCH} to be 0 or 1, but got {value!r}: set it to one of them, or unset it.")
-    return value == "1"
+    return switched_on("GOCA_LSE")
 
 
 class LogSumExp(TorchDispatchMode):

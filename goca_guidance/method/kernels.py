@@ -5,7 +5,6 @@ not `usable`. `GOCA_TRITON=1` turns kernels on, 0 off; off unless it is set, unt
 Triton's interpreter (`TRITON_INTERPRET=1`) they run on the CPU too, which is how they are tested.
 """
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from goca_guidance.method.records import AttentionRecord
+from goca_guidance.schema import switched_on
 
 
 WIDEST = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}  # channels of a head: registers hold no more
@@ -44,10 +44,7 @@ def enabled() -> bool:
     Raises:
         ValueError: it is neither 0 nor 1.
     """
-    wanted = os.environ.get("GOCA_TRITON", "0")
-    if wanted not in ("0", "1"):
-        raise ValueError(f"Expected GOCA_TRITON to be 0 or 1, but got {wanted!r}: set it to one of them, or unset it.")
-    return wanted == "1"
+    return switched_on("GOCA_TRITON")
 
 
 def usable(record: AttentionRecord) -> bool:
