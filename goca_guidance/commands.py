@@ -19,12 +19,11 @@ from goca_guidance.doctor import doctor as report
 from goca_guidance.explanation import explain as explain_stages
 from goca_guidance.files import Results, pictures_in, slug
 from goca_guidance.formats import check, joined_coco, write, write_json
-from goca_guidance.models import unknown_words
+from goca_guidance.models import SCENE, unknown_words
 from goca_guidance.real_images.load import load_image
 from goca_guidance.stock import guidance_arguments
 
 
-SAMPLE = Path(TINY_SD).parent / "scene.png"  # a held-out scene; its class names are in the file's "names" text
 DEMO_PROMPT = "a cat and a bus on grass"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MODEL = ("model", "dtype", "seed")  # what results depend on, beside the options of each command
@@ -191,7 +190,7 @@ def demo(args) -> None:
     plain = _generate(pipe, DEMO_PROMPT, args.seed, use_scfg=False)
     theirs = _generate(pipe, DEMO_PROMPT, args.seed, scfg=SCFGConfig(segmentor="s-cfg"))
     images = [pictures.enlarged(o.images[0]) for o in (plain, theirs, output)]
-    with Image.open(SAMPLE) as sample:
+    with Image.open(SCENE) as sample:
         names, image = sample.info["names"].split(", "), sample.convert("RGB")
     maps = [pipe.segment(image, names, goca=config).label_maps[0] for config in (GoCAConfig.vanilla(), GoCAConfig())]
     drawn = {

@@ -9,9 +9,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors import safe_open
 from transformers import CLIPTextModel
 
+from eval.scenes import scene
 from eval.segment import running
 from eval.segment.experiment import Experiment
-from goca_guidance import TINY_SD, GoCASCFGPipeline
+from goca_guidance import TINY_SD, GoCASCFGPipeline, models
 
 
 def test_stock_component_classes():
@@ -28,6 +29,10 @@ def test_small_and_half_precision():
     assert sum(f.stat().st_size for f in files) <= 20 * 2**20
     with safe_open(Path(TINY_SD) / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert file.get_tensor(next(iter(file.keys()))).dtype == torch.float16
+
+
+def test_what_it_is_said_to_know_is_what_scenes_show():
+    assert (set(models.OBJECTS), models.GROUNDS) == (set(scene.OBJECTS), scene.GROUNDS)
 
 
 def test_card_says_what_it_is():

@@ -7,8 +7,8 @@ import torch
 
 from goca_guidance import GoCAConfig, commands, explain
 from goca_guidance.cli import main
-from goca_guidance.commands import SAMPLE
 from goca_guidance.method.goca import normalise
+from goca_guidance.models import SCENE
 from tests.helpers.families import stock_pipeline
 from tests.helpers.guided import guided
 
@@ -47,10 +47,10 @@ def test_one_forward_is_explained(given, pipe, image):
         explain(pipe, image, NAMES, **given)
 
 
-@pytest.mark.parametrize("source", [["a cat on grass"], [str(SAMPLE), "--classes", "sheep", "water"]])
+@pytest.mark.parametrize("source", [["a cat on grass"], [str(SCENE), "--classes", "sheep", "water"]])
 def test_command_draws_four_pictures(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(commands, "_generate", partial(commands._generate, steps=2))
     assert main(["explain", *source, "--out", str(tmp_path)]) == 0
     assert len(list(tmp_path.glob("*.png"))) == 4
-    assert main(["explain", str(SAMPLE), "--out", str(tmp_path)]) == 2
+    assert main(["explain", str(SCENE), "--out", str(tmp_path)]) == 2
     assert "Expected --classes" in capsys.readouterr().err

@@ -9,17 +9,15 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from goca_guidance import TINY_SD
 from goca_guidance.app import views
 from goca_guidance.app.notes import MODEL, PROGRESS, notes, plain_text
 from goca_guidance.app.studio import LARGEST, Studio, parted, size_of
 from goca_guidance.config import Background
 from goca_guidance.files import Format
-from goca_guidance.models import unknown_words
+from goca_guidance.models import SCENE, unknown_words
 from goca_guidance.real_images.segment import Segmentation
 
 
-SCENE = Path(TINY_SD).parent / "scene.png"  # a held-out scene; its names are in the file's text
 NONE, THRESHOLD, WORDS = "none", "a threshold", "words"
 COCO: tuple[Format, ...] = ("coco",) if find_spec("pycocotools") else ()
 FORMATS: tuple[Format, ...] = ("overlay", "labels", "masks", "cutouts", "scores", *COCO)

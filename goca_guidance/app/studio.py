@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from goca_guidance.config import CRF, Background, SCFGConfig
-from goca_guidance.pictures import as_labels
+from goca_guidance.pictures import as_labels, fitted
 from goca_guidance.pipeline import GoCASCFGPipeline, stock_of
 from goca_guidance.real_images.load import load_image
 from goca_guidance.real_images.segment import Segmentation
@@ -176,6 +176,4 @@ def size_of(path: str) -> tuple[int, int]:
 
 def reduced(image) -> Image.Image:
     """A readable picture of at most `LARGEST` pixels on a side."""
-    picture = load_image(image)
-    picture.thumbnail((LARGEST, LARGEST))
-    return picture
+    return fitted(load_image(image), LARGEST)

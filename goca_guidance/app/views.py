@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from goca_guidance.app.studio import Steps
-from goca_guidance.pictures import colour, enlarged
+from goca_guidance.pictures import colour, enlarged, fitted
 
 
 SHOWN = 768  # pixels on a side of what has masks over it, each of which travels by itself
@@ -22,9 +22,7 @@ Annotated = tuple[Image.Image, list[tuple[np.ndarray, str]]]
 
 def shown(image: Image.Image) -> Image.Image:
     """A picture for looking at: small ones enlarged, large ones reduced."""
-    picture = enlarged(image)
-    picture.thumbnail((SHOWN, SHOWN))
-    return picture
+    return fitted(enlarged(image), SHOWN)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 from PIL import Image
 
-from goca_guidance.commands import SAMPLE
+from goca_guidance.models import SCENE
 from tests.helpers.places import ROOT
 
 
@@ -47,20 +47,20 @@ def test_two_visitors_get_three_pictures_each(client, address):
 
 def test_a_mistake_is_a_note_and_the_next_call_works(client, tmp_path):
     assert "an empty one" in note_of(lambda: client.predict("", *PROMPT[1:], api_name="/generate"))
-    assert "&lt;b&gt; more than once" in note_of(lambda: segment(client, SAMPLE, "<b>, <b>"))
-    assert "at least one class name" in note_of(lambda: segment(client, SAMPLE, " "))
+    assert "&lt;b&gt; more than once" in note_of(lambda: segment(client, SCENE, "<b>, <b>"))
+    assert "at least one class name" in note_of(lambda: segment(client, SCENE, " "))
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "empty.png").write_bytes(b"")
     assert note_of(lambda: segment(client, tmp_path / "broken.png")).startswith("Expected a readable image file")
     assert note_of(lambda: segment(client, tmp_path / "empty.png")).startswith("Expected a readable image file")
-    painted = segment(client, SAMPLE)[0]
+    painted = segment(client, SCENE)[0]
     assert [each["label"] for each in painted["value"]["annotations"]] == ["sheep", "potted plant"]
 
 
 def test_the_files_of_a_segmentation(embedded):
     from goca_guidance.app.segment_tab import _files
 
-    found = embedded.segment(Image.open(SAMPLE), ["sheep", "water"], background=0.4)
+    found = embedded.segment(Image.open(SCENE), ["sheep", "water"], background=0.4)
     with zipfile.ZipFile(_files(found).value["path"]) as packed:
         names = {name.removeprefix("segmentation/") for name in packed.namelist() if not name.endswith("/")}
     assert {"overlay.png", "labels.png", "classes.txt", "scores.npz", "masks/0-sheep.png"} <= names

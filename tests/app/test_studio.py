@@ -9,7 +9,7 @@ from PIL import Image
 
 from goca_guidance import GoCASCFGPipeline, SCFGConfig
 from goca_guidance.app.studio import LARGEST, METHODS, StoppedError, Studio, parted
-from goca_guidance.commands import SAMPLE
+from goca_guidance.models import SCENE
 from tests.helpers.families import stock_pipeline
 
 
@@ -123,11 +123,11 @@ def test_a_stopped_call_ends_at_its_step_and_the_next_one_works(studio, embedded
 
 
 def test_segment(studio, embedded):
-    found = studio.segment(str(SAMPLE), "sheep, potted plant", background="water")
-    expected = embedded.segment(Image.open(SAMPLE), ["sheep", "potted plant"], background=["water"])
+    found = studio.segment(str(SCENE), "sheep, potted plant", background="water")
+    expected = embedded.segment(Image.open(SCENE), ["sheep", "potted plant"], background=["water"])
     assert found.classes == ("sheep", "potted plant", "background")
     assert torch.equal(found.label_maps[0], expected.label_maps[0])
-    assert studio.segment(str(SAMPLE), "sheep", threshold=0.5).background.threshold == 0.5
+    assert studio.segment(str(SCENE), "sheep", threshold=0.5).background.threshold == 0.5
 
 
 def test_a_large_picture_is_reduced(studio, tmp_path):
@@ -140,7 +140,7 @@ def test_a_broken_picture(studio, tmp_path):
     with pytest.raises(ValueError, match="readable image file"):
         studio.segment(str(tmp_path / "broken.png"), "cat")
     with pytest.raises(ValueError, match="at least one class name"):
-        studio.segment(str(SAMPLE), " , ")
+        studio.segment(str(SCENE), " , ")
 
 
 def test_names_are_parted():

@@ -11,8 +11,8 @@ from PIL import Image
 import goca_guidance
 from goca_guidance import cli, pictures
 from goca_guidance.cli import main
-from goca_guidance.commands import SAMPLE
 from goca_guidance.doctor import kernel_lines
+from goca_guidance.models import SCENE
 from tests.helpers.families import stock_pipeline
 from tests.helpers.interpreted import switched
 
@@ -42,14 +42,14 @@ def test_another_family(tmp_path):
     assert main(["generate", "a cat on grass", *small, "--model", str(model), "--out", str(generated)]) == 0
     assert names_in(generated) == {"image.png", "regions.png", "strip.png", "guidance.gif"}
     classes = ["--classes", "cat", "potted plant"]
-    assert main(["segment", str(SAMPLE), *classes, "--model", str(model), "--out", str(segmented)]) == 0
+    assert main(["segment", str(SCENE), *classes, "--model", str(model), "--out", str(segmented)]) == 0
     assert Image.open(segmented / "labels.png").size == (64, 64)
 
 
 def test_segment(tmp_path, capsys):
     command = [
         "segment",
-        str(SAMPLE),
+        str(SCENE),
         "--classes",
         "sheep",
         "potted plant",
@@ -71,7 +71,7 @@ def photos(tmp_path, monkeypatch):
     """Three pictures that can be read, and three that cannot."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    with Image.open(SAMPLE) as sample:
+    with Image.open(SCENE) as sample:
         for turned in range(3):
             sample.convert("RGB").transpose(Image.Transpose(turned)).save(folder / f"{turned}.png")
     (folder / "empty.png").write_bytes(b"")
@@ -170,8 +170,8 @@ def test_doctor_says_whether_fused_kernels_are_on():
         (["generate", "a cat", "--dtype", "float99"], "Expected `--dtype` to be one of 'float32', 'fp32'"),
         (["generate"], "Expected a prompt, or a file of them"),
         (["generate", "--prompts-file", "nowhere.txt"], "nowhere.txt"),
-        (["segment", str(SAMPLE), "--classes", "cat", "--formats", "png"], "Expected `--formats[0]` to be one of"),
-        (["segment", str(SAMPLE), "--classes", "cat", "--batch-size", "0"], "Expected `--batch-size` to be a whole"),
+        (["segment", str(SCENE), "--classes", "cat", "--formats", "png"], "Expected `--formats[0]` to be one of"),
+        (["segment", str(SCENE), "--classes", "cat", "--batch-size", "0"], "Expected `--batch-size` to be a whole"),
         (["segment", "*.nothing", "--classes", "cat"], "Expected pictures in '*.nothing'"),
         (["generate", "a cat", "--steps", "0"], "Expected `--steps` to be a whole number of at least 1"),
         (["generate", "a cat", "--steps", "0", "--no-scfg"], "Expected `--steps` to be a whole number of at least 1"),
@@ -179,12 +179,12 @@ def test_doctor_says_whether_fused_kernels_are_on():
         (["generate", "a cat", "--seed", str(2**70)], "Expected `--seed` to be a whole number"),
         (["generate", "a cat", "--device", "nowhere"], "nowhere"),
         (
-            ["segment", str(SAMPLE), "--classes", "cat", "--threshold", "nan"],
+            ["segment", str(SCENE), "--classes", "cat", "--threshold", "nan"],
             "Expected `--threshold` to be a finite number",
         ),
-        (["segment", str(SAMPLE), "--classes", "cat", "--num-noises", "0"], "Expected `--num-noises` to be a whole"),
+        (["segment", str(SCENE), "--classes", "cat", "--num-noises", "0"], "Expected `--num-noises` to be a whole"),
         (["segment", "nowhere.png", "--classes", "cat"], "readable image file"),
-        (["segment", str(SAMPLE), "--classes", "cat", "--prompt", "a dog"], "'cat' among the words"),
+        (["segment", str(SCENE), "--classes", "cat", "--prompt", "a dog"], "'cat' among the words"),
         (["generate", "a cat", "--model", "no/such-folder"], "no/such-folder"),
     ],
 )
@@ -199,7 +199,7 @@ def test_mistakes_are_one_line_and_leave_nothing(command, message, tmp_path, cap
 @pytest.mark.parametrize("command", ["generate", "segment"])
 def test_a_file_is_no_folder(command, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
-    given = {"generate": ["a cat"], "segment": [str(SAMPLE), "--classes", "cat"]}[command]
+    given = {"generate": ["a cat"], "segment": [str(SCENE), "--classes", "cat"]}[command]
     assert main([command, *given, "--out", str(tmp_path / "out")]) == 2
     assert "Expected --out to be a folder" in capsys.readouterr().err
 
@@ -214,7 +214,7 @@ def test_a_file_is_no_folder(command, tmp_path, capsys):
     ],
 )
 def test_one_class_without_a_background_is_told(given, told, tmp_path, capsys):
-    assert main(["segment", str(SAMPLE), *given, "--out", str(tmp_path)]) == 0
+    assert main(["segment", str(SCENE), *given, "--out", str(tmp_path)]) == 0
     error = capsys.readouterr().err
     assert ("goca: note: one class without a background wins everywhere" in error) is told
 
