@@ -17,8 +17,8 @@ from tqdm import tqdm
 from goca_guidance import TINY_SD, Background, GoCAConfig, GoCASCFGPipeline, SCFGConfig, __version__, pictures
 from goca_guidance.doctor import doctor as report
 from goca_guidance.explanation import explain as explain_stages
-from goca_guidance.files import Results, pictures_in, slug
-from goca_guidance.formats import check, joined_coco, write, write_json
+from goca_guidance.files import Results, pictures_in, slug, write_json
+from goca_guidance.formats import check, joined_coco, write
 from goca_guidance.models import SCENE, unknown_words
 from goca_guidance.real_images.load import load_image
 from goca_guidance.stock import guidance_arguments
@@ -112,9 +112,8 @@ def segment(args) -> int:
             bar.update(len(batch))
     finished = [results.place(key) / "coco.json" for key in paths if results.is_finished(key)]
     if "coco" in args.formats and finished:
-        write_json(
-            joined_coco(json.loads(file.read_text(encoding="utf-8")) for file in finished), args.out / "coco.json"
-        )
+        datasets = (json.loads(file.read_text(encoding="utf-8")) for file in finished)
+        write_json(args.out / "coco.json", joined_coco(datasets))
     return 1 if unread else 0
 
 

@@ -49,6 +49,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """JSON, whole or not at all; with an `indent` for people, ending in a new line."""
+    end = "" if indent is None else "\n"
+    with replacing(path) as part:
+        part.write_bytes((json.dumps(value, indent=indent) + end).encode())
+
+
 def inline(data: bytes, kind: str) -> str:
     """HTML of a picture that holds its own bytes; `kind` is png or gif."""
     return f'<img src="data:image/{kind};base64,{base64.b64encode(data).decode()}"/>'
@@ -122,8 +129,7 @@ class Results:
             yield self.place(item)
             return
         if not self._are_settings_written:
-            with replacing(self.folder / SETTINGS) as part:
-                part.write_text(json.dumps({"settings": self.settings, "names": self.names}, indent=1) + "\n")
+            write_json(self.folder / SETTINGS, {"settings": self.settings, "names": self.names}, indent=1)
             self._are_settings_written = True
         with replacing(self.place(item)) as part:
             part.mkdir()

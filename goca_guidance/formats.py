@@ -1,6 +1,5 @@
 """What a segmentation is written as: a picture to look at, label maps, masks, cut-outs, COCO's run lengths, scores."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from goca_guidance.files import Format, replacing, slug
+from goca_guidance.files import Format, replacing, slug, write_json
 
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _coco(one, folder):
     named = one.classes[: len(one.classes) - one.has_background]
     image = {"id": 1, "file_name": one.name, "width": width, "height": height}
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(named)]
-    write_json({"images": [image], "categories": categories, "annotations": annotations}, folder / "coco.json")
+    write_json(folder / "coco.json", {"images": [image], "categories": categories, "annotations": annotations})
 
 
 def _scores(one, folder):
@@ -127,11 +126,6 @@ WRITERS: dict[Format, Callable[[Segmented, Path], None]] = {
     "coco": _coco,
     "scores": _scores,
 }
-
-
-def write_json(value, path: Path) -> None:
-    with replacing(path) as part:
-        part.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _save(picture, path):

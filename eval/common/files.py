@@ -1,7 +1,6 @@
 """Files that are written whole or not at all, what stands for them, and what is told of one that is damaged."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from goca_guidance import files
 from goca_guidance.files import replacing as replacing
 
 
@@ -35,8 +35,7 @@ def writable(path: Path) -> Path:
 
 def write_json(path: Path, value) -> None:
     """Readable JSON, whole or not at all."""
-    with replacing(path) as part:
-        part.write_bytes((json.dumps(value, indent=1) + "\n").encode())
+    files.write_json(path, value, indent=1)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
