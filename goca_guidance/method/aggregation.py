@@ -23,7 +23,7 @@ from goca_guidance.method.maps import (
     coarser,
     nearest_index,
     on_keys,
-    others,
+    other_rows,
     over,
     places_of_rows,
     pull_affinity,
@@ -36,7 +36,7 @@ from goca_guidance.method.records import AttentionRecord
 
 
 BATCH = {"cpu": 2**18}  # elements of queries that are worth a call of their own: fewer wait for others of their shape
-LARGE_BATCH = 2**22  # on any other device, where no kernels are used: they need no company
+LARGE_BATCH = 2**22  # on any other device
 STORED = 10_000  # pixels up to which the refining layers' sum is stored (400 MB an image), those of the working size
 
 
@@ -182,22 +182,25 @@ class Aggregation:
             self._wait(("pixels", key_grid, compared, refining), record.only(*needed))
 
     def _wait(self, asked, record):
-        """Records that are too small for a call of their own wait for others of their shape, of which the same is asked."""
+        """Records that are too small for a call of their own wait for others of their shape, of which the same is asked.
+
+        Kernels take a record at once.
+        """
+        kind, *how = asked
+        if self._by_kernels(record, *asked):
+            with suppress(kernels.NotLaunchedError):
+                return (self._fused_words if kind == "words" else self._fused_pixels)(record, *how)
         view, given = record.view, (getattr(record.mask, "shape", None), record.lse is None)
         tokens = view.grid, *((part.start, part.stop) for part in (view.text, view.image))  # slices have no hash
         alike = asked, record.query.shape, record.key.shape, tokens, record.scale, given
         waiting = self._waiting.setdefault(alike, [])
         waiting.append(record)
         size = max(record.query.numel(), record.key.numel() if record.view.video else 0)
-        enough = 0 if self._by_kernels(record, *asked) else BATCH.get(record.query.device.type, LARGE_BATCH)
-        if len(waiting) * size >= enough:
+        if len(waiting) * size >= BATCH.get(record.query.device.type, LARGE_BATCH):
             self._reduce(alike)
 
     def _reduce(self, alike):
         (kind, *asked), records = alike[0], self._waiting.pop(alike)
-        if len(records) == 1 and self._by_kernels(records[0], kind, *asked):
-            with suppress(kernels.NotLaunchedError):
-                return (self._fused_words if kind == "words" else self._fused_pixels)(records[0], *asked)
         (self._reduce_words if kind == "words" else self._reduce_pixels)(stacked(records), records, *asked)
 
     # ---- reductions by kernels: of one record ------------------------------------------------------------------------
@@ -206,14 +209,14 @@ class Aggregation:
         return (kind == "words" or (key_grid == record.grid and not record.view.video)) and kernels.usable(record)
 
     def _fused_words(self, record):
-        self._store([record], self._words_by_kernels(record, record.lse))
+        self._store([record], self._words_by_kernels(record))
 
     def _fused_pixels(self, record, key_grid, compared, refining):
         """What `_reduce_pixels` does. Images that refine are read in all rows at once, others in those that are compared."""
         with_words = self._has_words_and_pixels(record)
         if with_words and record.lse is None:
             record = replace(record, lse=kernels.log_sum_exp(record))
-        words = self._words_by_kernels(record, record.lse) if with_words else None
+        words = self._words_by_kernels(record) if with_words else None
         refined = self._refined if refining else slice(0, 0)
         rest = [slice(0, refined.start), slice(refined.stop, self._all.stop)] if compared else []
         found = {}  # by first image; the sum is changed last, when all else was launched
@@ -241,9 +244,10 @@ class Aggregation:
             self._sum = total
         return found
 
-    def _words_by_kernels(self, record, lse) -> Float[Tensor, "b p m"]:
+    def _words_by_kernels(self, record) -> Float[Tensor, "b p m"]:
         """What `_reduce_words` stores. The shares of heads are found on the way, where z W W^T is no larger than a layer."""
         weights = zww = total = None
+        lse = record.lse
         if self.heads == "contribution":
             output = record.output
             if output.shape == record.query.shape and output[0].numel() <= AT_A_TIME:
@@ -309,7 +313,8 @@ class Aggregation:
         weights = self._head_weights(stack, records) if with_words else None
         passes = [(rows, self._all if compared or with_words else self._refined)]
         if rows is not None and (refining or with_words):
-            passes.append((others(rows, math.prod(stack.grid)), self._all if with_words else self._refined))
+            rest = other_rows(stack.grid, self._reference_grid or stack.grid, self.agreement_rows, rows.device)
+            passes.append((rest, self._all if with_words else self._refined))
         for chosen, images in passes:
             part, count = of_images(stack, len(self.columns), images), images.stop - images.start
             of_rows = weights if weights is None or chosen is None else weights[:, :, chosen]

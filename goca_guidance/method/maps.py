@@ -135,11 +135,8 @@ def pull_affinity(
     queries and a reference of 2 x 2, nearest resizing reads rows and columns 0 and 2, so the query rows 0, 2, 8 and 10. Of
     1 x 1 queries it reads one row four times, which is then one row of the sum of four.
     """
-    rows, pulled = (
-        rows_read(queries, reference, affinity.device),
-        resize_adjoint(affinity.unflatten(-1, reference), keys),
-    )
-    pulled = pulled.flatten(2)
+    rows = rows_read(queries, reference, affinity.device)
+    pulled = resize_adjoint(affinity.unflatten(-1, reference), keys).flatten(2)
     if len(rows) < pulled.shape[1]:  # some rows are read more than once
         ours, theirs = "zyx"[-len(queries) :], "fhw"[-len(queries) :]
         sums = ",".join(map("".join, zip(ours, theirs, strict=True))) + f",b{theirs}q->b{ours}q"
@@ -166,12 +163,14 @@ def places_of_rows(
     return places.index_copy(0, rows, torch.arange(len(rows), device=device))
 
 
-def others(rows: Int[Tensor, " rows"], count: int) -> Int[Tensor, " others"]:
-    """The numbers below `count` that are not among some different `rows`, in order."""
-    apart = (
-        torch.zeros(count, device=rows.device).index_fill(0, rows, 1).argsort(stable=True)
-    )  # nothing waits for a size
-    return apart[: count - len(rows)]
+@_constant
+def other_rows(
+    queries: tuple[int, ...], reference: tuple[int, ...], wanted: int | None, device
+) -> Int[Tensor, " others"]:
+    """The query rows that have no place by `places_of_rows`, in order."""
+    places = places_of_rows(queries, reference, wanted, device)
+    read = len(rows_read(queries, reference, device))
+    return places.argsort(stable=True)[: len(places) - min(read, wanted or read)]  # nothing waits for a size
 
 
 def coarser(grid: tuple[int, ...], side: int | None) -> tuple[int, ...]:
