@@ -195,5 +195,6 @@ def test_every_public_name_can_be_had():
     )
     assert {*names, "Segmentation", "WordMaps"} <= set(goca_guidance.__all__)
     assert all(getattr(goca_guidance, name) for name in goca_guidance.__all__)
+    assert set(goca_guidance.__all__) <= set(dir(goca_guidance))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = goca_guidance.nothing
