@@ -108,6 +108,7 @@ class Program:
             return alone(function, *args, seconds=left)
         except Exception as error:  # of any kind: the others are measured all the same
             self.missing.append(f"{name}: {told(error)}")
+            tqdm.write(self.missing[-1])  # at once, as the program may be killed before its end
             return []
 
     def measure(self, part: str, cases: Sequence[Case], compiled: bool) -> None:

@@ -42,6 +42,7 @@ class LogSumExp(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func in KERNELS:
             lse, asked = out[1], args[0].shape[2]
-            known = lse.ndim == 3 and lse.shape[2] >= asked  # none where a kernel was not asked; rows may be padded
+            # where a kernel was not asked, its second output is None (cuDNN) or empty; rows may be padded
+            known = lse is not None and lse.ndim == 3 and lse.shape[2] >= asked
             self.found = lse[:, :, :asked] if known else None
         return out

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.cost.captured_step import capture
+from goca_guidance.hooks import log_sum_exp
 from goca_guidance.hooks.log_sum_exp import LogSumExp, wanted
 from tests.helpers.families import FAMILIES, stock_pipeline
 
@@ -23,6 +24,20 @@ def test_the_call_is_bit_equal_and_its_log_sum_exp_exact():
             hidden = torch.zeros(()) if mask is not kept else torch.zeros(kept.shape).masked_fill(~kept, -torch.inf)
             assert torch.equal(stock, seen)
             assert torch.allclose(told.found.double(), (logits + hidden).logsumexp(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("statistics", [None, torch.empty(0)])
+def test_a_kernel_that_was_not_asked_for_it_tells_nothing(statistics, monkeypatch):
+    """cuDNN's second output is None then (seen on an H200)."""
+
+    def kernel(query):
+        return query, statistics
+
+    monkeypatch.setattr(log_sum_exp, "KERNELS", (kernel,))
+    query = torch.zeros(1, 2, 3, 4)
+    told = LogSumExp()
+    assert told.__torch_dispatch__(kernel, (), (query,))[0] is query
+    assert told.found is None
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "sd3"])
