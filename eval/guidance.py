@@ -32,7 +32,7 @@ from eval.generation.drawing import METHODS, SEED, STRENGTH, Drawing, scenes_of_
 from eval.generation.guidance_pictures import SCALE, curves, draw_pairs, sheet
 from eval.generation.judging import Judge
 from eval.generation.outcomes import Cell, Kept, rows_of, scenes_rows
-from eval.scenes.models import MODELS, SHARES, SHIPPED, checkpoint
+from eval.scenes.models import MODELS, SHIPPED, checkpoint
 
 
 RUNS = Path("runs/guidance")
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = Measurement()
     parser = command_line(__doc__)
     parser.add_argument("--model", choices=MODELS, help="the model to draw with; without one, the result is written")
-    parser.add_argument("--checkpoint", type=int, choices=SHARES, default=SHIPPED, help="percent of its training")
+    parser.add_argument("--checkpoint", type=at_least(1), default=SHIPPED, help="percent of its training")
     parser.add_argument("--images", type=at_least(2), default=default.images, help="captions")
     parser.add_argument("--steps", type=at_least(2), default=default.steps, help="denoising steps")
     parser.add_argument("--batch", type=at_least(1), default=default.batch, help="pictures in a call")

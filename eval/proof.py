@@ -31,7 +31,7 @@ from eval.common.provenance import PACKAGES, command, commit, versions
 from eval.common.tables import markdown
 from eval.generation.checkpoint_quality import Drawing, Judges, draw, generator_of, held_out_loss
 from eval.scenes.levels import LEVELS
-from eval.scenes.models import MODELS, SHARES, SHIPPED, checkpoint, weights_of
+from eval.scenes.models import MODELS, SHIPPED, checkpoint, shares, weights_of
 from eval.segment.level_choices import choose, methods_of
 from eval.segment.level_counts import LevelRun, loaded, measure, unknown
 from eval.segment.level_defaults import defaults as candidates_of
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def folders_of(models: Collection[str] | None, checkpoints: Sequence[int] | None = None) -> Folders:
     """The checkpoints that are there; ValueError where one that was named is not, or none is."""
-    asked = [(name, each) for name in models or MODELS for each in checkpoints or SHARES[::-1]]
+    asked = [(name, each) for name in models or MODELS for each in checkpoints or shares(name)]
     found = {place: folder for place in asked if (folder := checkpoint(*place)) is not None}
     needed = [place for place in asked if place[1] in (checkpoints or [SHIPPED])] if models else asked[:0]
     missing = [f"{name} at {each} %" for name, each in needed if (name, each) not in found]
@@ -145,6 +145,7 @@ def defaults(args: Namespace, state: PartialState) -> None:
         for (model, _), folder in folders.items():
             timestep = chosen(model)["timestep"]
             rows += candidates_of(model, folder, loaded(folder, args.device or state.device), timestep)
+        rows.sort(key=lambda row: [*MODELS].index(row["model"]))
         write_json(DEFAULTS, made() | {"rows": rows})
         print(markdown(rows, ["model", "level", "split", "method", "base", "miou", "difference", "low", "high"]))
 

@@ -33,7 +33,7 @@ from eval.training.stage import Stage
 
 
 CAPTION_DROPOUT = 0.1  # fraction of samples that train the unconditional branch
-VAE = {"steps": 8000, "batch": 64, "learning_rate": 1e-3}
+VAE = {"steps": 3600, "batch": 64, "learning_rate": 1e-3}
 LEARNING_RATE = 1.5e-3
 HELD_OUT = 512  # validation scenes, or as many as are learned from
 
@@ -206,7 +206,7 @@ def samples(place: Path, spec: Spec, seed: int) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 def settings_of(args, defaults: dict) -> dict:
     """What the weights depend on."""
-    named = ("model", "begin", "scenes", "steps", "batch", "seed", "mixed_precision")
+    named = ("model", "begin", "scenes", "steps", "batch", "seed", "mixed_precision", "compile")
     return {**defaults, **{name: getattr(args, name) for name in named}}
 
 
@@ -231,11 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--run", type=Path, default=Path("runs/training"), help="folder of scenes, checkpoints and logs"
     )
     parser.add_argument("--begin", help="folder of the same model, whose weights the training begins with")
-    parser.add_argument("--scenes", type=at_least(8), default=50_000, help="training scenes of each size")
+    parser.add_argument("--scenes", type=at_least(8), default=80_000, help="training scenes of each size")
     parser.add_argument("--steps", type=at_least(1), help="optimiser steps in all; default: the model's own")
     parser.add_argument("--batch", type=at_least(4), help="samples a step; default: the model's own")
     parser.add_argument("--every", type=at_least(1), default=250, help="steps between a checkpoint and the next")
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16", "fp16"))
+    parser.add_argument(
+        "--compile", action="store_true", help="by inductor, on a GPU: minutes once, then twice the steps a second"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     own = VAE if args.model == "vae" else vars(SPECS[args.model])

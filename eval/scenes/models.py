@@ -14,8 +14,7 @@ from goca_guidance import TINY_SD
 
 FOLDER = Path(__file__).parent / "models"
 CHECKPOINTS = Path("runs/checkpoints")
-SHIPPED = 100
-SHARES = (6, 16, 32, 65, SHIPPED)  # of the pictures that a training saw, in percent
+SHIPPED = 100  # percent of the optimiser steps that the shipped weights took
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,14 @@ MODELS = {
 }
 
 
+def shares(name: str) -> list[int]:
+    """The steps that checkpoints of a model took, in percent of those of the shipped weights, the most first."""
+    there = [int(folder.name) for folder in (CHECKPOINTS / name).glob("*") if folder.name.isdecimal()]
+    return sorted({*there, SHIPPED}, reverse=True)
+
+
 def checkpoint(name: str, share: int = SHIPPED) -> Path | None:
-    """The folder of a model after a share of its training, in percent; None where it is not there.
+    """The folder of a model after a share of its steps, in percent; None where it is not there.
 
     ValueError for an unknown model, and for a folder that is not whole.
     """

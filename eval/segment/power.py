@@ -78,7 +78,9 @@ def _means(rows, quality) -> pd.DataFrame:
     shares = frame.groupby("model", sort=False)["checkpoint"].transform("nunique")
     kept = frame[counts == shares]
     means = kept.pivot_table("miou", place, "method", sort=False)[[*SHOWN]].rename(columns=SHOWN)
+    ranks = {model: rank for rank, model in enumerate(frame["model"].unique())}
     means = means.assign(lead=means["GoCA"] - means["vanilla"]).reset_index()
+    means = means.sort_values(place, key=lambda values: values.map(ranks) if values.name == "model" else -values)
     if not quality:
         return means
     others = ["weights", "captions", "scale", "steps"]

@@ -40,6 +40,7 @@ EMBEDDING_STD = (
     0.5  # token embeddings start loud enough for attention to hear them (the default 0.02 does not localise)
 )
 CLIP_TOKENS, T5_TOKENS = 32, 64
+POOLED = 32  # width of Flux' pooled text
 OTHERS = Path(__file__).parents[1] / "scenes" / "models"
 
 
@@ -141,7 +142,11 @@ class PixArt(_Epsilon):
 
 class Flux(Learner):
     """Three double and six single blocks of width 160, five heads, a token for 2 x 2 latents; one T5 layer of width 64, whose
-    padding is seen, and the end token of a CLIP layer of width 32."""
+    padding is seen.
+
+    The pooled text of its CLIP layer is mute, all zeros: where it learned along, it alone told the blocks which objects to
+    draw, and no pixel had to look at a word.
+    """
 
     def __init__(self):
         tokenizers = clip_tokenizer(caption_words(), CLIP_TOKENS), t5_tokenizer(caption_words(), T5_TOKENS)
@@ -153,13 +158,13 @@ class Flux(Learner):
             attention_head_dim=32,
             num_attention_heads=5,
             joint_attention_dim=64,
-            pooled_projection_dim=32,
+            pooled_projection_dim=POOLED,
             guidance_embeds=False,
             axes_dims_rope=(8, 12, 12),
         )
         super().__init__(
             transformer=transformer,
-            text_encoder=clip(tokenizers[0], 32),
+            text_encoder=_mute(clip(tokenizers[0], POOLED)),
             text_encoder_2=t5(tokenizers[1]),
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
@@ -216,6 +221,14 @@ def t5(tokenizer: PreTrainedTokenizerBase) -> T5EncoderModel:
     return _loud(T5EncoderModel(config))
 
 
+def _mute(encoder: CLIPTextModel) -> CLIPTextModel:
+    """The encoder, whose output is zero and stays so: its last norm is."""
+    encoder.requires_grad_(False)
+    for weight in encoder.final_layer_norm.parameters():
+        weight.zero_()
+    return encoder
+
+
 def _loud(encoder):
     torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=EMBEDDING_STD)
     return encoder
@@ -266,14 +279,14 @@ def _ddim() -> DDIMScheduler:
 
 SPECS = {
     "tiny-unet": Spec(
-        StableDiffusion, StableDiffusionPipeline, _ddim, (64, 128), 3000, 512, OTHERS / "tiny-unet", {"guidance_scale": 5.0}
+        StableDiffusion, StableDiffusionPipeline, _ddim, (64, 128), 4100, 128, OTHERS / "tiny-unet", {"guidance_scale": 5.0}
     ),
     "tiny-pixart": Spec(
-        PixArt, PixArtSigmaPipeline, _ddim, (64, 128), 3000, 512, OTHERS / "tiny-pixart",
+        PixArt, PixArtSigmaPipeline, _ddim, (64, 128), 11200, 128, OTHERS / "tiny-pixart",
         {"guidance_scale": 5.0, "height": 64, "width": 64, "max_sequence_length": T5_TOKENS, "use_resolution_binning": False},
     ),
     "tiny-flux": Spec(
-        Flux, FluxPipeline, FlowMatchEulerDiscreteScheduler, (128,), 3000, 256, OTHERS / "tiny-flux",
+        Flux, FluxPipeline, FlowMatchEulerDiscreteScheduler, (128,), 11000, 96, OTHERS / "tiny-flux",
         {
             "guidance_scale": 1.0, "true_cfg_scale": 5.0, "negative_prompt": "", "height": 128, "width": 128,
             "max_sequence_length": T5_TOKENS,

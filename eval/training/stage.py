@@ -39,8 +39,8 @@ class Stage:
     """One training, in a folder of its own: `settings.json`, `log.csv`, `checkpoint/` and what `keep` writes.
 
     Args:
-        settings: what the weights depend on; `steps`, `batch`, `seed`, `learning_rate` and `mixed_precision` are read here. A
-            folder of other settings is refused.
+        settings: what the weights depend on; `steps`, `batch`, `seed`, `learning_rate`, `mixed_precision` and, if it is there,
+            `compile` are read here. A folder of other settings is refused.
         every: steps between a log row with a checkpoint and the next.
         keep: (model with averaged weights, per cent of the steps done), called after each of `SHARES`.
     """
@@ -97,11 +97,13 @@ class Stage:
 
     def graphed(self, *arguments: Any) -> torch.nn.Module:
         """The model for arguments of these shapes, captured with its backward pass into CUDA graphs: small networks wait for
-        the launches of their kernels otherwise. Elsewhere the model itself."""
+        the launches of their kernels otherwise. With `compile`, what is captured are inductor's kernels. Elsewhere the model
+        itself."""
         if self.device.type != "cuda":
             return self.model
+        model = torch.compile(self.model) if self.settings.get("compile") else self.model
         with self.accelerator.autocast():
-            return torch.cuda.make_graphed_callables(_Around(self.model), arguments, allow_unused_input=True)
+            return torch.cuda.make_graphed_callables(_Around(model), arguments, allow_unused_input=True)
 
     def save(self) -> None:
         """The checkpoint that a next start goes on from."""

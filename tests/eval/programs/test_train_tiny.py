@@ -80,7 +80,7 @@ def test_training_resumes_exactly_and_ships(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_learners_predict_what_the_stock_pipeline_loads(name, tmp_path):
-    """Every loss is finite and reaches every weight, and an export gives the stock pipeline the same networks."""
+    """Every loss is finite and reaches every weight that learns, and an export gives the stock pipeline the same networks."""
     torch.manual_seed(0)
     learner = SPECS[name].learner()
     tokens = learner.tokenized(["a cat on grass", ""])
@@ -88,12 +88,14 @@ def test_learners_predict_what_the_stock_pipeline_loads(name, tmp_path):
     assert found.shape == (2,)
     assert 0.1 < found.mean() < 20
     found.sum().backward()
-    silent = [path for path, weight in learner.named_parameters() if weight.grad is None]
+    silent = [path for path, weight in learner.named_parameters() if weight.requires_grad and weight.grad is None]
     assert all("final_layer_norm" in path or "position" in path for path in silent), silent
     small_autoencoder().save_pretrained(tmp_path / "vae")
     train_tiny.export(learner, SPECS[name], tmp_path / "vae", tmp_path / "model")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(pipe) is SPECS[name].pipeline
+    if name == "tiny-flux":  # else it tells the objects without any word being looked at
+        assert not pipe.text_encoder(torch.tensor([[1, 5, 6, 2]])).pooler_output.any()
     assert not [path for path in (tmp_path / "model").rglob("*.json") if str(tmp_path) in path.read_text()]
     for part, network in learner.named_children():
         loaded = getattr(pipe, part).state_dict()
