@@ -1,7 +1,8 @@
 # Each target does all its own set-up: a virtual environment, and everything installed in it.
 PYTHON ?= python3
 VENV := .venv
-RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
+# Bytecode is kept whatever the environment says: pip leaves it out, and every process would compile torch anew.
+RUN := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(VENV)/bin
 
 FLOOR := .venv-floor
 
