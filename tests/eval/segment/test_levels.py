@@ -198,12 +198,13 @@ def test_tables(tmp_path):
     quality = [{"model": "tiny-sd", "checkpoint": 100, "captions": 4, "scale": 5.0, "weights": "0", "loss": 0.8}]
     lines = by_checkpoint([*rows_of_two(), {**rows_of_two()[0], "level": "fine"}], quality).splitlines()
     assert lines[0] == "| model | checkpoint | vanilla | GoCA | lead | loss |"
-    assert lines[2] == "| tiny-sd | 50 | 0.5 | 0.51 | 0.01 |  |"
-    assert lines[3] == "| tiny-sd | 100 | 0.5 | 0.53 | 0.03 | 0.8 |"
+    assert lines[2] == "| tiny-sd | 100 | 0.5 | 0.53 | 0.03 | 0.8 |"
+    assert lines[3] == "| tiny-sd | 50 | 0.5 | 0.51 | 0.01 |  |"
     tried = {"timestep": {"50": {"vanilla": 0.5, "all": 0.6}}}
     line = by_timestep([{"model": "tiny-sd", "timestep": 50, "tried": tried}]).splitlines()[-1]
     assert line == "| tiny-sd | 0.500 / 0.600 | 50 |"
-    for name, known in {"with.png": quality, "without.png": []}.items():
+    drawn = [{"model": "tiny-sd", "checkpoint": share, "mmd_efficientnet_lite0": 1 / share} for share in (50, 100)]
+    for name, known in {"with.png": drawn, "without.png": []}.items():
         power({"rows": rows_of_two(), "quality": known}, tmp_path / name)
         assert Image.open(tmp_path / name).width > 300
 
