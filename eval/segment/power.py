@@ -92,9 +92,7 @@ def _means(rows, quality) -> pd.DataFrame:
 def power(result: dict, path: Path) -> None:
     """mIoU, meaned over levels, against the kernel distance of a model's pictures from scenes, less of it to the right.
 
-    A panel for each model of which several checkpoints were measured.
-
-    Against the share of the training where no quality was measured.
+    A panel for each model of which several checkpoints were measured; where no quality was, against the share of the steps.
     """
     frame = _means(result["rows"], result.get("quality", []))
     frame = frame[frame.groupby("model")["checkpoint"].transform("nunique") > 1]
