@@ -1,10 +1,7 @@
 """The segmentation program: rows, resuming, processes, prompts written and read, and what cannot be counted."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from eval.segment.confusion import Counts
 from eval.segment.experiment import Experiment
 from goca_guidance import Background, GoCAConfig
 from tests.helpers.miniatures import miniature, relist
+from tests.helpers.processes import forked
 
 
 @pytest.fixture(autouse=True)
@@ -185,26 +183,23 @@ def test_damaged_counts_are_told_and_measured_again(damage, capsys):
     assert running.result(scenes()) == whole
 
 
-def test_two_processes_count_the_same(tmp_path):
+def test_two_processes_count_the_same(tmp_path, monkeypatch):
     """Each process counts some of the images, and the sums are exactly those of one."""
     config = tmp_path / "config.toml"
     config.write_text(
-        'limit = 36\nbatch = 4\n[methods.vanilla]\n[methods."no refinement"]\nbase = "goca"\nrefine_order = 0\n'
+        'limit = 6\nbatch = 4\n[methods.vanilla]\n[methods."no refinement"]\nbase = "goca"\nrefine_order = 0\n'
     )
-    results, shares, root = {}, {}, os.getcwd()
-    for count, launch in ((1, []), (2, ["torch.distributed.run", "--nproc-per-node", "2", "-m"])):
+    monkeypatch.setattr(running, "RUNS", Path("runs"))
+    results, shares = {}, {}
+    for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        program = [sys.executable, "-m", *launch, "eval.segmentation", str(config), "--result", "result.json"]
-        environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        ran = subprocess.run(
-            program, cwd=folder, env=environment, check=True, capture_output=True, text=True, timeout=300
-        )
-        shares[count] = set(re.findall(r"vanilla: 100%\D+(\d+)/", ran.stderr))
+        told = forked(count, lambda: segmentation.main([str(config), "--result", "result.json"]), folder)
+        shares[count] = [re.findall(r"vanilla: 100%\D+(\d+)/", each)[-1] for each in told]
         results[count] = json.loads((folder / "result.json").read_text())
     assert results[1]["rows"] == results[2]["rows"]
-    assert shares == {1: {"36"}, 2: {"32", "4"}}
-    assert [row["images"] for row in results[2]["rows"]] == [36, 36]
+    assert shares == {1: ["6"], 2: ["4", "2"]}
+    assert [row["images"] for row in results[2]["rows"]] == [6, 6]
 
 
 def test_prompts_are_written_and_read(tmp_path):
