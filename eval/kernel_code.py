@@ -89,13 +89,14 @@ def launches(layer: Layer) -> Iterator[tuple[kernels.Plan, list]]:
     with patch.object(kernels, "launch", note):
         lse = kernels.log_sum_exp(record)
         if record.view.image.stop:
+            reference = empty(1, pixels, pixels, dtype=layer.dtype if layer.dtype == torch.float32 else torch.float16)
             square = empty(1, pixels, pixels)
             slots = empty(pixels, dtype=torch.int64)
-            kernels.pixels(record, lse, None, slots, square, None, square)
+            kernels.pixels(record, lse, None, slots, reference, None, square)
         if layer.text:
             columns = empty(1, 10, dtype=torch.int64)
             zww = None if layer.joint else empty(1, pixels, layer.heads * layer.width, dtype=layer.dtype)
-            kernels.words(record, columns, zww=zww, lse=lse if layer.joint else None)
+            kernels.words(record, columns, zww=zww, lse=lse if layer.joint else None, total=layer.joint)
     return iter(found if layer.joint or not layer.text else found[1:])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from goca_guidance.config import GoCAConfig, LayerPreset
 from goca_guidance.method import kernels
-from goca_guidance.method.attention import Found, affinity_product, joined, over_heads, some_keys, weighted
+from goca_guidance.method.attention import HALF, Found, affinity_product, joined, over_heads, some_keys, weighted
 from goca_guidance.method.goca import AT_A_TIME, agreement, head_weights, layer_weights, pseudo_attention
 from goca_guidance.method.maps import (
     as_maps,
@@ -50,6 +50,7 @@ class Aggregation:
       itself is held (`_early`); then it becomes one number an image (`_agreements`).
     - refining layer: added to one sum of all of them (`_sum`), or held where that is too large (`_large`).
     - reference layer: its dense features give the pseudo self-attention (`_affinity`), which lets the early ones go on.
+      Kernels read it for every layer: a half-precision model's is float16 then.
 
     At a working size a layer has fewer rows, but all its keys: each block of them comes to the working grid as it is made.
     A video's layers are all of one grid. None waits for the reference, as its keys are hundreds of megabytes: of an early one
@@ -127,7 +128,7 @@ class Aggregation:
         if record.name in self._pixel_layers:
             working = self._at_working_size(record)
             if self._compared and record.name == self.preset.reference:
-                self._keep_reference(working)
+                self._keep_reference(working, record.grid)
             self._keep_pixels(working, record.grid)
         if record.name in self.preset.text:
             self._keep_words(record)
@@ -149,14 +150,16 @@ class Aggregation:
         if not self._has_words_and_pixels(record):
             self._wait(("words",), record.only("output", "gram"))
 
-    def _keep_reference(self, record):
+    def _keep_reference(self, record, key_grid):
         tensor = record.output if self.preset.features == "output" else record.features
         features = (record.query if tensor is None else tensor).transpose(1, 2).flatten(2)
         self._affinity = pseudo_attention(features, self.config.reference_channels)
+        if record.query.dtype in HALF and self._by_kernels(record, "pixels", key_grid):
+            self._affinity = self._affinity.half()  # as the features were; its roundings average out in an agreement
         self._reference_grid = record.grid
         early, self._early = self._early, []
-        for layer, key_grid in early:
-            self._keep_pixels(layer, key_grid)
+        while early:
+            self._keep_pixels(*early.pop(0))  # and let it go
         for name, rows in self._held.items():
             _, reference, mass = self._pull(record, record.grid)
             self._agreements[name] = agreement(rows, reference, mass)
@@ -246,20 +249,17 @@ class Aggregation:
 
     def _words_by_kernels(self, record) -> Float[Tensor, "b p m"]:
         """What `_reduce_words` stores. The shares of heads are found on the way, where z W W^T is no larger than a layer."""
-        weights = zww = total = None
-        lse = record.lse
+        weights = zww = None
         if self.heads == "contribution":
             output = record.output
             if output.shape == record.query.shape and output[0].numel() <= AT_A_TIME:
                 zww = output.transpose(1, 2).flatten(2) @ record.gram.to(output.dtype)
             else:
                 weights = self._head_weights(record, [record])
-        elif self.total and self.joint:
-            lse = kernels.log_sum_exp(record) if lse is None else lse
-            total = (kernels.log_sum_exp(record, keys=record.view.text) - lse).exp().mean(1)
-        every = self.total and self.heads == "contribution"
-        found = kernels.words(record, None if every else self.columns, weights, zww, lse)
-        return found if total is None else torch.cat([found, total[..., None]], -1)
+        shares = self.heads == "contribution"
+        columns = None if self.total and shares else self.columns
+        total = self.total and self.joint and not shares
+        return kernels.words(record, columns, weights, zww, record.lse, total)
 
     # ---- reductions: `stack` holds the `records` of several layers, one after another in the batch ----------------------
     def _reduce_words(self, stack, records):

@@ -1,8 +1,8 @@
 """GoCA's reductions of one layer's attention by fused kernels (Triton): no probability is ever written to memory.
 
 The forms in PyTorch (`attention.py`, `aggregation.py`) are what they must equal, and what runs wherever a record is
-not `usable`. `GOCA_TRITON=1` turns kernels on, 0 off; off unless it is set, until a card has confirmed them. Under
-Triton's interpreter (`TRITON_INTERPRET=1`) they run on the CPU too, which is how they are tested.
+not `usable`. `GOCA_TRITON=1` turns kernels on, 0 off; off unless it is set: an H200 found them right, but what a whole
+step gains was not measured. Under Triton's interpreter (`TRITON_INTERPRET=1`) they run on the CPU too, as in their tests.
 """
 
 import warnings
@@ -184,14 +184,11 @@ def _code():
 
 
 # ---- the three -------------------------------------------------------------------------------------------------------
-def log_sum_exp(
-    record: AttentionRecord, rows: Int[Tensor, " rows"] | None = None, keys: slice | None = None
-) -> Float[Tensor, "b h p"]:
-    """log sum_n exp(scale q k + mask), natural, over all keys or some `keys`; with `rows` set at those rows only."""
+def log_sum_exp(record: AttentionRecord, rows: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "b h p"]:
+    """log sum_n exp(scale q k + mask), natural, over all keys; with `rows` set at those rows only."""
     query, key = _side_by_side(record.query), _side_by_side(record.key)
     count = None if rows is None else len(rows)
-    first, end, _ = (keys or slice(None)).indices(key.shape[2])
-    plan = _plan_log_sum_exp(*_forms(query, key, record.mask), record.scale, first, end, count)
+    plan = _plan_log_sum_exp(*_forms(query, key, record.mask), record.scale, count)
     out = query.new_empty(query.shape[:3], dtype=torch.float32)
     launch(plan, (query, key, record.mask, rows), (out,))
     return out
@@ -215,7 +212,7 @@ def pixels(
         rows: those that are visited, all by default.
         slots: of each visited row the row of the reference that it is compared with, or -1; without them the first
             with the first, and so on.
-        reference: with it the agreement is returned, summed over rows; contiguous.
+        reference: with it the agreement is returned, summed over rows; contiguous, float32 or half precision.
         row_mass: divide a row's agreement by what it weighs.
         total: the map goes there, or, with `add`, is added to what is there; all rows must be visited; contiguous.
     """
@@ -242,7 +239,8 @@ def words(
     weights: Float[Tensor, "b h p"] | None = None,
     zww: Float[Tensor, "b p hd"] | None = None,
     lse: Float[Tensor, "b h p"] | None = None,
-) -> Float[Tensor, "b p m"]:
+    total: bool = False,
+) -> Float[Tensor, "b p _"]:
     """Columns of the attention, counted from the first text key, summed over heads, as `attention.token_maps`.
 
     Args:
@@ -250,17 +248,20 @@ def words(
         weights: of heads; or
         zww: z W W^T of the layer's output z, by which heads' shares are found, as in `goca.head_weights`; else the mean.
         lse: of the rows over all keys, natural; else it is found.
+        total: one more column, the sum of all the text's, of the mean over heads.
     """
     query, key = _side_by_side(record.query), _side_by_side(record.key)
     text = record.view.text
-    m = text.stop - text.start if columns is None else columns.shape[1]
+    count = text.stop - text.start
+    m = count if columns is None else columns.shape[1]
     if lse is None and m > 2 * COLUMNS:  # once, not for each block of columns
         lse = log_sum_exp(record)
     lse = None if lse is None else _side_by_side(lse)
     z = None if zww is None else _side_by_side(cast(Tensor, record.output))
     strides = tuple(None if x is None else x.stride() for x in (lse, weights, z, zww))
-    plan = _plan_words(*_forms(query, key, record.mask), record.scale, strides, text.start, m, columns is not None)
-    out = query.new_empty((query.shape[0], query.shape[2], m), dtype=torch.float32)
+    asked = text.start, count if total else 0, m, columns is not None
+    plan = _plan_words(*_forms(query, key, record.mask), record.scale, strides, *asked)
+    out = query.new_empty((query.shape[0], query.shape[2], m + total), dtype=torch.float32)
     columns = None if columns is None else columns.contiguous()
     launch(plan, (query, key, record.mask, lse, columns, weights, z, zww), (out,))
     return out
@@ -280,12 +281,12 @@ def _forms(query, key, mask):
 
 
 @lru_cache(maxsize=1024)
-def _plan_log_sum_exp(query, key, mask, wide, scale, first, end, some):
+def _plan_log_sum_exp(query, key, mask, wide, scale, some):
     (b, h, p, d), _, dtype = query
     count = p if some is None else some
     strides, constants = _layer(query, key, mask, wide)
     rows, columns, options = _tile_of_rows(d, dtype)
-    numbers = (*strides, count, first, end - first, p, scale * LOG2E)
+    numbers = (*strides, count, key[0][2], p, scale * LOG2E)
     constants = {"BM": rows, "BN": columns, **constants, "ROWS": some is not None}
     return Plan("log_sum_exp", (_blocks(count, rows), h, b), numbers, constants, options)
 
@@ -303,21 +304,22 @@ def _plan_pixels(query, key, mask, wide, scale, lse, first, end, some, known, ha
 
 
 @lru_cache(maxsize=1024)
-def _plan_words(query, key, mask, wide, scale, outer, first, m, listed):
+def _plan_words(query, key, mask, wide, scale, outer, first, text, m, listed):
     (b, h, p, d), _, dtype = query
     lse, weights, z, zww = outer
     nothing = (0, 0, 0)
     y = nothing if zww is None else (zww[0], d, zww[1])  # a token's heads lie side by side
     strides, constants = _layer(query, key, mask, wide, z or nothing, y)
     rows, columns, options = _tile_of_words(d, dtype)
-    wanted = min(COLUMNS, max(SMALL, _power_of_two(m)))
+    written = m + (text > 0)
+    wanted = min(COLUMNS, max(SMALL, _power_of_two(written)))
     strides += (lse or nothing)[:2] + (weights or nothing)
     strides += tuple(s // constants["UNIT"] for x in (z or nothing, y) for s in x[:3])
-    numbers = (*strides, p, first, key[0][2], m, h, scale * LOG2E)
+    numbers = (*strides, p, first, key[0][2], m, text, h, scale * LOG2E)
     heads = 1 if weights is not None else 2 if z is not None else 0
     constants = {"BM": rows, "BN": columns, "M": wanted, **constants}
-    constants |= {"LSE": lse is not None, "COLUMNS": listed, "HEADS": heads}
-    return Plan("words", (_blocks(p, rows), b, _blocks(m, wanted)), numbers, constants, options)
+    constants |= {"LSE": lse is not None, "COLUMNS": listed, "HEADS": heads, "TOTAL": text > 0}
+    return Plan("words", (_blocks(p, rows), b, _blocks(written, wanted)), numbers, constants, options)
 
 
 def _layer(query, key, mask, wide, *more):

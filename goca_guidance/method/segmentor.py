@@ -159,9 +159,11 @@ class GoCASegmentor:
         if self.rescaled_sink:
             scores, sink = self._scores(shares[1], layout.with_sink_as_region).tensor_split([-1], 1)
         else:
-            scores = self._scores(words, layout)
+            maps = self._maps(words, layout)
             sink = shares[0][:, : layout.sink.shape[1]] if 0 in shares else sink
-            sink = normalise(self._refined(sink), self.config)
+            refined = self._refined(torch.cat([maps, sink], 1))  # their self-attention is read once for both
+            scores, sink = refined.tensor_split([maps.shape[1]], 1)
+            sink = normalise(sink, self.config)
         return Regions(nearest(one_hot(scores, layout.present), size), nearest(sink < 0.5, size), layout.labels)
 
     def _shares(self, *branches: int) -> dict[int, Float[Tensor, "b m *S"]]:
@@ -176,11 +178,15 @@ class GoCASegmentor:
         return tokens / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     def _scores(self, tokens, layout):
+        return self._refined(self._maps(tokens, layout))
+
+    def _maps(self, tokens, layout):
+        """Those of the regions, before they are refined."""
         content = layout.content if self.config.rescale else torch.zeros_like(layout.content)
         maps = normalise(rescale(tokens, layout.groups, content), self.config)
         if layout.background:
             maps = torch.cat([maps[:, : layout.background].amax(1, keepdim=True), maps[:, layout.background :]], 1)
-        return self._refined(maps)
+        return maps
 
     def _refined(self, maps):
         refining = self._conditional

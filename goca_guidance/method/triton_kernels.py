@@ -16,13 +16,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1e30)  # what -inf in a mask becomes: such a key weighs nothing, and no difference is NaN
-COUNTERS = (
-    "count",
-    "first",
-    "n",
-    "m",
-    "known",
-)  # where alignment does not hang on them: other sizes compile nothing new
+COUNTERS = ("count", "first", "n", "m", "text", "known")  # alignment does not hang on them: one code for all sizes
 
 
 def interpreted() -> bool:
@@ -67,15 +61,15 @@ def _scores(
 @triton.jit
 @no_type_check
 def _row_lse(
-    qa, qb, k, k_row, factor, mask, rows, mask_row, mask_key, first, n,
+    qa, qb, k, k_row, factor, mask, rows, mask_row, mask_key, n,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr,
     MASK: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp to base 2 of each row over n keys from the first on, as they come."""
+    """Log-sum-exp to base 2 of each row over n keys, as they come."""
     top, total = tl.full([BM], FLOOR, tl.float32), tl.zeros([BM], tl.float32)
     for start in range(0, n, BN):
         key = start + tl.arange(0, BN)
-        inside = first + tl.minimum(key, n - 1)
+        inside = tl.minimum(key, n - 1)
         s = _scores(qa, qb, k, inside, k_row, factor, mask, rows, mask_row, mask_key, D, A, B, UNIT, MASK, WIDE, EXACT)
         s = tl.where(key[None, :] < n, s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
@@ -98,7 +92,7 @@ def _rows_of(index, count, BM: tl.constexpr, ROWS: tl.constexpr):
 @no_type_check
 def log_sum_exp(
     q, k, mask, index, out,
-    q_b, q_h, q_row, k_b, k_h, k_row, mask_b, mask_h, mask_row, mask_key, count, first, n, height, factor,
+    q_b, q_h, q_row, k_b, k_h, k_row, mask_b, mask_h, mask_row, mask_key, count, n, height, factor,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr,
     MASK: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +105,7 @@ def log_sum_exp(
     qa = _load(q, rows, q_row, D, 0, A, UNIT, WIDE)
     qb = _load(q, rows, q_row, D, A, B, UNIT, WIDE) if B > 0 else qa
     lse = _row_lse(
-        qa, qb, k, k_row, factor, mask, rows, mask_row, mask_key, first, n, BM, BN, D, A, B, UNIT, MASK, WIDE, EXACT
+        qa, qb, k, k_row, factor, mask, rows, mask_row, mask_key, n, BM, BN, D, A, B, UNIT, MASK, WIDE, EXACT
     )
     tl.store(out + (image * tl.num_programs(1) + head) * height + rows, lse * LN2, mask=at < count)
 
@@ -166,14 +160,15 @@ def pixels(
 def words(
     q, k, mask, lse, columns, weights, z, zww, out,
     q_b, q_h, q_row, k_b, k_h, k_row, mask_b, mask_h, mask_row, mask_key, lse_b, lse_h, w_b, w_h, w_row,
-    z_b, z_h, z_row, y_b, y_h, y_row, count, first, n, m, heads, factor,
+    z_b, z_h, z_row, y_b, y_h, y_row, count, first, n, m, text, heads, factor,
     BM: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     UNIT: tl.constexpr, MASK: tl.constexpr, LSE: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr,
-    WIDE: tl.constexpr, EXACT: tl.constexpr,
+    TOTAL: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of rows, images, blocks of M columns. LSE: given, else found here. COLUMNS: of a list, else all m.
 
-    HEADS: 0 their mean, 1 by given weights, 2 by their shares <z_h, (z W W^T)_h>, found on the way.
+    HEADS: 0 their mean, 1 by given weights, 2 by their shares <z_h, (z W W^T)_h>, found on the way. TOTAL: one more column,
+    the mean over heads of what the row gives to `text` keys from the first on.
     """
     image = tl.program_id(1).to(tl.int64)
     at, rows = _rows_of(columns, count, BM, False)
@@ -183,7 +178,7 @@ def words(
     q, k, z, zww = q + image * q_b * UNIT, k + image * k_b * UNIT, z + image * z_b * UNIT, zww + image * y_b * UNIT
     mask, lse, weights = mask + image * mask_b, lse + image * lse_b, weights + image * w_b
     plain, weighted = tl.zeros([BM, M], tl.float32), tl.zeros([BM, M], tl.float32)
-    shares = tl.zeros([BM], tl.float32)
+    shares, total = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     for head in range(heads):
         query, key, bias = q + head * q_h * UNIT, k + head * k_h * UNIT, mask + head * mask_h
         qa = _load(query, rows, q_row, D, 0, A, UNIT, WIDE)
@@ -192,27 +187,17 @@ def words(
             row = tl.load(lse + head * lse_h + rows) * LOG2E
         else:
             row = _row_lse(
-                qa,
-                qb,
-                key,
-                k_row,
-                factor,
-                bias,
-                rows,
-                mask_row,
-                mask_key,
-                0,
-                n,
-                BM,
-                BN,
-                D,
-                A,
-                B,
-                UNIT,
-                MASK,
-                WIDE,
-                EXACT,
+                qa, qb, key, k_row, factor, bias, rows, mask_row, mask_key, n, BM, BN, D, A, B, UNIT, MASK, WIDE, EXACT
             )
+        if TOTAL:  # the text again, a tile at a time
+            for start in range(0, text, BN):
+                at_key = start + tl.arange(0, BN)
+                there = first + tl.minimum(at_key, text - 1)
+                s = _scores(
+                    qa, qb, key, there, k_row, factor, bias, rows, mask_row, mask_key, D, A, B, UNIT, MASK, WIDE, EXACT
+                )
+                s = tl.where(at_key[None, :] < text, s, float("-inf"))
+                total += tl.sum(tl.exp2(s - row[:, None]), 1)
         s = _scores(
             qa, qb, key, wanted, k_row, factor, bias, rows, mask_row, mask_key, D, A, B, UNIT, MASK, WIDE, EXACT
         )
@@ -235,5 +220,9 @@ def words(
     if HEADS == 2:
         some = shares > 0
         weighted = tl.where(some[:, None], weighted / tl.where(some, shares, 1.0)[:, None], plain / heads)
-    to = out + (image * count + at[:, None]) * m + column[None, :]
-    tl.store(to, weighted, mask=(at < count)[:, None] & (column < m)[None, :])
+    width = m
+    if TOTAL:
+        width = m + 1
+        weighted = tl.where((column == m)[None, :], (total / heads)[:, None], weighted)
+    to = out + (image * count + at[:, None]) * width + column[None, :]
+    tl.store(to, weighted, mask=(at < count)[:, None] & (column < width)[None, :])

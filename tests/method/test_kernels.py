@@ -95,15 +95,20 @@ def test_agreement_and_sum(in_interpreter, case, reference, normalised):
 
 
 def test_several_tiles(in_interpreter):
-    """More rows and keys than a tile has, in joint attention; the sum over some keys is that of a text."""
+    """More rows and keys than a tile has, in joint attention; words with the sum over all the text beside them."""
     r = layer((70, 0), grid=(9, 15), heads=2)
     probs = torch.cat([p for _, p in attention.probabilities(r)], 2)
     lse, total = kernels.log_sum_exp(r), torch.zeros(2, 135, 135)
     close(lse, (r.query @ r.key.mT * r.scale).logsumexp(-1))
     kernels.pixels(r, lse, total=total)
     close(total, probs[..., r.view.image].mean(1))
-    close((kernels.log_sum_exp(r, keys=r.view.text) - lse).exp(), probs[..., r.view.text].sum(-1))
-    close(kernels.words(r, None), probs[..., r.view.text].mean(1))
+    text = probs[..., r.view.text].mean(1)
+    close(kernels.words(r, None), text)
+    columns = torch.tensor([[3, 69], [0, 5]])
+    for known in (lse, None):
+        words, total = kernels.words(r, columns, lse=known, total=True).tensor_split([2], -1)
+        close(words, text.take_along_dim(columns[:, None], 2))
+        close(total, text.sum(-1, keepdim=True))
 
 
 TEXTS = [
@@ -133,9 +138,9 @@ def test_a_layer_that_writes_nothing_has_uniform_heads(in_interpreter):
 
 
 # ---- in the aggregation of layers ------------------------------------------------------------------------------------
-def answers(name, **options):
+def answers(name, dtype=torch.float32, **options):
     """Layer weights, scores and regions of a step of a family's tiny model."""
-    reader = step(name).ours(GoCAConfig(**options))
+    reader = step(name, dtype).ours(GoCAConfig(**options))
     return reader.weights(), reader.scores(), reader.regions((32, 32))
 
 
@@ -149,13 +154,15 @@ def assert_alike(found, wanted):
     ("name", "options"),
     [
         ("sd", {}),
-        ("flux", {"rescale": False}),
+        ("sd", {"dtype": BFLOAT}),
+        ("flux", {"rescale": False, "dtype": HALF}),
         ("flux", {"heads": "contribution", "agreement_rows": 20}),
     ],
     ids=str,
 )
 def test_layers_by_kernels_are_those_by_pytorch(name, options, monkeypatch):
-    """Cross- and joint attention, all reductions by kernels: weights, scores and regions."""
+    """Cross- and joint attention, all reductions by kernels: weights, scores and regions. A half-precision model's
+    reference is kept in half precision."""
     wanted, launched, launch = answers(name, **options), [], kernels.launch
     monkeypatch.setattr(kernels, "launch", lambda plan, *rest: launched.append(plan.kernel) or launch(plan, *rest))
     with interpreted():

@@ -17,9 +17,9 @@ from goca_guidance.method.aggregation import Aggregation
 BUDGETS = {  # family, kernels: launches, GB, MB of peak memory that a step may add
     ("tiny-sd, 64 px", False): (285, 0.06, 5),
     ("sd-1.5, 512 px", False): (640, 17.7, 270),
-    ("sd-1.5, 512 px", True): (264, 1.65, 150),
-    ("pixart-sigma, 1024 px", True): (350, 8, 440),
-    ("flux.1 with 2 + 4 blocks, 1024 px", True): (190, 3, 175),
+    ("sd-1.5, 512 px", True): (256, 1.35, 130),
+    ("pixart-sigma, 1024 px", True): (340, 6.9, 395),
+    ("flux.1 with 2 + 4 blocks, 1024 px", True): (165, 2.6, 175),
 }
 counted = cache(lambda name, kernels: cost(CASES[name], with_kernels=kernels))
 
