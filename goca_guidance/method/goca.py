@@ -47,8 +47,10 @@ def shares(values: Tensor, dim: int) -> Tensor:
 # ---- layers (paper: auto aggregation, layers) ------------------------------------------------------------------------
 def pseudo_attention(features: Float[Tensor, "b p c"], channels: int | None = None) -> Float[Tensor, "b p p"]:
     """A_p = softmax(F F^T / sqrt(c)) of dense features F (GoCA, layers). `channels` keeps the first few only."""
-    features = features[..., :channels].float()
-    return softmax(features * features.shape[-1] ** -0.5 @ features.mT)
+    features = features.float()[..., :channels]
+    logits = features @ features.mT
+    logits *= features.shape[-1] ** -0.5
+    return softmax(logits)
 
 
 def agreement(

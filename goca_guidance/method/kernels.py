@@ -310,7 +310,7 @@ def _plan_words(query, key, mask, wide, scale, outer, first, text, m, listed):
     nothing = (0, 0, 0)
     y = nothing if zww is None else (zww[0], d, zww[1])  # a token's heads lie side by side
     strides, constants = _layer(query, key, mask, wide, z or nothing, y)
-    rows, columns, options = _tile_of_words(d, dtype)
+    rows, columns, options = _tile_of_words(d, dtype, text)
     written = m + (text > 0)
     wanted = min(COLUMNS, max(SMALL, _power_of_two(written)))
     strides += (lse or nothing)[:2] + (weights or nothing)
@@ -365,8 +365,10 @@ def _tile_of_pixels(d, dtype, batch, rows, keys):
     return 64, 64, _options(4)
 
 
-def _tile_of_words(d, dtype):
-    return (64, 64, _options(4)) if d <= (40 if dtype == torch.float32 else 128) else (32, 32, _options(4))
+def _tile_of_words(d, dtype, text):
+    if d <= (40 if dtype == torch.float32 else 128):
+        return 64, 64, _options(4)
+    return 16 if text and dtype == torch.float32 else 32, 32, _options(4)  # with a total, more rows spill
 
 
 def _options(warps):
