@@ -4,9 +4,15 @@ VENV := .venv
 # Bytecode is kept whatever the environment says: pip leaves it out, and every process would compile torch anew.
 RUN := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(VENV)/bin
 
+# What was tried, lowest and newest: docs/versions.md.
 FLOOR := .venv-floor
+LOWEST := torch==2.6.0 torchvision==0.21.0 diffusers==0.37.1 transformers==5.6.2 tokenizers==0.22.2 accelerate==1.0.1 \
+	numpy==2.0.2 pillow==11.0.0 matplotlib==3.9.4 jaxtyping==0.3.11 peft==0.18.1
+NEWEST := .venv-newest
+TESTING := pytest hypothesis beartype sentencepiece ftfy scipy torchmetrics
+CORE := tests/test_embedded_model.py tests/pipeline/test_contract.py tests/hooks/test_observer.py tests/hooks/test_guided.py tests/method
 
-.PHONY: demo bench test test-floor fuzz check docs notebooks features format speed gpu-budget speed-gpu report clean
+.PHONY: demo bench test test-floor test-newest fuzz check docs notebooks features format speed gpu-budget speed-gpu report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,10 +34,15 @@ bench: $(VENV)/installed  ## every method on Scenes with the embedded model, and
 test: check  ## what CI runs, a process a core
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist worksteal
 
-test-floor:  ## the tests with the lowest supported diffusers, in an environment of their own
+test-floor:  ## the core's tests with the lowest versions, in an environment of their own
 	$(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/pip install --quiet --editable ".[dev]" "diffusers==0.37.1" "huggingface-hub<2" httpx
-	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python -m pytest --ignore=tests/features/test_features.py
+	$(FLOOR)/bin/pip install --quiet --editable . $(LOWEST) $(TESTING)
+	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python -m pytest $(CORE)
+
+test-newest:  ## the same with the newest that pip finds
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[families]" $(TESTING)
+	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest $(CORE)
 
 fuzz: $(VENV)/installed  ## random calls, faults and kills: `make fuzz CALLS=20000 KILLS=50`, or MINUTES=30, SEED=1
 	OMP_NUM_THREADS=1 $(RUN)/python -m tests.fuzz $(if $(CALLS),--calls $(CALLS)) $(if $(MINUTES),--minutes $(MINUTES)) \
@@ -71,4 +82,4 @@ report: $(VENV)/installed  ## results/*.json into the documents, and the picture
 	$(RUN)/python -m eval.report
 
 clean:
-	rm -rf $(VENV) $(FLOOR) demo site build dist
+	rm -rf $(VENV) $(FLOOR) $(NEWEST) demo site build dist

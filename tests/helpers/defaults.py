@@ -1,6 +1,6 @@
 """The process's default dtype and device, and the tensors that are kept from call to call."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -18,11 +18,10 @@ def forget_constants() -> None:
 
 @contextmanager
 def default(dtype=torch.float32, device=None):
-    """Another default while the block runs."""
+    """Another default while the block runs. Torch 2.6 cannot tell its default device once that was set back to None."""
     torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
     try:
-        yield
+        with nullcontext() if device is None else torch.device(device):
+            yield
     finally:
         torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
