@@ -21,6 +21,7 @@ from eval.segment import running
 from eval.segment.confusion import Counts
 from goca_guidance import TINY_SD
 from tests.helpers.guided import guided
+from tests.helpers.processes import own_bars
 
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
@@ -84,6 +85,7 @@ def finished(program: Program, folder: Path) -> dict:
 
 
 def _run(program, folder, stop):
+    own_bars()
     os.chdir(folder)
     told = os.open("told.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(told, 1)

@@ -4,12 +4,15 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import tqdm.auto
+import tqdm.std
 from accelerate import PartialState
 
 
@@ -33,12 +36,19 @@ def forked(count: int, work: Callable[[], Any], folder: Path) -> list[str]:
     return told
 
 
+def own_bars() -> None:
+    """In a fork: tqdm's lock is one of all forks, and one that is killed while it holds it would stop them all."""
+    for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        kind.set_lock(threading.RLock())
+
+
 def _work(work: Callable[[], Any], folder: Path, rank: int, count: int, port: int) -> None:
     os.chdir(folder)
     sys.stderr = sys.stdout = Path(f"stderr-{rank}.txt").open("w", buffering=1)  # noqa: SIM115
     os.dup2(sys.stderr.fileno(), 2)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+    own_bars()
     PartialState._reset_state()
     work()
     if torch.distributed.is_initialized():
