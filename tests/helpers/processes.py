@@ -49,6 +49,7 @@ def _work(work: Callable[[], Any], folder: Path, rank: int, count: int, port: in
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
     own_bars()
+    torch.set_num_threads(1)  # OpenMP's threads are not forked along: work given to them would never end
     PartialState._reset_state()
     work()
     if torch.distributed.is_initialized():
