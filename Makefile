@@ -12,7 +12,7 @@ NEWEST := .venv-newest
 TESTING := pytest hypothesis beartype sentencepiece ftfy scipy torchmetrics
 CORE := tests/test_embedded_model.py tests/pipeline/test_contract.py tests/hooks/test_observer.py tests/hooks/test_guided.py tests/method
 
-.PHONY: demo bench test test-floor test-newest fuzz check docs notebooks features format speed gpu-budget speed-gpu report clean
+.PHONY: browser demo bench test test-floor test-newest fuzz check docs notebooks features format speed gpu-budget speed-gpu report clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,10 @@ features: $(VENV)/installed  ## docs/features.md, docs/families.md and results/p
 notebooks: $(VENV)/installed  ## the two notebooks from the first cell to the last, which `make test` leaves out for time
 	$(VENV)/bin/pip install --quiet --no-compile --editable ".[notebooks]"
 	$(RUN)/python -m pytest tests/test_docs.py
+
+browser: $(VENV)/installed  ## the page in headless Chromium (Debian: apt install chromium), which `make test` leaves out
+	$(VENV)/bin/pip install --quiet --no-compile playwright
+	$(RUN)/python -m pytest tests/app/test_browser.py
 
 docs: $(VENV)/installed  ## the documents as a site, site/index.html; a broken link fails
 	$(VENV)/bin/mkdocs build --strict --quiet
