@@ -96,9 +96,7 @@ def train(args) -> None:
     spec = SPECS[args.model]
     learner = spec.learner().to(memory_format=torch.channels_last)
     if args.begin:
-        parts = spec.pipeline.from_pretrained(args.begin).components
-        for name, part in learner.named_children():
-            part.load_state_dict(parts[name].state_dict())
+        learner.begin(spec.pipeline.from_pretrained(args.begin).components)
     keep = args.run.parent / "checkpoints" / args.model
     stage = Stage(
         args.run / args.model,
@@ -206,8 +204,8 @@ def samples(place: Path, spec: Spec, seed: int) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 def settings_of(args, defaults: dict) -> dict:
     """What the weights depend on."""
-    named = ("model", "begin", "scenes", "steps", "batch", "seed", "mixed_precision", "compile")
-    return {**defaults, **{name: getattr(args, name) for name in named}}
+    named = ("model", "begin", "scenes", "steps", "batch", "seed", "mixed_precision")
+    return {**defaults, **{name: getattr(args, name) for name in named}, **({"compile": True} if args.compile else {})}
 
 
 def check(args) -> None:

@@ -10,7 +10,7 @@ from goca_guidance import TINY_SD, GoCASCFGPipeline
 from goca_guidance.method import kernels
 
 
-CONFIRMED = "an H200 found them right, but their gain in a whole step was not measured"
+CONFIRMED = "an H200 found an earlier form of them right, and their gain in a whole step was not measured"
 
 
 def doctor() -> None:

@@ -14,7 +14,7 @@ from goca_guidance import TINY_SD
 
 FOLDER = Path(__file__).parent / "models"
 CHECKPOINTS = Path("runs/checkpoints")
-SHIPPED = 100  # percent of the optimiser steps that the shipped weights took
+SHIPPED = 100  # percent of the optimiser steps of the shipped weights' training; others' are counted in these too
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,11 @@ class Learner(torch.nn.Module, ABC):
             tokens |= {f"{name}_ids": found.input_ids, f"{name}_mask": found.attention_mask}
         return tokens
 
+    def begin(self, parts: Mapping[str, Any]) -> None:
+        """Take the weights of a pipeline's components."""
+        for name, part in self.named_children():
+            part.load_state_dict(parts[name].state_dict())
+
     @abstractmethod
     def forward(self, latents: Tensor, noise: Tensor, draw: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
         """Squared error [b] of the prediction: latents and noise [b c h w], the time's `draw` [b] uniform in [0, 1)."""
@@ -169,6 +174,11 @@ class Flux(Learner):
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
         )
+
+    def begin(self, parts):
+        """Of weights whose pooled text spoke, it is mute from now on."""
+        super().begin(parts)
+        _mute(self.text_encoder)
 
     def forward(self, latents, noise, draw, tokens):
         """The time's logit is 1.2 times a normal."""

@@ -1,8 +1,9 @@
 """GoCA's reductions of one layer's attention by fused kernels (Triton): no probability is ever written to memory.
 
 The forms in PyTorch (`attention.py`, `aggregation.py`) are what they must equal, and what runs wherever a record is
-not `usable`. `GOCA_TRITON=1` turns kernels on, 0 off; off unless it is set: an H200 found them right, but what a whole
-step gains was not measured. Under Triton's interpreter (`TRITON_INTERPRET=1`) they run on the CPU too, as in their tests.
+not `usable`. `GOCA_TRITON=1` turns kernels on, 0 off; off unless it is set: an H200 found an earlier form right, but what
+a whole step gains was not measured. Under Triton's interpreter (`TRITON_INTERPRET=1`) they run on the CPU too, as in their
+tests.
 """
 
 import warnings

@@ -49,6 +49,7 @@ def test_pictures_are_drawn_and_their_steps_shown(tab):
     tab.get_by_label("number input for Step", exact=True).press("Enter")
     tab.wait_for_function(f"!document.querySelector(\"img[src='{last[-1]}']\")")
     assert come(tab, 3) == three
+    assert len(come(tab, 5)) == 5
     tab.get_by_label("Prompt", exact=True).fill("")
     tab.get_by_role("button", name="Generate", exact=True).click()
     tab.get_by_text("an empty one").wait_for()

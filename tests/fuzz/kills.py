@@ -21,7 +21,7 @@ from eval.segment import running
 from eval.segment.confusion import Counts
 from goca_guidance import TINY_SD
 from tests.helpers.guided import guided
-from tests.helpers.processes import own_bars
+from tests.helpers.processes import SECONDS, settle
 
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
@@ -78,6 +78,8 @@ def started(program: Program, folder: Path, stop: int | None = None):
 def finished(program: Program, folder: Path) -> dict:
     """The results of a run that nobody disturbs; RuntimeError where it fails."""
     process = started(program, folder)
+    process.join(SECONDS)
+    process.kill()
     process.join()
     if process.exitcode:
         raise RuntimeError(f"exit status {process.exitcode}: {(folder / 'told.txt').read_text()[-2000:]}")
@@ -85,7 +87,7 @@ def finished(program: Program, folder: Path) -> dict:
 
 
 def _run(program, folder, stop):
-    own_bars()
+    settle()
     os.chdir(folder)
     told = os.open("told.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(told, 1)
@@ -130,7 +132,7 @@ def kills(program: Program, root: Path, count: int, seed: int = 0) -> Iterator[s
             if draw.random() < 0.7:
                 stop = draw.randint(1, last)
                 told.append(f"before change {stop}")
-                started(program, folder, stop).join()
+                started(program, folder, stop).join(SECONDS)
             else:
                 moment = draw.uniform(0, seconds)
                 told.append(f"after {moment:.2f} s")

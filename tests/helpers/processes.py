@@ -16,6 +16,9 @@ import tqdm.std
 from accelerate import PartialState
 
 
+SECONDS = 300  # that a fork may take
+
+
 def forked(count: int, work: Callable[[], Any], folder: Path) -> list[str]:
     """Run `work` in so many processes, in a folder; returns what each wrote to stderr. AssertionError where one fails."""
     with socket.socket() as free:
@@ -25,7 +28,7 @@ def forked(count: int, work: Callable[[], Any], folder: Path) -> list[str]:
     started = [start(target=_work, args=(work, folder, rank, count, port)) for rank in range(count)]
     for process in started:
         process.start()
-    end = time.monotonic() + 300
+    end = time.monotonic() + SECONDS
     while any(p.is_alive() for p in started) and not any(p.exitcode for p in started) and time.monotonic() < end:
         time.sleep(0.02)
     for process in started:
@@ -36,10 +39,14 @@ def forked(count: int, work: Callable[[], Any], folder: Path) -> list[str]:
     return told
 
 
-def own_bars() -> None:
-    """In a fork: tqdm's lock is one of all forks, and one that is killed while it holds it would stop them all."""
-    for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):
+def settle() -> None:
+    """First of all in a fork: what it must not share with the others, or cannot have from before."""
+    for kind in (
+        tqdm.std.tqdm,
+        tqdm.auto.tqdm,
+    ):  # their lock is one of all forks: killed with it, one would stop them all
         kind.set_lock(threading.RLock())
+    torch.set_num_threads(1)  # OpenMP's threads are not forked along: work given to them would never end
 
 
 def _work(work: Callable[[], Any], folder: Path, rank: int, count: int, port: int) -> None:
@@ -48,8 +55,7 @@ def _work(work: Callable[[], Any], folder: Path, rank: int, count: int, port: in
     os.dup2(sys.stderr.fileno(), 2)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
-    own_bars()
-    torch.set_num_threads(1)  # OpenMP's threads are not forked along: work given to them would never end
+    settle()
     PartialState._reset_state()
     work()
     if torch.distributed.is_initialized():

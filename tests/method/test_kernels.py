@@ -161,8 +161,7 @@ def assert_alike(found, wanted):
     ids=str,
 )
 def test_layers_by_kernels_are_those_by_pytorch(name, options, monkeypatch):
-    """Cross- and joint attention, all reductions by kernels: weights, scores and regions. A half-precision model's
-    reference is kept in half precision."""
+    """Cross- and joint attention, all reductions by kernels: weights, scores and regions."""
     wanted, launched, launch = answers(name, **options), [], kernels.launch
     monkeypatch.setattr(kernels, "launch", lambda plan, *rest: launched.append(plan.kernel) or launch(plan, *rest))
     with interpreted():

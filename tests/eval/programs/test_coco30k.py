@@ -25,7 +25,7 @@ from eval.generation import generator as generation
 from eval.generation.generator import Generator
 from eval.generation.run_folder import png_bytes
 from goca_guidance import TINY_SD
-from tests.helpers.processes import forked, own_bars
+from tests.helpers.processes import SECONDS, forked, settle
 from tests.helpers.runs import few
 from tests.helpers.tiny import stock_of
 
@@ -136,9 +136,10 @@ def test_a_killed_run_goes_on_in_two_processes(tmp_path):
     settings = few(count=24, method="goca", batch=4)
     whole, out = made(settings, tmp_path / "whole"), tmp_path / "killed"
     arguments = [str(config(tmp_path / "run.toml", settings)), "--out", str(out)]
-    killed = multiprocessing.get_context("fork").Process(target=lambda: own_bars() or coco30k.main(arguments))
+    killed = multiprocessing.get_context("fork").Process(target=lambda: settle() or coco30k.main(arguments))
     killed.start()
-    while len(done := list(out.glob("images/*.png"))) < 6 and killed.is_alive():
+    end = time.monotonic() + SECONDS
+    while len(done := list(out.glob("images/*.png"))) < 6 and killed.is_alive() and time.monotonic() < end:
         time.sleep(0.005)
     killed.kill()
     killed.join()

@@ -1,5 +1,6 @@
 """Training resumes bit for bit, keeps what it has learned so far, and refuses a folder of another training."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -94,8 +95,6 @@ def test_learners_predict_what_the_stock_pipeline_loads(name, tmp_path):
     train_tiny.export(learner, SPECS[name], tmp_path / "vae", tmp_path / "model")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(pipe) is SPECS[name].pipeline
-    if name == "tiny-flux":  # else it tells the objects without any word being looked at
-        assert not pipe.text_encoder(torch.tensor([[1, 5, 6, 2]])).pooler_output.any()
     assert not [path for path in (tmp_path / "model").rglob("*.json") if str(tmp_path) in path.read_text()]
     for part, network in learner.named_children():
         loaded = getattr(pipe, part).state_dict()
@@ -119,3 +118,14 @@ def test_every_caption_word_is_one_token(tokenizer):
     found = tokenizer(caption_words(), 32)
     assert all(len(found.tokenize(word)) == 1 for word in caption_words())
     assert len(found.tokenize("zebra")) > 1
+
+
+def test_the_pooled_text_of_flux_is_mute():
+    """Else it tells the objects without any word being looked at; also where a training begins with weights that spoke."""
+    learner, ids = SPECS["tiny-flux"].learner(), torch.tensor([[1, 5, 6, 2]])
+    assert not learner.text_encoder(ids).pooler_output.any()
+    parts = {name: deepcopy(part) for name, part in learner.named_children()}
+    torch.nn.init.ones_(parts["text_encoder"].final_layer_norm.weight)
+    assert parts["text_encoder"](ids).pooler_output.any()
+    learner.begin(parts)
+    assert not learner.text_encoder(ids).pooler_output.any()
