@@ -249,14 +249,13 @@ class Aggregation:
 
     def _words_by_kernels(self, record) -> Float[Tensor, "b p m"]:
         """What `_reduce_words` stores. The shares of heads are found on the way, where z W W^T is no larger than a layer."""
-        weights = zww = None
-        if self.heads == "contribution":
+        weights, zww, shares = None, None, self.heads == "contribution"
+        if shares:
             output = record.output
             if output.shape == record.query.shape and output[0].numel() <= AT_A_TIME:
                 zww = output.transpose(1, 2).flatten(2) @ record.gram.to(output.dtype)
             else:
                 weights = self._head_weights(record, [record])
-        shares = self.heads == "contribution"
         columns = None if self.total and shares else self.columns
         total = self.total and self.joint and not shares
         return kernels.words(record, columns, weights, zww, record.lse, total)

@@ -75,12 +75,17 @@ def started(program: Program, folder: Path, stop: int | None = None):
     return process
 
 
-def finished(program: Program, folder: Path) -> dict:
-    """The results of a run that nobody disturbs; RuntimeError where it fails."""
-    process = started(program, folder)
-    process.join(SECONDS)
+def ended(process, seconds: float):
+    """The process, which has so long, and is dead."""
+    process.join(seconds)
     process.kill()
     process.join()
+    return process
+
+
+def finished(program: Program, folder: Path) -> dict:
+    """The results of a run that nobody disturbs; RuntimeError where it fails."""
+    process = ended(started(program, folder), SECONDS)
     if process.exitcode:
         raise RuntimeError(f"exit status {process.exitcode}: {(folder / 'told.txt').read_text()[-2000:]}")
     return program.results(folder)
@@ -130,16 +135,12 @@ def kills(program: Program, root: Path, count: int, seed: int = 0) -> Iterator[s
         folder, told = root / str(number), []
         for _ in range(draw.choice([1, 1, 2])):
             if draw.random() < 0.7:
-                stop = draw.randint(1, last)
+                stop, moment = draw.randint(1, last), SECONDS
                 told.append(f"before change {stop}")
-                started(program, folder, stop).join(SECONDS)
             else:
-                moment = draw.uniform(0, seconds)
+                stop, moment = None, draw.uniform(0, seconds)
                 told.append(f"after {moment:.2f} s")
-                process = started(program, folder)
-                process.join(moment)
-                process.kill()
-                process.join()
+            ended(started(program, folder, stop), moment)
         yield wrong(program, folder, whole, " and ".join(told))
 
 

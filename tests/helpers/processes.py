@@ -41,11 +41,8 @@ def forked(count: int, work: Callable[[], Any], folder: Path) -> list[str]:
 
 def settle() -> None:
     """First of all in a fork: what it must not share with the others, or cannot have from before."""
-    for kind in (
-        tqdm.std.tqdm,
-        tqdm.auto.tqdm,
-    ):  # their lock is one of all forks: killed with it, one would stop them all
-        kind.set_lock(threading.RLock())
+    for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        kind.set_lock(threading.RLock())  # it was one of all forks: killed with it, one would stop them all
     torch.set_num_threads(1)  # OpenMP's threads are not forked along: work given to them would never end
 
 
