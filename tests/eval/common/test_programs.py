@@ -1,11 +1,15 @@
 """How a program ends."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
 from eval.common import programs
 from eval.common.programs import run
+from tests.helpers.places import ROOT
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError, FileNotFoundError, ModuleNotFoundError])
@@ -38,3 +42,24 @@ def test_every_error_is_told_in_one_line(error, told):
 def test_a_fault_of_ours_is_a_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+
+
+ABSENT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pandas":
+            raise ModuleNotFoundError("No module named 'pandas'", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_a_package_that_is_not_installed_is_one_line(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(ABSENT)
+    program = [sys.executable, "-m", "eval.report"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "eval: error: No module named 'pandas'. What the programs need: pip install \".[eval]\"\n"
