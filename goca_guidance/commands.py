@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def app(args) -> None:
         raise ValueError('Expected gradio for the page, but it is not installed: pip install "goca-guidance[app]".')
     from goca_guidance.app.page import serve
 
-    serve(_load(args), args.model, args.port)
+    serve(partial(_load, args), args.model, args.port)
 
 
 def demo(args) -> None:

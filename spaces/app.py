@@ -8,8 +8,14 @@ from goca_guidance import TINY_SD, GoCASCFGPipeline
 from goca_guidance.app.page import serve
 
 
-if __name__ == "__main__":
-    model = os.environ.get("MODEL", TINY_SD)
+MODEL = os.environ.get("MODEL", TINY_SD)
+
+
+def load() -> GoCASCFGPipeline:
     gpu = torch.cuda.is_available()
-    pipe = GoCASCFGPipeline.from_pretrained(model, dtype=torch.bfloat16 if gpu else torch.float32)
-    serve(pipe.to("cuda" if gpu else "cpu"), model)
+    pipe = GoCASCFGPipeline.from_pretrained(MODEL, dtype=torch.bfloat16 if gpu else torch.float32)
+    return pipe.to("cuda" if gpu else "cpu")
+
+
+if __name__ == "__main__":
+    serve(load, MODEL)

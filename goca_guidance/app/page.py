@@ -1,5 +1,7 @@
 """The page: what it says of its model, its tabs, and how it is served."""
 
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import gradio as gr
@@ -27,18 +29,15 @@ def about(pipe: GoCASCFGPipeline, model: str) -> str:
     )
 
 
-def page(pipe: GoCASCFGPipeline, model: str = TINY_SD) -> gr.Blocks:
-    """The page of a loaded pipeline; `model` is what it is called there.
-
-    ValueError for a pipeline that asks for more than words, or makes videos.
-    """
-    studio, embedded = Studio(pipe), Path(model) == Path(TINY_SD)
+def page(studio: Studio, model: str = TINY_SD) -> gr.Blocks:
+    """The page of a studio; `model` is what its pipeline is called there."""
+    embedded = Path(model) == Path(TINY_SD)
 
     def leave(request: gr.Request) -> None:
         studio.stop(request.session_hash)
 
     with gr.Blocks(title="GoCA + S-CFG", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
-        gr.Markdown(f"# GoCA + S-CFG\n{about(pipe, model)}")
+        gr.Markdown(f"# GoCA + S-CFG\n{about(studio.pipe, model)}")
         with gr.Tab("Generate"):
             generate_tab(studio, embedded)
         with gr.Tab("Segment"):
@@ -47,10 +46,15 @@ def page(pipe: GoCASCFGPipeline, model: str = TINY_SD) -> gr.Blocks:
     return blocks
 
 
-def serve(pipe: GoCASCFGPipeline, model: str = TINY_SD, port: int | None = None, **options) -> None:
-    """Serve the page until it is interrupted, at the first free port from 7860 if none is given.
+def serve(load: Callable[[], GoCASCFGPipeline], model: str = TINY_SD, port: int | None = None, **options) -> None:
+    """Serve the [`page`] of the pipeline that `load` makes until it is interrupted.
 
-    `options` are further ones of Gradio's `launch`.
+    Args:
+        load: makes the pipeline, see [`Studio`].
+        model: what it is called.
+        port: the first free one from 7860 by default.
+        options: further ones of Gradio's `launch`.
     """
     theme = gr.themes.Default(font=SYSTEM, font_mono=MONOSPACED)
-    page(pipe, model).queue(max_size=64).launch(server_port=port, theme=theme, show_error=True, **options)
+    with closing(Studio(load)) as studio:
+        page(studio, model).queue(max_size=64).launch(server_port=port, theme=theme, show_error=True, **options)

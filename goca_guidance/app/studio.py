@@ -4,8 +4,10 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -63,10 +65,50 @@ class Steps:
         return cls(first[0].labels[0], **found)
 
 
-class Studio:
-    """A pipeline behind the page. Gradio queues the calls; what it lets through together, after a stop, waits here."""
+class OneThread:
+    """A thread that does all that a model is for, one thing after another; others wait for what comes of it.
 
-    def __init__(self, pipe: GoCASCFGPipeline):
+    Each thread that computes on a CPU has threads of its own to share the work with (OpenMP's), and where there are more of
+    them than cores they no longer wait awake for the next piece: a tiny model then takes twice the time. So the model is
+    loaded here too.
+    """
+
+    def __init__(self) -> None:
+        self._wanted: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)  # an interrupted download is not waited for
+        self._thread.start()
+
+    def do(self, function: Callable[[], Any]) -> Any:
+        """What the function returns or raises there."""
+        future: Future = Future()
+        self._wanted.put((future, function))
+        return future.result()
+
+    def end(self, seconds: float) -> None:
+        """Do what is wanted until now, and nothing after it; wait for that so long at the most."""
+        self._wanted.put(None)
+        self._thread.join(seconds)
+
+    def _work(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            future, function = wanted
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+            del wanted, future, function  # what they hold is let go before the next one comes
+
+
+class Studio:
+    """A pipeline behind the page. Gradio queues the calls; what it lets through together, after a stop, waits here.
+
+    `load` makes the pipeline, in the thread of all its calls. ValueError for one that asks for more than words, or makes
+    videos.
+    """
+
+    def __init__(self, load: Callable[[], GoCASCFGPipeline]):
+        self._thread = OneThread()
+        pipe = self._thread.do(load)
         stock = stock_of(type(pipe))
         if hasattr(pipe, "video_processor") or not is_text_to_image(stock):
             raise ValueError(
@@ -75,7 +117,6 @@ class Studio:
             )
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe
-        self._alone = threading.Lock()
         self._calls: dict[str, object] = {}  # the call that each visitor waits for
 
     @checked
@@ -105,10 +146,12 @@ class Studio:
                 if method == METHODS[-1] and negative_prompt.strip():
                     ours["output_negative_maps"] = True
                 told = self._told(lambda step, method=method: (go_on(), on_step(method, step)))
-                with self._alone:
+
+                def call(given=arguments | ours | told):
                     go_on()
-                    generator = torch.Generator().manual_seed(seed)
-                    output = self.pipe(prompt, generator=generator, **arguments, **ours, **told)
+                    return self.pipe(prompt, generator=torch.Generator().manual_seed(seed), **given)
+
+                output = self._thread.do(call)
                 yield method, output.images[0], Steps.of(output)
 
     def _told(self, on_step: Callable[[int], Any]) -> dict[str, Any]:
@@ -136,13 +179,22 @@ class Studio:
         """A picture segmented by names that commas part, as the background's are."""
         others = tuple(parted(background))
         rule = Background(others, threshold) if others or threshold is not None else None
-        with self._visit(visitor) as go_on, self._alone:
-            go_on()
-            return self.pipe.segment(reduced(image), parted(classes), background=rule, crf=CRF() if crf else None)
+        with self._visit(visitor) as go_on:
+
+            def call():
+                go_on()
+                return self.pipe.segment(reduced(image), parted(classes), background=rule, crf=CRF() if crf else None)
+
+            return self._thread.do(call)
 
     def stop(self, visitor: str) -> None:
         """Nobody waits for the visitor's call any more: it ends at its next step."""
         self._calls.pop(visitor, None)
+
+    def close(self) -> None:
+        """Nobody waits any more: what runs ends at its next step, for which this waits ten seconds at the most."""
+        self._calls.clear()
+        self._thread.end(10)
 
     @contextmanager
     def _visit(self, visitor: str) -> Iterator[Callable[[], None]]:

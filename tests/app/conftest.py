@@ -14,7 +14,8 @@ def embedded() -> GoCASCFGPipeline:
 def address(embedded) -> str:
     pytest.importorskip("gradio", reason="the page needs the extra [app]")
     from goca_guidance.app.page import page
+    from goca_guidance.app.studio import Studio
 
-    blocks = page(embedded)
+    blocks = page(Studio(lambda: embedded))
     yield blocks.queue().launch(prevent_thread_lock=True, quiet=True, show_error=True)[1]
     blocks.close()

@@ -18,7 +18,7 @@ PROMPT = "a cat and a bus on grass"
 
 @pytest.fixture
 def studio(embedded):
-    return Studio(embedded)
+    return Studio(lambda: embedded)
 
 
 def pixels(image):
@@ -62,7 +62,8 @@ def test_nothing_is_guided_at_scale_one(studio):
 
 def test_a_loop_that_calls_back_in_the_older_way():
     told = []
-    ((name, after),) = Studio(GoCASCFGPipeline.from_pipe(stock_pipeline("pixart-alpha")))._told(told.append).items()
+    pipe = GoCASCFGPipeline.from_pipe(stock_pipeline("pixart-alpha"))
+    ((name, after),) = Studio(lambda: pipe)._told(told.append).items()
     after(0, torch.tensor(999), torch.zeros(1))
     assert (name, told) == ("callback", [1])
 
@@ -70,7 +71,7 @@ def test_a_loop_that_calls_back_in_the_older_way():
 def test_a_loop_that_guides_by_another_scale():
     told, pipe = [], GoCASCFGPipeline.from_pipe(stock_pipeline("flux"))
     pipe.default_sample_size = 4
-    studio = Studio(pipe)
+    studio = Studio(lambda: pipe)
     made = studio.generate("a cat on grass", steps=1, on_step=lambda *step: told.append(step))
     assert [steps is None for *_, steps in made] == [True, False, False]
     assert told == [(method, 1) for method in METHODS]
@@ -89,6 +90,45 @@ def test_a_mistake_says_what_to_do(studio, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         next(studio.generate(**arguments))
     assert next(studio.generate(PROMPT, steps=1))[0] == "CFG"
+
+
+def test_the_model_is_loaded_and_called_in_one_thread(embedded):
+    """Two threads that compute would each have threads of their own, more than there are cores."""
+    seen = []
+
+    def load():
+        seen.append(threading.get_ident())
+        return embedded
+
+    studio = Studio(load)
+    list(studio.generate(PROMPT, steps=1, on_step=lambda *step: seen.append(threading.get_ident())))
+    assert len(seen) == 1 + len(METHODS)
+    assert set(seen) == {seen[0]} != {threading.get_ident()}
+
+
+def test_a_closed_page_ends_what_runs(embedded):
+    """Else the interpreter would end under it."""
+    studio, told = Studio(lambda: embedded), []
+
+    def on_step(method, step):
+        told.append(step)
+        closing.start()
+        closing.join(0.5)  # not before the step has ended
+
+    closing = threading.Thread(target=studio.close)
+    with pytest.raises(StoppedError):
+        list(studio.generate(PROMPT, steps=5, on_step=on_step))
+    closing.join(10)
+    assert told == [1]
+    assert not studio._thread._thread.is_alive()
+
+
+def test_a_model_that_is_none():
+    def load():
+        raise ValueError("Expected a pipeline's folder.")
+
+    with pytest.raises(ValueError, match="a pipeline's folder"):
+        Studio(load)
 
 
 def test_calls_wait_for_each_other(studio):
@@ -153,4 +193,4 @@ def test_a_model_that_asks_for_more_than_words():
     stock = stock_pipeline("sd")
     painting = StableDiffusionInpaintPipeline(**stock.components, requires_safety_checker=False)
     with pytest.raises(ValueError, match="more than words"):
-        Studio(GoCASCFGPipeline.from_pipe(painting))
+        Studio(lambda: GoCASCFGPipeline.from_pipe(painting))
