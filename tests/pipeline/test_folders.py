@@ -102,6 +102,15 @@ def test_the_weights_say_which_pipeline_it_is(single_file, monkeypatch):
     assert stock.single_file_class(single_file) is diffusers.StableDiffusionPipeline
 
 
+def test_a_configuration_that_cannot_be_had(single_file, monkeypatch):
+    """Without a network, say."""
+    config = {"pretrained_model_name_or_path": str(single_file.parent / "nowhere")}
+    monkeypatch.setattr(stock, "fetch_diffusers_config", lambda weights: config)
+    with pytest.raises(ValueError, match=r"nowhere', which the weights of .* pass `config`, a folder") as told:
+        GoCASCFGPipeline.from_single_file(single_file)
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
