@@ -8,7 +8,6 @@ memory of a block, the tensor cores' instruction for products, and bytes of an a
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -23,8 +22,8 @@ from eval.common.programs import command_line
 from eval.common.programs import run as run_program
 from eval.common.provenance import command, versions
 from eval.common.tables import markdown
+from eval.cost.kernel_facts import Shape
 from goca_guidance.method import kernels
-from goca_guidance.method.records import AttentionRecord, AttentionView
 
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB of a block, by compute capability
@@ -35,67 +34,44 @@ PRODUCTS = {
 }  # on tensor cores, as PTX names them
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer's sizes: heads and their width, side of its square map, text keys of cross- or joint attention."""
-
-    heads: int
-    width: int
-    side: int
-    text: int = 0
-    joint: bool = False
-    dtype: torch.dtype = torch.bfloat16
-
-    def record(self) -> AttentionRecord:
-        """Without data, as attention comes: a token's heads lie side by side."""
-        pixels, grid = self.side**2, (self.side, self.side)
-        text, keys = slice(0, self.text), self.text + (pixels if self.joint or not self.text else 0)
-        image = slice(self.text, keys) if keys > self.text else slice(0, 0)
-        query, key, output = (
-            torch.empty(1, n, self.heads, self.width, dtype=self.dtype, device="meta").transpose(1, 2)
-            for n in (pixels, keys, pixels)
-        )
-        view = AttentionView(grid, text, image)
-        return AttentionRecord("layer", query, key, None, output, self.width**-0.5, view)
-
-
 LAYERS = {
-    "sd-1.5, 64": Layer(8, 40, 64),
-    "sd-1.5, 64, words": Layer(8, 40, 64, 77),
-    "sd-1.5, 32": Layer(8, 80, 32),
-    "sd-1.5, 16": Layer(8, 160, 16),
-    "sd-1.5, 16, words": Layer(8, 160, 16, 77),
-    "sd-1.5, 64, float32": Layer(8, 40, 64, dtype=torch.float32),
-    "sdxl, 64": Layer(10, 64, 64),
-    "sdxl, 64, words": Layer(10, 64, 64, 77),
-    "pixart-sigma, 64": Layer(16, 72, 64),
-    "pixart-sigma, 64, words": Layer(16, 72, 64, 300),
-    "flux, 64": Layer(24, 128, 64, 512, joint=True),
-    "widest, 64": Layer(8, 256, 64),
-    "widest, 64, words": Layer(8, 256, 64, 77),
-    "flux, 64, float32": Layer(24, 128, 64, 512, joint=True, dtype=torch.float32),
+    "sd-1.5, 64": Shape("sd-1.5", 8, 40, 64),
+    "sd-1.5, 64, words": Shape("sd-1.5", 8, 40, 64, 77, joint=False),
+    "sd-1.5, 32": Shape("sd-1.5", 8, 80, 32),
+    "sd-1.5, 16": Shape("sd-1.5", 8, 160, 16),
+    "sd-1.5, 16, words": Shape("sd-1.5", 8, 160, 16, 77, joint=False),
+    "sd-1.5, 64, float32": Shape("sd-1.5", 8, 40, 64),
+    "sdxl, 64": Shape("sdxl", 10, 64, 64),
+    "sdxl, 64, words": Shape("sdxl", 10, 64, 64, 77, joint=False),
+    "pixart-sigma, 64": Shape("pixart-sigma", 16, 72, 64),
+    "pixart-sigma, 64, words": Shape("pixart-sigma", 16, 72, 64, 300, joint=False),
+    "flux, 64": Shape("flux", 24, 128, 64, 512),
+    "widest, 64": Shape("widest", 8, 256, 64),
+    "widest, 64, words": Shape("widest", 8, 256, 64, 77, joint=False),
+    "flux, 64, float32": Shape("flux", 24, 128, 64, 512),
 }
 
 
-def launches(layer: Layer) -> Iterator[tuple[kernels.Plan, list]]:
-    """What a layer launches, and the tensors of each launch."""
+def launches(name: str) -> Iterator[tuple[kernels.Plan, list]]:
+    """What a layer launches, and the tensors of each launch, without data."""
+    layer, dtype = LAYERS[name], torch.float32 if name.endswith("float32") else torch.bfloat16
     found: list[tuple[kernels.Plan, list]] = []
 
     def note(plan, read, written, added=()):
         found.append((plan, [read[0] if x is None else x for x in (*read, *written, *added)]))
 
-    record, empty = layer.record(), partial(torch.empty, device="meta")
+    record, empty = layer.record("meta", dtype), partial(torch.empty, device="meta")
     pixels = layer.side**2
     with patch.object(kernels, "launch", note):
         lse = kernels.log_sum_exp(record)
         if record.view.image.stop:
-            reference = empty(1, pixels, pixels, dtype=layer.dtype if layer.dtype == torch.float32 else torch.float16)
+            reference = empty(1, pixels, pixels, dtype=dtype if dtype == torch.float32 else torch.float16)
             square = empty(1, pixels, pixels)
             slots = empty(pixels, dtype=torch.int64)
             kernels.pixels(record, lse, None, slots, reference, None, square)
         if layer.text:
             columns = empty(1, 10, dtype=torch.int64)
-            zww = None if layer.joint else empty(1, pixels, layer.heads * layer.width, dtype=layer.dtype)
+            zww = None if layer.joint else empty(1, pixels, layer.heads * layer.width, dtype=dtype)
             kernels.words(record, columns, zww=zww, lse=lse if layer.joint else None, total=layer.joint)
     return iter(found if layer.joint or not layer.text else found[1:])
 
@@ -156,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--result", type=Path, default=Path("results/kernel-code.json"))
     args = parser.parse_args(arguments)
     result = writable(args.result)
-    tasks = [(name, *made, sm) for name in args.layers for made in launches(LAYERS[name]) for sm in args.sm]
+    tasks = [(name, *made, sm) for name in args.layers for made in launches(name) for sm in args.sm]
     rows = [row(*task) for task in tqdm(tasks, disable=None)]
     write_json(result, {"command": command(), "versions": versions(("torch", "triton")), "rows": rows})
     print(markdown(rows))

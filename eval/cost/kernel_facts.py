@@ -24,23 +24,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer's attention of one image: a square of pixels, and so many text tokens among the keys."""
+    """One layer's attention of one image: heads and their width, side of its square map, and text tokens among the keys.
+
+    `joint`: they stand beside the pixels; else text is all that is asked, if there is any.
+    """
 
     family: str
     heads: int
     width: int
     side: int
     text: int = 0
+    joint: bool = True
 
     def record(self, device: str, dtype: torch.dtype = torch.bfloat16) -> AttentionRecord:
-        """Random queries, loud enough that their attention is not even, keys and outputs."""
-        generator, p = torch.Generator(device).manual_seed(0), self.side**2
+        """As attention comes, a token's heads side by side: random queries, loud enough that their attention is not even."""
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+        pixels, grid = self.side**2, (self.side, self.side)
+        keys = self.text + (pixels if self.joint or not self.text else 0)
 
         def draw(tokens):
-            return torch.randn(1, self.heads, tokens, self.width, generator=generator, device=device).to(dtype)
+            drawn = torch.randn(1, tokens, self.heads, self.width, generator=generator, device=device)
+            return drawn.to(dtype).transpose(1, 2)
 
-        view = AttentionView((self.side, self.side), slice(0, self.text), slice(self.text, self.text + p))
-        query, key, output = draw(p) * 2, draw(self.text + p), draw(p)
+        view = AttentionView(grid, slice(0, self.text), slice(self.text, keys) if keys > self.text else slice(0, 0))
+        query, key, output = draw(pixels) * 2, draw(keys), draw(pixels)
         return AttentionRecord("layer", query, key, None, output, self.width**-0.5, view)
 
     def __str__(self):
