@@ -117,7 +117,8 @@ class AttentionObserver:
 
     def _hand(self, record: AttentionRecord) -> None:
         self.seen.add(record.name)
-        with torch.autocast(record.query.device.type, enabled=False):
+        device = record.query.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             self.receive(record)
 
     def tell(self, calls: Mapping[str, "TracedCall"]) -> bool:
@@ -159,16 +160,16 @@ class AttentionObserver:
         scale = arguments.get("scale")
         return AttentionRecord(
             name=name,
-            query=query[:, :, pixels],
+            query=_rows(query, pixels),
             key=key,
             value=arguments["value"],
-            output=output[:, :, pixels],
+            output=_rows(output, pixels),
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            view=replace(view, order=None),
+            view=view if view.order is None else replace(view, order=None),
             mask=mask,
             gram=self._gram(name, query) if name in self.projected else None,
             features=None if call.raw is None else _pixels_of(call.raw, query, pixels),
-            lse=None if arguments["lse"] is None else arguments["lse"][:, :, pixels],
+            lse=None if arguments["lse"] is None else _rows(arguments["lse"], pixels),
         )
 
     def _found(self, name, call) -> tuple[dict, Tensor, AttentionView] | None:
@@ -186,6 +187,11 @@ class AttentionObserver:
             gram = projection @ projection.mT
             self._grams[name] = (gram / gram.amax().clamp(min=torch.finfo(gram.dtype).tiny)).to(like.dtype)
         return self._grams[name]
+
+
+def _rows(x: Float[Tensor, "b h n ..."], pixels: slice) -> Float[Tensor, "b h p ..."]:
+    """Those of the pixels, which all of them may be: what is done once a layer costs the host a step's time."""
+    return x if pixels.indices(x.shape[2]) == (0, x.shape[2], 1) else x[:, :, pixels]
 
 
 def _pixels_of(raw: Tensor, query: Float[Tensor, "b h n d"], pixels: slice) -> Float[Tensor, "b h p d"]:
@@ -238,6 +244,11 @@ def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
+def _heads(module: Any) -> int | None:
+    heads = getattr(module, "heads", None)
+    return getattr(module, "num_heads", None) if heads is None else heads
+
+
 @dataclass(frozen=True)
 class Asked:
     """What an attention module was asked for: so many images, heads, tokens of its own, and tokens to attend to, if any.
@@ -261,7 +272,7 @@ class Asked:
         other = other[0] if isinstance(other, (tuple, list)) else other  # beside image prompts (IP-Adapter)
         if not isinstance(own, Tensor) or (other is not None and len(other) != len(own)):
             return None
-        heads = getattr(module, "heads", getattr(module, "num_heads", None))
+        heads = _heads(module)
         tokens = own.shape[2:] if own.ndim == 4 and isinstance(module, Attention) else own.shape[1:-1]
         others = 0 if other is None else other.shape[1]
         return cls(len(own), heads, tokens.numel(), others, isinstance(module, MochiAttention))
@@ -362,7 +373,7 @@ class TracedCall(_Call):
     """
 
     def __init__(self, module: Any):
-        self._unseen = Asked(0, getattr(module, "heads", getattr(module, "num_heads", None)), 0, 0)
+        self._unseen = Asked(0, _heads(module), 0, 0)
         super().__init__(self._unseen)
 
     def whole(self, images: int | None) -> Iterator[tuple[dict, Tensor]]:
