@@ -36,12 +36,12 @@ test: check  ## what CI runs, a process a core
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist worksteal
 
 test-floor:  ## the core's tests with the lowest versions, in an environment of their own
-	$(PYTHON) -m venv $(FLOOR)
+	$(PYTHON) -m venv --clear $(FLOOR)
 	$(FLOOR)/bin/pip install --quiet --editable . $(LOWEST) $(TESTING)
 	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python -m pytest $(CORE) $(LEFT_OUT)
 
 test-newest:  ## the same with the newest that pip finds
-	$(PYTHON) -m venv $(NEWEST)
+	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[families]" $(TESTING)
 	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest $(CORE)
 

@@ -34,27 +34,27 @@ PRODUCTS = {
 }  # on tensor cores, as PTX names them
 
 
-LAYERS = {
-    "sd-1.5, 64": Shape("sd-1.5", 8, 40, 64),
-    "sd-1.5, 64, words": Shape("sd-1.5", 8, 40, 64, 77, joint=False),
-    "sd-1.5, 32": Shape("sd-1.5", 8, 80, 32),
-    "sd-1.5, 16": Shape("sd-1.5", 8, 160, 16),
-    "sd-1.5, 16, words": Shape("sd-1.5", 8, 160, 16, 77, joint=False),
-    "sd-1.5, 64, float32": Shape("sd-1.5", 8, 40, 64),
-    "sdxl, 64": Shape("sdxl", 10, 64, 64),
-    "sdxl, 64, words": Shape("sdxl", 10, 64, 64, 77, joint=False),
-    "pixart-sigma, 64": Shape("pixart-sigma", 16, 72, 64),
-    "pixart-sigma, 64, words": Shape("pixart-sigma", 16, 72, 64, 300, joint=False),
-    "flux, 64": Shape("flux", 24, 128, 64, 512),
-    "widest, 64": Shape("widest", 8, 256, 64),
-    "widest, 64, words": Shape("widest", 8, 256, 64, 77, joint=False),
-    "flux, 64, float32": Shape("flux", 24, 128, 64, 512),
+HALF = torch.bfloat16
+LAYERS: dict[str, tuple[Shape, torch.dtype]] = {
+    "sd-1.5, 64": (Shape("sd-1.5", 8, 40, 64), HALF),
+    "sd-1.5, 64, words": (Shape("sd-1.5", 8, 40, 64, 77, joint=False), HALF),
+    "sd-1.5, 32": (Shape("sd-1.5", 8, 80, 32), HALF),
+    "sd-1.5, 16": (Shape("sd-1.5", 8, 160, 16), HALF),
+    "sd-1.5, 16, words": (Shape("sd-1.5", 8, 160, 16, 77, joint=False), HALF),
+    "sd-1.5, 64, float32": (Shape("sd-1.5", 8, 40, 64), torch.float32),
+    "sdxl, 64": (Shape("sdxl", 10, 64, 64), HALF),
+    "sdxl, 64, words": (Shape("sdxl", 10, 64, 64, 77, joint=False), HALF),
+    "pixart-sigma, 64": (Shape("pixart-sigma", 16, 72, 64), HALF),
+    "pixart-sigma, 64, words": (Shape("pixart-sigma", 16, 72, 64, 300, joint=False), HALF),
+    "flux, 64": (Shape("flux", 24, 128, 64, 512), HALF),
+    "widest, 64": (Shape("widest", 8, 256, 64), HALF),
+    "widest, 64, words": (Shape("widest", 8, 256, 64, 77, joint=False), HALF),
+    "flux, 64, float32": (Shape("flux", 24, 128, 64, 512), torch.float32),
 }
 
 
-def launches(name: str) -> Iterator[tuple[kernels.Plan, list]]:
+def launches(layer: Shape, dtype: torch.dtype) -> Iterator[tuple[kernels.Plan, list]]:
     """What a layer launches, and the tensors of each launch, without data."""
-    layer, dtype = LAYERS[name], torch.float32 if name.endswith("float32") else torch.bfloat16
     found: list[tuple[kernels.Plan, list]] = []
 
     def note(plan, read, written, added=()):
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--result", type=Path, default=Path("results/kernel-code.json"))
     args = parser.parse_args(arguments)
     result = writable(args.result)
-    tasks = [(name, *made, sm) for name in args.layers for made in launches(name) for sm in args.sm]
+    tasks = [(name, *made, sm) for name in args.layers for made in launches(*LAYERS[name]) for sm in args.sm]
     rows = [row(*task) for task in tqdm(tasks, disable=None)]
     write_json(result, {"command": command(), "versions": versions(("torch", "triton")), "rows": rows})
     print(markdown(rows))

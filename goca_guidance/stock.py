@@ -51,16 +51,15 @@ def single_file_class(file: str | PathLike, **kwargs) -> type[DiffusionPipeline]
     if not is_link and Path(file).suffix == ".safetensors" and (fault := _fault(Path(file))):
         raise ValueError(f"Expected a whole checkpoint, but {str(file)!r} is none ({fault}): download it again.")
     config = kwargs.pop("config", None)
-    if config is not None:
-        return stock_class(config, **kwargs)
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    weights = load_single_file_checkpoint(file, **hub, disable_mmap=kwargs.get("disable_mmap", False))
-    config = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+    if config is None:
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        weights = load_single_file_checkpoint(file, **hub, disable_mmap=kwargs.get("disable_mmap", False))
+        config = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]  # the one that the weights are like
     try:
         return stock_class(config, **kwargs)
     except OSError as error:
         raise ValueError(
-            f"Expected the configuration of {config!r}, which the weights of {str(file)!r} are like, but it could not be had "
+            f"Expected the configuration of {str(file)!r} in {str(config)!r}, but it could not be had "
             f"({' '.join(str(error).split())}): pass `config`, a folder or repository with a model_index.json."
         ) from error
 

@@ -30,7 +30,7 @@ def program() -> str:
 
 
 def told(error: BaseException) -> str:
-    """An error in one line; a file that cannot be read or written, and a full disk, with what to do."""
+    """An error in one line; a file that cannot be used, a full disk and a package that is not there with what to do."""
     if isinstance(error, OSError) and error.errno in FULL:
         return (
             f"The disk of {error.filename or 'the files'} is full. Make room and start again: what is there is whole."
@@ -40,6 +40,8 @@ def told(error: BaseException) -> str:
         return (
             f"Expected {name} as a file or folder that can be used here, but got: {reason}. Mend it, or name another."
         )
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f'{error}. What the programs need: pip install ".[eval]"'
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Shape:
     """One layer's attention of one image: heads and their width, side of its square map, and text tokens among the keys.
 
-    `joint`: they stand beside the pixels; else text is all that is asked, if there is any.
+    `joint`: text stands beside the pixels; else it is all that is asked, if there is any, and nothing here is measured of it.
     """
 
     family: str

@@ -2,12 +2,10 @@
 
 import inspect
 import re
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -65,50 +63,19 @@ class Steps:
         return cls(first[0].labels[0], **found)
 
 
-class OneThread:
-    """A thread that does all that a model is for, one thing after another; others wait for what comes of it.
-
-    Each thread that computes on a CPU has threads of its own to share the work with (OpenMP's), and where there are more of
-    them than cores they no longer wait awake for the next piece: a tiny model then takes twice the time. So the model is
-    loaded here too.
-    """
-
-    def __init__(self) -> None:
-        self._wanted: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True)  # an interrupted download is not waited for
-        self._thread.start()
-
-    def do(self, function: Callable[[], Any]) -> Any:
-        """What the function returns or raises there."""
-        future: Future = Future()
-        self._wanted.put((future, function))
-        return future.result()
-
-    def end(self, seconds: float) -> None:
-        """Do what is wanted until now, and nothing after it; wait for that so long at the most."""
-        self._wanted.put(None)
-        self._thread.join(seconds)
-
-    def _work(self) -> None:
-        while (wanted := self._wanted.get()) is not None:
-            future, function = wanted
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-            del wanted, future, function  # what they hold is let go before the next one comes
-
-
 class Studio:
     """A pipeline behind the page. Gradio queues the calls; what it lets through together, after a stop, waits here.
 
-    `load` makes the pipeline, in the thread of all its calls. ValueError for one that asks for more than words, or makes
-    videos.
+    All calls are made in one thread, and `load`, which makes the pipeline, gets no other one to help it: each thread that
+    computes on a CPU has helpers of its own (OpenMP's), and where there are more of them than cores they no longer wait awake
+    for the next piece. A tiny model then takes twice the time.
+
+    ValueError for a pipeline that asks for more than words, or makes videos.
     """
 
     def __init__(self, load: Callable[[], GoCASCFGPipeline]):
-        self._thread = OneThread()
-        pipe = self._thread.do(load)
+        with _without_helpers():
+            pipe = load()
         stock = stock_of(type(pipe))
         if hasattr(pipe, "video_processor") or not is_text_to_image(stock):
             raise ValueError(
@@ -117,6 +84,7 @@ class Studio:
             )
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe
+        self._thread = ThreadPoolExecutor(1)
         self._calls: dict[str, object] = {}  # the call that each visitor waits for
 
     @checked
@@ -151,7 +119,7 @@ class Studio:
                     go_on()
                     return self.pipe(prompt, generator=torch.Generator().manual_seed(seed), **given)
 
-                output = self._thread.do(call)
+                output = self._thread.submit(call).result()
                 yield method, output.images[0], Steps.of(output)
 
     def _told(self, on_step: Callable[[int], Any]) -> dict[str, Any]:
@@ -185,16 +153,17 @@ class Studio:
                 go_on()
                 return self.pipe.segment(reduced(image), parted(classes), background=rule, crf=CRF() if crf else None)
 
-            return self._thread.do(call)
+            return self._thread.submit(call).result()
 
     def stop(self, visitor: str) -> None:
         """Nobody waits for the visitor's call any more: it ends at its next step."""
         self._calls.pop(visitor, None)
 
     def close(self) -> None:
-        """Nobody waits any more: what runs ends at its next step, for which this waits ten seconds at the most."""
+        """Nobody waits any more: no call begins, and what runs ends at its next step, for which this waits."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
         self._calls.clear()
-        self._thread.end(10)
+        self._thread.shutdown()
 
     @contextmanager
     def _visit(self, visitor: str) -> Iterator[Callable[[], None]]:
@@ -210,6 +179,17 @@ class Studio:
         finally:
             if self._calls.get(visitor) is call:
                 del self._calls[visitor]
+
+
+@contextmanager
+def _without_helpers() -> Iterator[None]:
+    """Torch computes in the calling thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def parted(text: str) -> list[str]:

@@ -190,7 +190,7 @@ class AttentionObserver:
 
 
 def _rows(x: Float[Tensor, "b h n ..."], pixels: slice) -> Float[Tensor, "b h p ..."]:
-    """Those of the pixels, which all of them may be: what is done once a layer costs the host a step's time."""
+    """The pixels' rows; `x` itself where those are all: slices of each layer add up on the host."""
     return x if pixels.indices(x.shape[2]) == (0, x.shape[2], 1) else x[:, :, pixels]
 
 
@@ -245,6 +245,7 @@ def _parameters(kind: Any) -> tuple[str, ...]:
 
 
 def _heads(module: Any) -> int | None:
+    """How many heads an attention module says that it has."""
     heads = getattr(module, "heads", None)
     return getattr(module, "num_heads", None) if heads is None else heads
 

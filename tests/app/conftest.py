@@ -1,5 +1,7 @@
 """The embedded model, and its page, served once for all tests of a process."""
 
+from contextlib import closing
+
 import pytest
 
 from goca_guidance import TINY_SD, GoCASCFGPipeline
@@ -16,6 +18,7 @@ def address(embedded) -> str:
     from goca_guidance.app.page import page
     from goca_guidance.app.studio import Studio
 
-    blocks = page(Studio(lambda: embedded))
-    yield blocks.queue().launch(prevent_thread_lock=True, quiet=True, show_error=True)[1]
-    blocks.close()
+    with closing(Studio(lambda: embedded)) as studio:
+        blocks = page(studio)
+        yield blocks.queue().launch(prevent_thread_lock=True, quiet=True, show_error=True)[1]
+        blocks.close()

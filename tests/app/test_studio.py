@@ -1,6 +1,8 @@
 """What the page does with its pipeline, without a page."""
 
 import threading
+from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ PROMPT = "a cat and a bus on grass"
 
 @pytest.fixture
 def studio(embedded):
-    return Studio(lambda: embedded)
+    with closing(Studio(lambda: embedded)) as opened:
+        yield opened
 
 
 def pixels(image):
@@ -92,35 +95,46 @@ def test_a_mistake_says_what_to_do(studio, arguments, message):
     assert next(studio.generate(PROMPT, steps=1))[0] == "CFG"
 
 
-def test_the_model_is_loaded_and_called_in_one_thread(embedded):
-    """Two threads that compute would each have threads of their own, more than there are cores."""
-    seen = []
+def test_all_calls_are_made_in_one_thread(embedded, monkeypatch):
+    """Two threads that compute would each have helpers of their own, more than there are cores; so would that which loads."""
+    seen, threads = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        studio = Studio(lambda: seen.append(torch.get_num_threads()) or embedded)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1]
 
-    def load():
+    def told(*step):
         seen.append(threading.get_ident())
-        return embedded
 
-    studio = Studio(load)
-    list(studio.generate(PROMPT, steps=1, on_step=lambda *step: seen.append(threading.get_ident())))
-    assert len(seen) == 1 + len(METHODS)
-    assert set(seen) == {seen[0]} != {threading.get_ident()}
+    list(studio.generate(PROMPT, steps=1, on_step=told))
+    monkeypatch.setattr(studio, "pipe", SimpleNamespace(segment=lambda *_, **__: told()))
+    studio.segment(str(SCENE), "sheep, water")
+    assert len(seen) == 1 + len(METHODS) + 1
+    assert len(set(seen[1:])) == 1
+    assert threading.get_ident() not in seen
 
 
 def test_a_closed_page_ends_what_runs(embedded):
-    """Else the interpreter would end under it."""
+    """And waits for it: else the interpreter would end under it."""
     studio, told = Studio(lambda: embedded), []
 
     def on_step(method, step):
         told.append(step)
-        closing.start()
-        closing.join(0.5)  # not before the step has ended
+        ending.start()
+        ending.join(0.5)
+        assert ending.is_alive()
 
-    closing = threading.Thread(target=studio.close)
+    ending = threading.Thread(target=studio.close)
     with pytest.raises(StoppedError):
         list(studio.generate(PROMPT, steps=5, on_step=on_step))
-    closing.join(10)
+    ending.join(10)
+    assert not ending.is_alive()
     assert told == [1]
-    assert not studio._thread._thread.is_alive()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        studio.segment(str(SCENE), "sheep, water")
 
 
 def test_a_model_that_is_none():

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from goca_guidance import GoCASCFGPipeline, stock
+from goca_guidance import TINY_SD, GoCASCFGPipeline, stock
 from goca_guidance.pipeline import guided
+from tests.helpers.original_names import original
 from tests.helpers.tiny import generate
 
 
@@ -102,12 +103,27 @@ def test_the_weights_say_which_pipeline_it_is(single_file, monkeypatch):
     assert stock.single_file_class(single_file) is diffusers.StableDiffusionPipeline
 
 
-def test_a_configuration_that_cannot_be_had(single_file, monkeypatch):
-    """Without a network, say."""
-    config = {"pretrained_model_name_or_path": str(single_file.parent / "nowhere")}
-    monkeypatch.setattr(stock, "fetch_diffusers_config", lambda weights: config)
-    with pytest.raises(ValueError, match=r"nowhere', which the weights of .* pass `config`, a folder") as told:
-        GoCASCFGPipeline.from_single_file(single_file)
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_a_single_file_of_the_original_names(suffix, tmp_path):
+    """Those in which most checkpoints are passed on."""
+    pipe = guided(diffusers.StableDiffusionPipeline).from_pretrained(TINY_SD)
+    file, weights = tmp_path / f"model.{suffix}", original(pipe)
+    save_file(weights, file) if suffix == "safetensors" else torch.save({"state_dict": weights}, file)
+    loaded = GoCASCFGPipeline.from_single_file(file, config=TINY_SD)
+    for each in (loaded, pipe):
+        each.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(pipe)
+    assert torch.equal(generate(loaded).images, generate(pipe).images)
+
+
+@pytest.mark.parametrize("config", [None, "owner/nothing", "nowhere"])
+def test_a_configuration_that_cannot_be_had(single_file, config, monkeypatch):
+    """Without a network; the one that the weights are like, or one that is given."""
+    monkeypatch.setattr(
+        stock, "fetch_diffusers_config", lambda weights: {"pretrained_model_name_or_path": "owner/like"}
+    )
+    with pytest.raises(ValueError, match=rf"in '{config or 'owner/like'}', but .* pass `config`, a folder") as told:
+        GoCASCFGPipeline.from_single_file(single_file, config=config, local_files_only=True)
     assert "\n" not in str(told.value)
 
 
