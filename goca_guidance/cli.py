@@ -31,9 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
                 read(f"--{name.replace('_', '-')}", value, OPTIONS[name])
         if "out" in args and args.out.exists() and not args.out.is_dir():
             raise ValueError(f"Expected --out to be a folder, but {str(args.out)!r} is a file.")
-        os.environ.setdefault(
-            "TRANSFORMERS_VERBOSITY", "error"
-        )  # else its import tells which optional packages it lacks
+        # Else its import, which comes before the commands can say so, tells which optional packages it lacks.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         return getattr(import_module("goca_guidance.commands"), args.run)(args) or 0
     except (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError) as error:
         print(f"goca: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)

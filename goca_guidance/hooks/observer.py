@@ -200,7 +200,7 @@ def _pixels_of(raw: Tensor, query: Float[Tensor, "b h n d"], pixels: slice) -> F
     if raw.ndim == 3:
         raw = raw.unflatten(2, (heads, -1))
     raw = raw if raw.shape[1] == heads else raw.transpose(1, 2)
-    return raw[:, :, pixels] if raw.shape[2] == query.shape[2] else raw
+    return _rows(raw, pixels) if raw.shape[2] == query.shape[2] else raw
 
 
 def laid_out(arguments: dict, output: Tensor, order: Int[Tensor, "b n"]) -> tuple[dict, Tensor]:

@@ -31,7 +31,7 @@ def test_a_mistake_of_the_user_is_one_line(error, capsys):
         (OSError(errno.ENOSPC, "No space left on device", "a.png"), "The disk of a.png is full. Make room and start again"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "The disk of the files is full."),
         (OSError(errno.EROFS, "Read-only file system", "runs/a"), "Expected runs/a as a file or folder that can be used"),
-        (ModuleNotFoundError("No module named 'x'", name="x"), """No module named 'x'. What the programs need: pip"""),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "No module named 'x'. What the programs need: pip"),
         (OSError("not a repository\nof the hub"), "not a repository of the hub"),
     ],
 )  # fmt: skip
